@@ -1,0 +1,36 @@
+# Every target makes the virtual environment and installs what it needs the first time.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help demo test check lint clean install
+
+help:           ## this text
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
+
+install: $(STAMP)  ## the virtual environment with everything in it
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade setuptools wheel
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	touch $@
+
+demo: $(STAMP)  ## train the debug model on the standard library's own text, on the CPU
+	$(BIN)/regrow experiment=demo
+
+lint: $(STAMP)  ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint     ## lint and the fast tests
+	$(BIN)/pytest -q -m 'not slow and not gpu'
+
+test: $(STAMP)  ## every test
+	$(BIN)/pytest
+
+clean:          ## remove caches and outputs, keep the virtual environment
+	rm -rf outputs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
