@@ -1,0 +1,53 @@
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864) with Llama 3.1's frequency scaling.
+
+Shapes: B batch, T positions, N heads, H head width. Pairs of neighbouring elements are rotated, as in Meta's
+code; Hugging Face pairs element i with i + H/2 instead, which is a permutation of the projection's rows.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["apply_rope", "rope_frequencies", "rope_table"]
+
+
+def rope_frequencies(
+    head_dim: int,
+    theta: float,
+    *,
+    factor: float = 1.0,
+    low_freq_factor: float = 1.0,
+    high_freq_factor: float = 4.0,
+    original_max_seq_len: int = 8192,
+) -> Tensor:
+    """Angles per position, float32 `(head_dim / 2,)`.
+
+    Llama 3.1's rule: wavelengths shorter than `original_max_seq_len / high_freq_factor` stay, those longer than
+    `original_max_seq_len / low_freq_factor` are divided by `factor`, those between are blended linearly.
+    """
+    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    if factor == 1.0:
+        return frequencies
+    wavelengths = 2 * math.pi / frequencies
+    smooth = (original_max_seq_len / wavelengths - low_freq_factor) / (high_freq_factor - low_freq_factor)
+    smooth = smooth.clamp(0.0, 1.0)
+    return frequencies * (smooth + (1.0 - smooth) / factor)
+
+
+def rope_table(frequencies: Tensor, length: int) -> Tensor:
+    """The rotations for positions 0 … length - 1, complex64 `(length, head_dim / 2)`."""
+    angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def apply_rope(x_BTNH: Tensor, table_TR: Tensor) -> Tensor:
+    """Rotates each pair of `x_BTNH` by its position's angle, in float32; the result has x's dtype.
+
+    Args:
+        x_BTNH: queries or keys, `(B, T, N, H)`.
+        table_TR: complex64 `(T, H / 2)`, the rows of `rope_table` for these positions.
+    """
+    halves: Tensor = x_BTNH.float().reshape(*x_BTNH.shape[:-1], -1, 2)
+    pairs = torch.view_as_complex(halves)
+    return torch.view_as_real(pairs * table_TR[None, :, None, :]).flatten(-2).type_as(x_BTNH)
