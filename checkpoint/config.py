@@ -1,0 +1,138 @@
+"""The checkpoint policy's fields; their names are those of torchtitan's `[checkpoint]` section."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import ClassVar
+
+from omegaconf import MISSING
+
+__all__ = [
+    "AsyncMode",
+    "BestMetricConfig",
+    "CheckpointConfig",
+    "ExportDtype",
+    "KeepBestConfig",
+    "KeepEveryNConfig",
+    "MinutesConfig",
+    "OnBestConfig",
+    "RetentionRuleConfig",
+    "SavePolicyConfig",
+]
+
+# `async` is a keyword, so the class syntax cannot spell these names.
+AsyncMode = Enum(
+    "AsyncMode", {"disabled": "disabled", "async": "async", "async_with_pinned_mem": "async_with_pinned_mem"}
+)
+
+
+class ExportDtype(Enum):
+    """The element type of a model-only last save."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@dataclass(kw_only=True, slots=True)
+class SavePolicyConfig:
+    """One more reason to save, beside `interval`, the first and the last step; a subclass per policy."""
+
+    _target_: str = MISSING
+
+
+@dataclass(kw_only=True, slots=True)
+class MinutesConfig(SavePolicyConfig):
+    """Saves when `minutes` have passed on rank 0's clock since the last save."""
+
+    SCHEMA: ClassVar[tuple[str, str]] = ("save_policy", "minutes_schema")
+    _target_: str = "checkpoint.policy.EveryMinutes"
+    minutes: float = 30.0
+
+
+@dataclass(kw_only=True, slots=True)
+class BestMetricConfig:
+    """Which metric is best, and in which direction."""
+
+    metric: str = "val_loss"
+    lower_is_better: bool = True
+
+
+@dataclass(kw_only=True, slots=True)
+class OnBestConfig(SavePolicyConfig):
+    """Saves at a step that was validated and is the best so far."""
+
+    SCHEMA: ClassVar[tuple[str, str]] = ("save_policy", "on_best_schema")
+    _target_: str = "checkpoint.policy.OnBest"
+    best: BestMetricConfig = field(default_factory=BestMetricConfig)
+
+
+@dataclass(kw_only=True, slots=True)
+class RetentionRuleConfig:
+    """One more reason to keep a step, beside `keep_latest_k` and pins; a subclass per rule."""
+
+    _target_: str = MISSING
+
+
+@dataclass(kw_only=True, slots=True)
+class KeepEveryNConfig(RetentionRuleConfig):
+    """Keeps every step that is a multiple of `n`."""
+
+    SCHEMA: ClassVar[tuple[str, str]] = ("retention_rule", "every_n_schema")
+    _target_: str = "checkpoint.retention.KeepEveryN"
+    n: int = 10_000
+
+
+@dataclass(kw_only=True, slots=True)
+class KeepBestConfig(RetentionRuleConfig):
+    """Keeps the step with the best value of a metric."""
+
+    SCHEMA: ClassVar[tuple[str, str]] = ("retention_rule", "best_schema")
+    _target_: str = "checkpoint.retention.KeepBest"
+    best: BestMetricConfig = field(default_factory=BestMetricConfig)
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    """When to save, what, which steps to keep, and what to start from.
+
+    Attributes:
+        enable: save and resume at all.
+        folder: below the run's directory.
+        interval: save every this many optimizer steps.
+        enable_first_step_checkpoint: save after step 1 too, to find out early that saving works.
+        last_save_model_only: the last step's save holds the weights alone.
+        last_save_in_hf: the last step's save is a Hugging Face folder.
+        export_dtype: element type of a model-only last save.
+        async_mode: `disabled` returns when the checkpoint is durable.
+        keep_latest_k: newest steps to keep; 0 keeps all.
+        load_only: resume, but never save.
+        load_step: -1 for the newest, else the step to go back to; acts once.
+        exclude_from_loading: `optimizer`, `lr_scheduler`, `data_loader` (or `dataloader`); acts once.
+        initial_load_path: a checkpoint to start a new run from; acts once.
+        initial_load_model_only: take the weights alone from there.
+        initial_load_in_hf: that path is a Hugging Face folder.
+        create_seed_checkpoint: write step 0 on one process and exit.
+        save_policies: further reasons to save, by a name of your choice.
+        retention_rules: further reasons to keep a step, by a name of your choice.
+    """
+
+    SCHEMA: ClassVar[tuple[str, str]] = ("checkpoint", "checkpoint_schema")
+
+    enable: bool = True
+    folder: str = "checkpoint"
+    interval: int = 500
+    enable_first_step_checkpoint: bool = False
+    last_save_model_only: bool = False
+    last_save_in_hf: bool = False
+    export_dtype: ExportDtype = ExportDtype.float32
+    async_mode: AsyncMode = AsyncMode.disabled
+    keep_latest_k: int = 10
+    load_only: bool = False
+    load_step: int = -1
+    exclude_from_loading: list[str] = field(default_factory=list)
+    initial_load_path: str | None = None
+    initial_load_model_only: bool = True
+    initial_load_in_hf: bool = False
+    create_seed_checkpoint: bool = False
+    save_policies: dict[str, SavePolicyConfig] = field(default_factory=dict)
+    retention_rules: dict[str, RetentionRuleConfig] = field(default_factory=dict)

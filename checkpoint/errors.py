@@ -1,0 +1,24 @@
+"""What can be wrong with a checkpoint that a user names or that lies in a run."""
+
+from collections.abc import Sequence
+
+__all__ = ["CheckpointError", "DamagedStepError", "StepNotFoundError"]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used as asked; the message says why and what to do."""
+
+
+class DamagedStepError(CheckpointError):
+    """A step's files are not what its manifest says."""
+
+
+class StepNotFoundError(CheckpointError, FileNotFoundError):
+    """The step asked for is not there."""
+
+    def __init__(self, step: int, available: Sequence[int], folder: str) -> None:
+        there = ", ".join(str(s) for s in available) or "none"
+        super().__init__(
+            f"checkpoint.load_step must be one of the steps in {folder} ({there}), but is {step}; "
+            "choose one of these or -1 for the newest"
+        )

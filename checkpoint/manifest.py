@@ -1,0 +1,91 @@
+"""A step's manifest: what is in it, who wrote it, and which files it consists of.
+
+A folder with a valid manifest is a complete checkpoint; the manifest is the last file written before the
+rename that commits.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from checkpoint.errors import DamagedStepError
+from checkpoint.files import write_json
+
+__all__ = ["FORMAT", "MANIFEST", "Manifest", "read_manifest", "write_manifest"]
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """The root manifest of a step.
+
+    Attributes:
+        step: the optimizer step whose end this is.
+        lineage: the lineage that wrote it (`checkpoint.lineage`).
+        kind: `full`, or `model` for weights alone.
+        train_state: step, samples consumed and the like, as plain JSON.
+        metrics: values measured at this step.
+        layout: degrees and number of ranks that wrote it.
+        data_fingerprint: identifies the data and the tokenizer.
+        config_hash: hash of identity and hyperparameters.
+        versions: of the software that wrote it.
+        files: size in bytes of every file but the manifest.
+    """
+
+    step: int
+    lineage: str
+    kind: str = "full"
+    train_state: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    layout: dict[str, int] = field(default_factory=dict)
+    data_fingerprint: str = ""
+    config_hash: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    files: dict[str, int] = field(default_factory=dict)
+
+
+def _checksum(body: dict[str, Any]) -> str:
+    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return str(xxhash.xxh3_128_hexdigest(canonical.encode()))
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes `folder/manifest.json`, durable when it returns."""
+    body = dataclasses.asdict(manifest)
+    write_json(folder / MANIFEST, {"format": FORMAT, "checksum": _checksum(body), **body})
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Reads and checks a step's manifest and the presence and size of its files.
+
+    Raises:
+        FileNotFoundError: there is no manifest: not a checkpoint of ours, or not a complete one.
+        DamagedStepError: the manifest or a file is not what was written.
+    """
+    path = folder / MANIFEST
+    try:
+        document = json.loads(path.read_text())
+        found, checksum = document.pop("format"), document.pop("checksum")
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError) as error:
+        raise DamagedStepError(f"{path} is not a manifest; the step is damaged, use another one") from error
+    if found != FORMAT:
+        raise DamagedStepError(f"{path} has format {found}, but this version reads {FORMAT}; upgrade regrow")
+    if checksum != _checksum(document):
+        raise DamagedStepError(f"{path} does not match its own checksum; the step is damaged, use another one")
+    manifest = Manifest(**document)
+    for name, size in manifest.files.items():
+        try:
+            actual = (folder / name).stat().st_size
+        except FileNotFoundError as error:
+            raise DamagedStepError(f"{folder / name} is missing; the step is damaged, use another one") from error
+        if actual != size:
+            raise DamagedStepError(
+                f"{folder / name} must have {size} bytes, but has {actual}; the step is damaged, use another one"
+            )
+    return manifest
