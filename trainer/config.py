@@ -1,0 +1,179 @@
+"""Schemas of the loop, the layout, the optimizer, precision and logging."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import ClassVar
+
+from omegaconf import MISSING
+
+__all__ = [
+    "ActivationCheckpoint",
+    "AdamWConfig",
+    "HookConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "PrecisionConfig",
+    "PrecisionName",
+    "SchedulerConfig",
+    "TrainConfig",
+    "WandbConfig",
+    "WandbMode",
+]
+
+
+class ActivationCheckpoint(Enum):
+    """What the backward pass recomputes."""
+
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
+class PrecisionName(Enum):
+    """Compute dtype; master weights, gradients' reduction and optimizer state are float32 in both."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class WandbMode(Enum):
+    """Weights & Biases' own modes."""
+
+    offline = "offline"
+    online = "online"
+    disabled = "disabled"
+
+
+@dataclass(kw_only=True, slots=True)
+class ParallelConfig:
+    """Degrees; their product is the number of ranks.
+
+    Attributes:
+        dp_replicate: copies of the (sharded) model.
+        dp_shard: ranks that share one copy's parameters, gradients and optimizer state (FSDP2); -1 takes
+            the ranks that remain.
+        tp: tensor parallel.
+        pp: pipeline parallel.
+        cp: context parallel.
+        ep: expert parallel, borrowed from the others.
+    """
+
+    SCHEMA: ClassVar[tuple[str, str]] = ("parallel", "parallel_schema")
+
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    ep: int = 1
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """The loop.
+
+    Attributes:
+        steps: optimizer steps in total, over all restarts.
+        grad_clip: largest global gradient norm; 0 leaves gradients alone.
+        activation_checkpoint: `none`, `selective` (keep matrix products), `full` (recompute blocks).
+        compile: torch.compile each block.
+        compile_backend: for `compile`.
+        deterministic: torch's deterministic algorithms; on a GPU, training then repeats bit for bit.
+        log_every: steps between lines of progress where there is no terminal.
+    """
+
+    SCHEMA: ClassVar[tuple[str, str]] = ("train", "train_schema")
+
+    steps: int = 1000
+    grad_clip: float = 1.0
+    activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint.none
+    compile: bool = False
+    compile_backend: str = "inductor"
+    deterministic: bool = False
+    log_every: int = 10
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimizerConfig:
+    """An optimizer; a subclass per kind.
+
+    Attributes:
+        lr: the schedule's highest learning rate.
+        weight_decay: decoupled, on matrices alone (not on norms and embeddings).
+    """
+
+    _target_: str = MISSING
+    lr: float = MISSING
+    weight_decay: float = 0.1
+
+
+@dataclass(kw_only=True, slots=True)
+class AdamWConfig(OptimizerConfig):
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101)."""
+
+    SCHEMA: ClassVar[tuple[str, str]] = ("optimizer", "adamw_schema")
+
+    _target_: str = "trainer.optimizer.AdamW"
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+
+
+@dataclass(kw_only=True, slots=True)
+class SchedulerConfig:
+    """A learning-rate schedule; a subclass per shape.
+
+    Attributes:
+        warmup_steps: linear from 0.
+        total_steps: where the schedule ends; null takes `train.steps` of the run's first start and keeps it,
+            so that raising `train.steps` later does not bend the curve.
+        min_lr_ratio: the end of the schedule, as a part of `optimizer.lr`; it holds from there on.
+    """
+
+    _target_: str = MISSING
+    warmup_steps: int = 100
+    total_steps: int | None = None
+    min_lr_ratio: float = 0.1
+
+
+@dataclass(kw_only=True, slots=True)
+class PrecisionConfig:
+    """See `PrecisionName`."""
+
+    SCHEMA: ClassVar[tuple[str, str]] = ("precision", "precision_schema")
+
+    name: PrecisionName = PrecisionName.fp32
+
+
+@dataclass(kw_only=True, slots=True)
+class WandbConfig:
+    """Weights & Biases, with `logger=wandb`.
+
+    Attributes:
+        mode: `offline` writes below the run's directory and sends nothing.
+        project: W&B's project.
+        entity: W&B's team or user; null is the account's own.
+        group: runs shown together; null is the sweep's name in a sweep.
+        tags: free words.
+    """
+
+    SCHEMA: ClassVar[tuple[str, str]] = ("wandb", "wandb_schema")
+
+    mode: WandbMode = WandbMode.offline
+    project: str = "regrow"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True, slots=True)
+class HookConfig:
+    """An optional part of the loop; a subclass per hook.
+
+    Attributes:
+        _target_: the hook's class, called with this config.
+        enabled: false leaves it out.
+    """
+
+    _target_: str = MISSING
+    enabled: bool = True

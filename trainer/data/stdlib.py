@@ -1,0 +1,78 @@
+"""The default corpus: the running Python's own standard library, as English and as code."""
+
+import ast
+import itertools
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import final
+
+from trainer.data.source import TextUnits, Unit, digest
+
+__all__ = ["StdlibSource"]
+
+_UNITS = 8
+_LEFT_OUT = {
+    "test",
+    "tests",
+    "idlelib",
+    "site-packages",
+    "lib2to3",
+    "turtledemo",
+    "__pycache__",
+    "pydoc_data",
+}
+_TOPICS = "pydoc_data.topics"
+
+
+@final
+class StdlibSource(TextUnits):
+    """Documents: each help topic of `pydoc_data.topics`, each module's docstrings, each module's source."""
+
+    def check(self) -> None:
+        """Nothing can be wrong with it: it is where Python is."""
+
+    def key(self) -> str:
+        return digest("stdlib", sys.version, str(_UNITS), *(f"{p.name}{p.stat().st_size}" for p in _modules()))
+
+    def units(self) -> list[Unit]:
+        count = len(_modules())
+        bounds = [i * count // _UNITS for i in range(_UNITS + 1)]
+        return [
+            Unit(_TOPICS),
+            *(Unit("modules", a, b) for a, b in itertools.pairwise(bounds)),
+        ]
+
+    def read(self, unit: Unit) -> Iterator[str]:
+        if unit.path == _TOPICS:
+            from pydoc_data.topics import topics
+
+            yield from (text for _, text in sorted(topics.items()))
+            return
+        for path in _modules()[unit.start : unit.stop]:
+            source = path.read_text(encoding="utf-8", errors="replace")
+            prose = "\n\n".join(_docstrings(source))
+            if len(prose) > 200:
+                yield prose
+            if source.strip():
+                yield source
+
+
+def _modules() -> list[Path]:
+    """The standard library's sources, in order of their names."""
+    root = Path(sysconfig.get_path("stdlib"))
+    return sorted(p for p in root.rglob("*.py") if not _LEFT_OUT & set(p.relative_to(root).parts))
+
+
+def _docstrings(source: str) -> Iterator[str]:
+    """Each docstring of a module, its own first."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text:
+                yield text

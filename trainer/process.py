@@ -1,0 +1,25 @@
+"""Processes that die with the one that started them. Standard library only; used before torch is imported."""
+
+import ctypes
+import os
+import signal
+import sys
+
+__all__ = ["PARENT_VARIABLE", "die_with_parent"]
+
+# The starter's pid: if it died before the request below took effect, nobody would send the signal.
+PARENT_VARIABLE = "REGROW_PARENT_PID"
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Has the kernel kill this process when its parent dies, however that happens (Linux).
+
+    Args:
+        parent_pid: who should be the parent; if it is gone already, the process ends here.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        os._exit(1)
