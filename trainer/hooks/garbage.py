@@ -1,0 +1,34 @@
+"""Garbage collection at fixed steps, so that ranks do not pause at different times."""
+
+import gc
+from typing import final
+
+from trainer.hook import Hook
+from trainer.hooks.config import GarbageConfig
+from trainer.loop import Trainer
+
+__all__ = ["GarbageHook"]
+
+
+@final
+class GarbageHook(Hook):
+    """See `GarbageConfig`."""
+
+    def __init__(self, config: GarbageConfig) -> None:
+        if config.every < 1:
+            raise ValueError(f"hooks.garbage.every must be at least 1, but is {config.every}; use 50")
+        self._every = config.every
+
+    def fit_start(self, trainer: Trainer) -> None:
+        gc.collect()
+        gc.disable()
+
+    def step_end(self, trainer: Trainer) -> None:
+        if trainer.state.step % self._every == 0:
+            gc.collect(1)
+
+    def fit_end(self, trainer: Trainer) -> None:
+        gc.enable()
+
+    def on_exception(self, trainer: Trainer, error: BaseException) -> None:
+        gc.enable()

@@ -1,0 +1,69 @@
+"""`metrics.jsonl` and `samples.jsonl`."""
+
+from collections.abc import Mapping
+from typing import Any, final
+
+import numpy as np
+import torch.distributed as dist
+
+from trainer.hook import Hook
+from trainer.jsonlines import StepLog
+from trainer.loop import Trainer
+
+__all__ = ["METRICS", "SAMPLES", "MetricsHook", "SamplesHook"]
+
+METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
+
+
+@final
+class MetricsHook(Hook):
+    """Writes each step's row once, however often the run is restarted; rank 0 alone."""
+
+    def __init__(self) -> None:
+        self._log: StepLog | None = None
+
+    def fit_start(self, trainer: Trainer) -> None:
+        if trainer.context.is_main:
+            self._log = StepLog(trainer.resources.run_dir / METRICS, trainer.state.step)
+
+    def on_metrics(self, trainer: Trainer, row: Mapping[str, Any]) -> None:
+        if self._log is not None:
+            self._log.append(row)
+
+    def before_commit(self, trainer: Trainer, step: int) -> None:
+        if self._log is not None:
+            self._log.make_durable()
+
+    def fit_end(self, trainer: Trainer) -> None:
+        if self._log is not None:
+            self._log.make_durable()
+            self._log.close()
+
+
+@final
+class SamplesHook(Hook):
+    """Writes which windows each step was trained on, as the ranks really read them."""
+
+    def __init__(self) -> None:
+        self._log: StepLog | None = None
+
+    def fit_start(self, trainer: Trainer) -> None:
+        if trainer.context.is_main:
+            self._log = StepLog(trainer.resources.run_dir / SAMPLES, trainer.state.step)
+
+    def step_end(self, trainer: Trainer) -> None:
+        assert trainer.batch is not None
+        context = trainer.context
+        parts: list[Any] | None = [None] * context.world_size if context.is_main else None
+        dist.gather_object(trainer.batch.ids, parts, group=context.save_group, group_dst=0)
+        if self._log is not None and parts is not None:
+            self._log.append({"step": trainer.state.step, "ids": np.concatenate(parts).tolist()})
+
+    def before_commit(self, trainer: Trainer, step: int) -> None:
+        if self._log is not None:
+            self._log.make_durable()
+
+    def fit_end(self, trainer: Trainer) -> None:
+        if self._log is not None:
+            self._log.close()

@@ -1,0 +1,66 @@
+"""Progress for people: a bar on a terminal, plain lines elsewhere."""
+
+import logging
+import sys
+from collections.abc import Mapping
+from typing import Any, final
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from trainer.hook import Hook
+from trainer.loop import Trainer
+
+__all__ = ["ProgressHook", "format_row"]
+
+log = logging.getLogger(__name__)
+
+
+def format_row(row: Mapping[str, Any]) -> str:
+    """A row in words."""
+    text = (
+        f"loss {row['loss']:.4f}  grad_norm {row['grad_norm']:.3f}  lr {row['lr']:.2e}  "
+        f"{row['tokens_per_s']:,.0f} tokens/s"
+    )
+    if row.get("mfu") is not None:
+        text += f"  mfu {row['mfu']:.1%}"
+    if "val_loss" in row:
+        text += f"  val_loss {row['val_loss']:.4f}"
+    return text
+
+
+@final
+class ProgressHook(Hook):
+    """On rank 0.
+
+    Args:
+        every: steps between lines where there is no terminal.
+    """
+
+    def __init__(self, every: int) -> None:
+        self._every = every
+        self._progress: Progress | None = None
+
+    def fit_start(self, trainer: Trainer) -> None:
+        if not (trainer.context.is_main and sys.stderr.isatty()):
+            return
+        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+        self._progress = Progress(*columns, console=Console(stderr=True))
+        self._progress.add_task("", total=trainer.options.steps, completed=trainer.state.step)
+        self._progress.start()
+
+    def on_metrics(self, trainer: Trainer, row: Mapping[str, Any]) -> None:
+        if not trainer.context.is_main:
+            return
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], completed=row["step"], description=format_row(row))
+        elif row["step"] % self._every == 0 or row["step"] in (1, trainer.options.steps) or "val_loss" in row:
+            log.info("step %d/%d  %s", row["step"], trainer.options.steps, format_row(row))
+
+    def fit_end(self, trainer: Trainer) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def on_exception(self, trainer: Trainer, error: BaseException) -> None:
+        if self._progress is not None:
+            self._progress.stop()

@@ -1,0 +1,60 @@
+"""Keeps the run's own history in `run.json`, one attempt per start of the ranks."""
+
+from collections.abc import Mapping
+from typing import Any, final
+
+from trainer.hook import Hook
+from trainer.loop import Trainer
+from trainer.run_record import Attempt, RunRecord
+
+__all__ = ["RecordHook"]
+
+
+@final
+class RecordHook(Hook):
+    """Adds this attempt when training starts and its end when it ends; rank 0 alone.
+
+    Args:
+        attempt: what is known before the start.
+    """
+
+    def __init__(self, attempt: Attempt) -> None:
+        self._attempt = attempt
+
+    def _load(self, trainer: Trainer) -> RunRecord:
+        record = RunRecord.load(trainer.resources.run_dir)
+        assert record is not None, "the launcher writes run.json before any rank starts"
+        return record
+
+    def fit_start(self, trainer: Trainer) -> None:
+        if not trainer.context.is_main:
+            return
+        record = self._load(trainer)
+        self._attempt.lineage = record.lineages[-1].id
+        self._attempt.from_step = self._attempt.to_step = trainer.state.step
+        record.attempts.append(self._attempt)
+        record.save(trainer.resources.run_dir)
+
+    def on_metrics(self, trainer: Trainer, row: Mapping[str, Any]) -> None:
+        self._attempt.to_step = int(row["step"])
+
+    def on_committed(self, trainer: Trainer, step: int) -> None:
+        if trainer.context.is_main:
+            self._write(trainer)
+
+    def fit_end(self, trainer: Trainer) -> None:
+        if trainer.context.is_main:
+            done = trainer.state.step >= trainer.options.steps
+            self._attempt.end = "finished" if done or trainer.stop is None else trainer.stop.value
+            self._write(trainer)
+
+    def on_exception(self, trainer: Trainer, error: BaseException) -> None:
+        if trainer.context.is_main:
+            self._attempt.end, self._attempt.error = "failed", f"{type(error).__name__}: {error}"
+            self._write(trainer)
+
+    def _write(self, trainer: Trainer) -> None:
+        record = self._load(trainer)
+        if record.attempts and record.attempts[-1].started_at == self._attempt.started_at:
+            record.attempts[-1] = self._attempt
+            record.save(trainer.resources.run_dir)

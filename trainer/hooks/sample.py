@@ -1,0 +1,51 @@
+"""A sample of the model's text at the end of the run."""
+
+import logging
+from typing import final
+
+from tokenizers import Tokenizer
+
+from trainer.generate import generate
+from trainer.hook import Hook
+from trainer.hooks.config import SampleConfig
+from trainer.loop import Trainer
+
+__all__ = ["SampleHook"]
+
+log = logging.getLogger(__name__)
+
+
+@final
+class SampleHook(Hook):
+    """See `SampleConfig`. Written to `generated.txt` and to the log."""
+
+    def __init__(self, config: SampleConfig) -> None:
+        if config.tokens < 1:
+            raise ValueError(f"hooks.sample.tokens must be at least 1, but is {config.tokens}; use 64")
+        if config.temperature < 0:
+            raise ValueError(f"hooks.sample.temperature must be at least 0, but is {config.temperature}; use 0.7")
+        self._config = config
+
+    def fit_end(self, trainer: Trainer) -> None:
+        if trainer.stop is not None:
+            return
+        tokenizer = trainer.resources.tokenizer
+        with trainer.evaluating():
+            texts = [self._continue(trainer, tokenizer, prompt) for prompt in self._config.prompts]
+        if trainer.context.is_main:
+            (trainer.resources.run_dir / "generated.txt").write_text("\n\n---\n\n".join(texts) + "\n")
+            for text in texts:
+                log.info("sample: %s", text)
+
+    def _continue(self, trainer: Trainer, tokenizer: Tokenizer, prompt: str) -> str:
+        ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+        new = generate(
+            trainer.model,
+            ids,
+            tokens=self._config.tokens,
+            context=trainer.options.seq_len,
+            temperature=self._config.temperature,
+            seed=trainer.options.seed,
+            device=trainer.context.device,
+        )
+        return str(tokenizer.decode(ids + new))

@@ -1,0 +1,70 @@
+"""Loss on the validation split, the same under every layout."""
+
+import logging
+from typing import final
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from trainer.data.loader import step_batch
+from trainer.data.windows import Windows
+from trainer.hook import Hook
+from trainer.hooks.config import ValidationConfig
+from trainer.loop import Trainer
+
+__all__ = ["ValidationHook"]
+
+log = logging.getLogger(__name__)
+
+
+@final
+class ValidationHook(Hook):
+    """See `ValidationConfig`. Its result is the row's `val_loss`, in nats a token."""
+
+    def __init__(self, config: ValidationConfig) -> None:
+        if config.every < 1:
+            raise ValueError(f"hooks.validation.every must be at least 1, but is {config.every}; use 100")
+        if config.max_batches < 0:
+            raise ValueError(
+                f"hooks.validation.max_batches must be at least 0, but is {config.max_batches}; use 0 for all"
+            )
+        self._config = config
+
+    def fit_start(self, trainer: Trainer) -> None:
+        if not trainer.resources.validation and trainer.context.is_main:
+            log.warning("no document falls into the validation split: no val_loss; raise data.validation_fraction")
+
+    def validate(self, trainer: Trainer) -> None:
+        step = trainer.state.step
+        if trainer.resources.validation and (step % self._config.every == 0 or step in (1, trainer.options.steps)):
+            with trainer.evaluating():
+                loss = self._measure(trainer, trainer.resources.validation)
+            if loss is not None:
+                trainer.add_metrics(val_loss=loss)
+
+    def _measure(self, trainer: Trainer, windows: Windows) -> float | None:
+        """The mean loss; None when a rank wants to stop, which all look at after each batch."""
+        size = trainer.options.global_batch_size
+        limit = self._config.max_batches * size or len(windows)
+        count = min(len(windows), limit)
+        # Spread over the split, so that a few long documents do not stand for all of it.
+        chosen = np.arange(count) * len(windows) // count
+        total = torch.zeros((), dtype=torch.float64, device=trainer.context.device)
+        for start in range(0, count, size):
+            batch = step_batch(
+                windows,
+                chosen[start : start + size],
+                rank=trainer.context.data_rank,
+                ranks=trainer.context.layout.data_ranks,
+                micro_batch_size=trainer.resources.micro_batch_size,
+                document_mask=trainer.resources.document_mask,
+            )
+            for micro_batch in batch.micro_batches:
+                total += trainer.loss_of(micro_batch)
+            trainer.stop = trainer.stop or trainer.agree_on_stop()
+            if trainer.stop is not None:
+                return None
+        if trainer.context.world_size > 1:
+            dist.all_reduce(total)
+        return float(total.item()) / (count * trainer.options.seq_len)

@@ -1,0 +1,117 @@
+"""Weights & Biases. The only file that imports wandb, and only in a thread of its own: whatever happens there
+neither stops nor slows training.
+"""
+
+import logging
+import queue
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, final
+
+from trainer.config import WandbConfig
+from trainer.hook import Hook
+from trainer.hooks.metrics import METRICS
+from trainer.jsonlines import read_rows
+from trainer.loop import Trainer
+from trainer.run_record import RunRecord
+
+__all__ = ["WandbHook", "unacknowledged_from"]
+
+log = logging.getLogger(__name__)
+
+_FINISH_TIMEOUT_S = 60.0
+_STEP = "train/global_step"
+
+
+def unacknowledged_from(record: RunRecord) -> int:
+    """The first step that W&B may lack: where the oldest of the latest unclean attempts began.
+
+    An attempt that ended by itself has handed everything over; one that was killed may have lost its last rows.
+    """
+    first: int | None = None
+    for attempt in reversed(record.attempts):
+        if attempt.end is not None:
+            break
+        first = attempt.from_step if first is None else min(first, attempt.from_step)
+    return (first + 1) if first is not None else 1 << 62
+
+
+@final
+class WandbHook(Hook):
+    """One W&B run for the whole life of a run, on rank 0.
+
+    Args:
+        config: see `WandbConfig`.
+        name: the run's name.
+        settings: the whole config as plain values.
+        group: the sweep, if any.
+    """
+
+    def __init__(self, config: WandbConfig, name: str, settings: dict[str, Any], group: str | None) -> None:
+        self._config = config
+        self._name = name
+        self._settings = settings
+        self._group = config.group or group
+        self._queue: queue.SimpleQueue[Mapping[str, Any] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def fit_start(self, trainer: Trainer) -> None:
+        if not trainer.context.is_main:
+            return
+        run_dir = trainer.resources.run_dir
+        record = RunRecord.load(run_dir)
+        assert record is not None
+        first = unacknowledged_from(record)
+        for row in read_rows(run_dir / METRICS):
+            if first <= row["step"] <= trainer.state.step:
+                self._queue.put(row)
+        self._thread = threading.Thread(target=self._work, args=(run_dir, record.run_id), name="wandb", daemon=True)
+        self._thread.start()
+
+    def on_metrics(self, trainer: Trainer, row: Mapping[str, Any]) -> None:
+        if self._thread is not None:
+            self._queue.put(row)
+
+    def fit_end(self, trainer: Trainer) -> None:
+        self._finish()
+
+    def on_exception(self, trainer: Trainer, error: BaseException) -> None:
+        self._finish()
+
+    def _finish(self) -> None:
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join(_FINISH_TIMEOUT_S)
+            if self._thread.is_alive():
+                log.warning("W&B did not finish within %.0f s; going on without it", _FINISH_TIMEOUT_S)
+
+    def _rows(self) -> Iterator[Mapping[str, Any]]:
+        while (row := self._queue.get()) is not None:
+            yield row
+
+    def _work(self, run_dir: Path, run_id: str) -> None:
+        try:
+            import wandb
+
+            run = wandb.init(
+                project=self._config.project,
+                entity=self._config.entity,
+                group=self._group,
+                tags=list(self._config.tags),
+                mode=self._config.mode.value,
+                id=run_id,
+                name=self._name,
+                config=self._settings,
+                dir=str(run_dir),
+                resume="allow",
+                settings=wandb.Settings(console="off", silent=True),
+            )
+            run.define_metric(_STEP)
+            run.define_metric("*", step_metric=_STEP)
+            for row in self._rows():
+                values = {f"train/{k}": v for k, v in row.items() if k != "step" and v is not None}
+                run.log({_STEP: row["step"], **values})
+            run.finish()
+        except Exception as error:
+            log.warning("W&B failed (%s: %s); training goes on without it", type(error).__name__, error)

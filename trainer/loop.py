@@ -1,0 +1,352 @@
+"""The training loop.
+
+restore                          # CheckpointHook: resume, load_step, initial load, or fresh; said in one banner
+fit_start
+for step in steps:
+    step_start
+    for microbatch: forward, backward
+    before_optimizer_step        # CheckpointHook: waits until the last snapshot is staged
+    clip, optimizer.step         # skipped on the device when gradients are not finite
+    validate                     # when due
+    step_end                     # samples written; CheckpointHook: save policy, snapshot
+    on_metrics(row)              # of the step before: what the device holds is read one step late
+      before_commit, on_committed(step)   # as snapshots become durable
+fit_end
+on_exception                     # no save, no collectives
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, final
+
+import torch
+import torch.distributed as dist
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from models.base import LanguageModel
+from trainer.data.loader import MicroBatch, Prefetcher, StepBatch
+from trainer.data.windows import Windows
+from trainer.device import memory_gib, peak_flops, seed_everything
+from trainer.hook import Hook
+from trainer.loss import attention_mask, summed_cross_entropy
+from trainer.optimizer import Optimizer, global_grad_norm
+from trainer.parallel.apply import reshard
+from trainer.parallel.context import ParallelContext
+from trainer.schedules.base import Schedule
+from trainer.state import TrainState
+
+__all__ = ["FitResult", "NonFiniteLossError", "Resources", "StopReason", "Trainer", "TrainerOptions"]
+
+log = logging.getLogger(__name__)
+
+
+class StopReason(Enum):
+    """Why the loop ended."""
+
+    finished = "finished"
+    terminated = "terminated"
+    preempted = "preempted"
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss is not a number or infinite; going on would only repeat it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainerOptions:
+    """Numbers that the loop needs.
+
+    Attributes:
+        seed: the run's seed.
+        steps: optimizer steps in total.
+        lr: the schedule's peak.
+        grad_clip: largest global gradient norm, 0 for none.
+        global_batch_size: sequences a step over all ranks.
+        seq_len: tokens a sequence.
+    """
+
+    seed: int
+    steps: int
+    lr: float
+    grad_clip: float
+    global_batch_size: int
+    seq_len: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resources:
+    """What hooks may need of the run beside the trainer itself.
+
+    Attributes:
+        run_dir: the run's directory.
+        tokenizer: of the data.
+        validation: the held-out windows; may be empty.
+        micro_batch_size: rows of a forward pass.
+        document_mask: whether attention stays within documents.
+    """
+
+    run_dir: Path
+    tokenizer: Tokenizer
+    validation: Windows
+    micro_batch_size: int
+    document_mask: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FitResult:
+    """How the loop ended."""
+
+    reason: StopReason
+    step: int
+
+
+@dataclass(kw_only=True, slots=True)
+class _Pending:
+    """A step whose results are still on the device.
+
+    Attributes:
+        agreed: float64 on the device, summed over ranks: `_AGREED` names its slots.
+        grad_norm: scalar on the device.
+        row: what the host knows already.
+        ids: the windows of the global batch.
+    """
+
+    step: int
+    agreed: Tensor
+    grad_norm: Tensor
+    row: dict[str, Any]
+    ids: Sequence[int] = field(default_factory=list)
+
+
+# What ranks agree on with one reduction a step: the loss' sum, requests to stop, and rank 0's clock.
+_AGREED = ("loss_sum", "terminate", "preempt", "seconds_since_save")
+
+
+@final
+class Trainer:
+    """Trains a model; everything optional is a hook.
+
+    Args:
+        options: see `TrainerOptions`.
+        resources: see `Resources`.
+        context: this rank's place.
+        model: parallelised and initialised.
+        optimizer: over its parameters.
+        schedule: learning-rate factor.
+        make_batches: given samples consumed, this rank's batches from there on.
+        hooks: in the order in which their methods run.
+        state: at the start of a fresh run.
+        stop_requested: this rank's own wish to stop, looked at once a step.
+    """
+
+    def __init__(
+        self,
+        *,
+        options: TrainerOptions,
+        resources: Resources,
+        context: ParallelContext,
+        model: LanguageModel,
+        optimizer: Optimizer,
+        schedule: Schedule,
+        make_batches: Callable[[int], Prefetcher],
+        hooks: Sequence[Hook],
+        state: TrainState,
+        stop_requested: Callable[[], StopReason | None],
+    ) -> None:
+        self.options = options
+        self.resources = resources
+        self.context = context
+        self.model = model
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.hooks = list(hooks)
+        self.state = state
+        self.stop: StopReason | None = None
+        self.seconds_since_save = 0.0
+        self.last_save_clock = time.monotonic()
+        self.batch: StepBatch | None = None
+        self.measured: dict[str, float] = {}
+        self._make_batches = make_batches
+        self._stop_requested = stop_requested
+        self._pending: _Pending | None = None
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._peak = peak_flops(context.device)
+        self._flops = model.flops_per_token(options.seq_len)
+
+    def fit(self) -> FitResult:
+        """Trains until `options.steps` or until asked to stop.
+
+        Raises:
+            NonFiniteLossError: the loss is not finite.
+        """
+        batches: Prefetcher | None = None
+        try:
+            self._call("restore")
+            self._call("fit_start")
+            self.stop = self.agree_on_stop()
+            batches = self._make_batches(self.state.samples_consumed)
+            while self.state.step < self.options.steps and self.stop is None:
+                self._step(batches)
+            self.flush()
+            self._call("fit_end")
+        except BaseException as error:
+            for hook in self.hooks:
+                hook.on_exception(self, error)
+            raise
+        finally:
+            if batches is not None:
+                batches.close()
+        done = self.state.step >= self.options.steps
+        reason = StopReason.finished if done else (self.stop or StopReason.finished)
+        return FitResult(reason=reason, step=self.state.step)
+
+    def _call(self, event: str) -> None:
+        for hook in self.hooks:
+            getattr(hook, event)(self)
+
+    def _step(self, batches: Prefetcher) -> None:
+        """One optimizer step, after which the row of the step before is complete."""
+        started = time.perf_counter()
+        self.batch = next(batches)
+        data_wait_s = time.perf_counter() - started
+        self.measured = {}
+        self._call("step_start")
+        loss_sum, tokens = self._forward_backward(self.batch)
+        self._call("before_optimizer_step")
+        lr, grad_norm = self._update()
+        previous, self._pending = self._pending, self._publish(loss_sum, grad_norm, lr)
+        # Reading the step before keeps the host one step ahead of the device and no further, so that host
+        # time is device time.
+        self._settle(previous)
+        self._add_timing(time.perf_counter() - started, data_wait_s, tokens)
+        self._call("validate")
+        self._call("step_end")
+
+    def _forward_backward(self, batch: StepBatch) -> tuple[Tensor, int]:
+        """Gradients of the mean loss over the global batch; returns this rank's summed loss, on the device."""
+        device = self.context.device
+        # Every label of a fixed window counts, so the global number needs no communication.
+        tokens = self.options.global_batch_size * self.options.seq_len
+        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        for index, micro_batch in enumerate(batch.micro_batches):
+            seed_everything(self.options.seed, self.state.step, index, self.context.data_rank)
+            loss = self.loss_of(micro_batch)
+            (loss / tokens).backward()  # type: ignore[no-untyped-call]
+            loss_sum += loss.detach()
+        return loss_sum, tokens
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """For forward passes that are not training; afterwards the parameters are as they were."""
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            reshard(self.model)
+            self.model.train()
+
+    def loss_of(self, micro_batch: MicroBatch) -> Tensor:
+        """The summed loss of a micro-batch, on the device."""
+        device = self.context.device
+        tokens = micro_batch.tokens.to(device, non_blocking=True)
+        labels = micro_batch.labels.to(device, non_blocking=True)
+        documents = micro_batch.documents
+        mask = None if documents is None else attention_mask(documents.to(device, non_blocking=True))
+        return summed_cross_entropy(self.model(tokens, mask), labels)
+
+    def _update(self) -> tuple[float, Tensor]:
+        """Clips and steps; where the norm is not finite nothing changes, and the host need not know yet."""
+        grad_norm = global_grad_norm(self._parameters)
+        clip = self.options.grad_clip
+        scale = (grad_norm / clip).clamp(min=1.0) if clip > 0 else torch.ones_like(grad_norm)
+        skip = (~grad_norm.isfinite()).to(torch.float32)
+        step = self.state.step + 1 - self.state.schedule_origin
+        lr = self.options.lr * self.schedule.factor(step, self.state.schedule_total)
+        self.optimizer.step(lr, scale, skip)
+        self.optimizer.zero_grad()
+        self.state.step += 1
+        self.state.samples_consumed += self.options.global_batch_size
+        self.state.tokens += self.options.global_batch_size * self.options.seq_len
+        return lr, grad_norm
+
+    def _publish(self, loss_sum: Tensor, grad_norm: Tensor, lr: float) -> _Pending:
+        """Starts the step's one small reduction."""
+        wish = self._stop_requested()
+        clock = time.monotonic() - self.last_save_clock if self.context.is_main else 0.0
+        wishes = [float(wish is StopReason.terminated), float(wish is StopReason.preempted), clock]
+        others = torch.tensor(wishes, dtype=torch.float64).to(loss_sum.device, non_blocking=True)
+        agreed = torch.cat([loss_sum.reshape(1), others])
+        if self.context.world_size > 1:
+            dist.all_reduce(agreed)
+        row = {"lr": lr, "tokens": self.state.tokens}
+        assert self.batch is not None
+        return _Pending(
+            step=self.state.step,
+            agreed=agreed,
+            grad_norm=grad_norm,
+            row=row,
+            ids=self.batch.global_ids.tolist(),
+        )
+
+    def add_metrics(self, **values: float) -> None:
+        """Adds what a hook measured to the row of the step just done; save policies see it too."""
+        assert self._pending is not None
+        self._pending.row |= values
+        self.measured |= values
+
+    def flush(self) -> None:
+        """Completes the row of the step just done, waiting for the device."""
+        pending, self._pending = self._pending, None
+        self._settle(pending)
+
+    def _settle(self, pending: _Pending | None) -> None:
+        """Reads a step's results from the device, hands its row on, and acts on what ranks agreed."""
+        if pending is None:
+            return
+        values = dict(zip(_AGREED, pending.agreed.tolist(), strict=True))
+        loss = values["loss_sum"] / (self.options.global_batch_size * self.options.seq_len)
+        if not math.isfinite(loss):
+            ids = ", ".join(str(i) for i in pending.ids)
+            raise NonFiniteLossError(f"the loss of step {pending.step} is {loss}; its sample ids were {ids}")
+        self.seconds_since_save = values["seconds_since_save"]
+        self.stop = self.stop or _stop_of(values)
+        row = {"step": pending.step, "loss": loss, "grad_norm": pending.grad_norm.item(), **pending.row}
+        for hook in self.hooks:
+            hook.on_metrics(self, row)
+
+    def _add_timing(self, step_time_s: float, data_wait_s: float, tokens: int) -> None:
+        assert self._pending is not None
+        per_s, peak = tokens / step_time_s, self._peak
+        self._pending.row |= {
+            "tokens_per_s": per_s,
+            "step_time_s": step_time_s,
+            "data_wait_s": data_wait_s,
+            "memory_gib": memory_gib(self.context.device),
+            "mfu": None if peak is None else per_s * self._flops / (peak * self.context.world_size),
+        }
+
+    def agree_on_stop(self) -> StopReason | None:
+        """Asks all ranks whether one wants to stop; waits for the answer."""
+        wish = self._stop_requested()
+        flags = torch.tensor(
+            [float(wish is StopReason.terminated), float(wish is StopReason.preempted)],
+            dtype=torch.float64,
+            device=self.context.device,
+        )
+        if self.context.world_size > 1:
+            dist.all_reduce(flags)
+        return _stop_of(dict(zip(("terminate", "preempt"), flags.tolist(), strict=True)))
+
+
+def _stop_of(values: dict[str, float]) -> StopReason | None:
+    if values["preempt"] > 0:
+        return StopReason.preempted
+    return StopReason.terminated if values["terminate"] > 0 else None

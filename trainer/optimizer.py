@@ -1,0 +1,165 @@
+"""The optimizer, on each rank's own shards.
+
+AdamW is elementwise, so it runs on the local tensors behind DTensors: no dispatch per tensor, and parameters
+of different meshes can share one fused call. State is named by parameter, never by position.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+from torch.optim.adamw import adamw
+
+from models.base import LanguageModel
+from trainer.config import AdamWConfig
+
+__all__ = ["AdamW", "Optimizer", "global_grad_norm"]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _like(local: Tensor, parameter: nn.Parameter) -> Tensor:
+    """`local` as the same kind of shard as `parameter`."""
+    if not isinstance(parameter, DTensor):
+        return local
+    return DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+class Optimizer(ABC):
+    """Updates a model's parameters in place from their gradients."""
+
+    @abstractmethod
+    def step(self, lr: float, grad_scale: Tensor, skip: Tensor) -> None:
+        """One update.
+
+        Args:
+            lr: the learning rate of this step.
+            grad_scale: scalar on the device; gradients are divided by it (clipping).
+            skip: scalar on the device; 1 leaves everything as it is, without the host looking.
+        """
+
+    @abstractmethod
+    def zero_grad(self) -> None:
+        """Forgets the gradients."""
+
+    @abstractmethod
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The state to save and load in place, by `state.<parameter>.<part>`."""
+
+
+@final
+class AdamW(Optimizer):
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with torch's fused kernel.
+
+    Args:
+        config: see `AdamWConfig`.
+        model: its parameters must have their memory already.
+    """
+
+    def __init__(self, config: AdamWConfig, model: LanguageModel) -> None:
+        self.check(config)
+        self.config = config
+        self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._decayed = {n: model.decays(n) for n in self._parameters}
+        with torch.no_grad():
+            self._exp_avg = {n: torch.zeros_like(_local(p)) for n, p in self._parameters.items()}
+            self._exp_avg_sq = {n: torch.zeros_like(_local(p)) for n, p in self._parameters.items()}
+            self._steps = {
+                n: torch.zeros((), dtype=torch.float32, device=p.device) for n, p in self._parameters.items()
+            }
+
+    @staticmethod
+    def check(config: AdamWConfig) -> None:
+        """Raises ValueError where a field is out of its range."""
+        rules = {
+            "lr": (config.lr >= 0, "at least 0", "3e-4"),
+            "weight_decay": (config.weight_decay >= 0, "at least 0", "0.1"),
+            "beta1": (0 <= config.beta1 < 1, "within 0 and 1 (1 excluded)", "0.9"),
+            "beta2": (0 <= config.beta2 < 1, "within 0 and 1 (1 excluded)", "0.95"),
+            "eps": (config.eps > 0, "above 0", "1e-8"),
+        }
+        for name, (holds, rule, remedy) in rules.items():
+            if not holds:
+                raise ValueError(f"optimizer.{name} must be {rule}, but is {getattr(config, name)}; use {remedy}")
+
+    @torch.no_grad()
+    def step(self, lr: float, grad_scale: Tensor, skip: Tensor) -> None:
+        for decayed in (True, False):
+            names = [n for n, p in self._parameters.items() if self._decayed[n] is decayed and p.grad is not None]
+            if names:
+                self._step_group(names, lr, self.config.weight_decay if decayed else 0.0, grad_scale, skip)
+
+    def _step_group(self, names: list[str], lr: float, weight_decay: float, grad_scale: Tensor, skip: Tensor) -> None:
+        grads = [p.grad for p in (self._parameters[n] for n in names) if p.grad is not None]
+        adamw(
+            [_local(self._parameters[n]) for n in names],
+            [_local(g) for g in grads],
+            [self._exp_avg[n] for n in names],
+            [self._exp_avg_sq[n] for n in names],
+            [],
+            [self._steps[n] for n in names],
+            fused=True,
+            grad_scale=grad_scale,
+            found_inf=skip,
+            amsgrad=False,
+            beta1=self.config.beta1,
+            beta2=self.config.beta2,
+            lr=lr,
+            weight_decay=weight_decay,
+            eps=self.config.eps,
+            maximize=False,
+        )
+
+    def zero_grad(self) -> None:
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self._parameters.items():
+            tensors[f"state.{name}.exp_avg"] = _like(self._exp_avg[name], parameter)
+            tensors[f"state.{name}.exp_avg_sq"] = _like(self._exp_avg_sq[name], parameter)
+            tensors[f"state.{name}.step"] = self._steps[name]
+        return tensors
+
+
+@torch.no_grad()
+def global_grad_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """The L2 norm of all gradients over all ranks, a float32 scalar on the device.
+
+    Shards are summed over the axes that they are sharded on, replicas counted once.
+    """
+    groups: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is None:
+            continue
+        axes: tuple[dist.ProcessGroup, ...] = ()
+        if isinstance(parameter, DTensor):
+            mesh = parameter.device_mesh
+            axes = tuple(
+                mesh.get_group(i)
+                for i, placement in enumerate(parameter.placements)
+                if isinstance(placement, Shard) and mesh.size(i) > 1
+            )
+        groups.setdefault(axes, []).append(_local(parameter.grad))
+    totals = []
+    for axes, grads in groups.items():
+        norms = torch.stack(torch._foreach_norm(grads, 2))
+        total = norms.to(torch.float64).square().sum()
+        for group in axes:
+            dist.all_reduce(total, group=group)
+        totals.append(total)
+    return torch.stack(totals).sum().sqrt().to(torch.float32)

@@ -1,0 +1,79 @@
+"""This rank's place: process groups, mesh, device."""
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from trainer.parallel.layout import Layout
+
+__all__ = ["ParallelContext", "close_parallel", "open_parallel"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelContext:
+    """What a rank needs to know of the others.
+
+    Attributes:
+        layout: the degrees.
+        mesh: axes `dp_replicate` and `dp_shard`.
+        device: where this rank computes.
+        save_group: gloo, over all ranks, apart from the training's traffic.
+        rank: among all.
+    """
+
+    layout: Layout
+    mesh: DeviceMesh
+    device: torch.device
+    save_group: dist.ProcessGroup
+    rank: int
+
+    @property
+    def world_size(self) -> int:
+        """All ranks."""
+        return self.layout.world_size
+
+    @property
+    def data_rank(self) -> int:
+        """This rank among those that read different data."""
+        return self.rank
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes what is written once per run."""
+        return self.rank == 0
+
+
+def open_parallel(layout: Layout, device_type: str, timeout_s: float) -> ParallelContext:
+    """Joins the process groups, with the rank from torchrun's variables, or alone where they are not set.
+
+    Args:
+        layout: the degrees.
+        device_type: `cpu` (gloo) or `cuda` (nccl).
+        timeout_s: after which a collective that hangs is an error.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if device_type == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    timeout = datetime.timedelta(seconds=timeout_s)
+    backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
+    if layout.world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
+    mesh = init_device_mesh(
+        device.type, (layout.dp_replicate, layout.dp_shard), mesh_dim_names=("dp_replicate", "dp_shard")
+    )
+    save_group = dist.new_group(backend="gloo", timeout=timeout)
+    return ParallelContext(layout=layout, mesh=mesh, device=device, save_group=save_group, rank=rank)
+
+
+def close_parallel() -> None:
+    """Leaves the process groups."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,120 @@
+"""`run.json`: what a run is and what happened to it."""
+
+import secrets
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from checkpoint.files import read_json, write_json
+from checkpoint.lineage import Lineage, LoadRequest, Origin
+
+__all__ = ["Attempt", "RunRecord", "new_id"]
+
+FILE = "run.json"
+FORMAT = 1
+
+
+def new_id() -> str:
+    """Eight random letters and digits, as W&B likes its run ids."""
+    alphabet = "abcdefghijklmnopqrstuvwxyz0123456789"
+    return "".join(secrets.choice(alphabet) for _ in range(8))
+
+
+@dataclass(kw_only=True, slots=True)
+class Attempt:
+    """One start of the ranks.
+
+    Attributes:
+        started_at: seconds since 1970, for people; nothing is decided by it.
+        lineage: the lineage it worked on.
+        job: the scheduler's job id, if any.
+        host: of rank 0.
+        layout: degrees.
+        threads: per rank; results are bitwise the same only with the same number.
+        from_step: continued from here.
+        to_step: reached, as far as it could tell.
+        end: `finished`, `terminated`, `preempted`, `failed`, or None while it runs or when it was killed.
+        error: the failure's message.
+        versions: of the software.
+    """
+
+    started_at: float = field(default_factory=time.time)
+    lineage: str = ""
+    job: str | None = None
+    host: str = ""
+    layout: dict[str, int] = field(default_factory=dict)
+    threads: int = 0
+    from_step: int = 0
+    to_step: int = 0
+    end: str | None = None
+    error: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True, slots=True)
+class RunRecord:
+    """The file's content.
+
+    Attributes:
+        run_id: also Weights & Biases' id.
+        lineages: oldest first; the last is the current one.
+        attempts: oldest first.
+        changes: hyperparameters changed on resume, with the step.
+        data_fingerprint: of the corpus and its tokenizer.
+    """
+
+    run_id: str = field(default_factory=new_id)
+    lineages: list[Lineage] = field(default_factory=list)
+    attempts: list[Attempt] = field(default_factory=list)
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    data_fingerprint: str = ""
+
+    def save(self, run_dir: Path) -> None:
+        """Replaces the file, durably."""
+        body = {
+            "format": FORMAT,
+            "run_id": self.run_id,
+            "data_fingerprint": self.data_fingerprint,
+            "lineages": [
+                {**asdict(x), "origin": x.origin.value, "request": asdict(x.request)} for x in self.lineages
+            ],
+            "attempts": [asdict(a) for a in self.attempts],
+            "changes": self.changes,
+        }
+        write_json(run_dir / FILE, body)
+
+    @classmethod
+    def load(cls, run_dir: Path) -> "RunRecord | None":
+        """Reads the file; None where there is no run yet.
+
+        Raises:
+            ValueError: written by another version.
+        """
+        try:
+            body = read_json(run_dir / FILE)
+        except FileNotFoundError:
+            return None
+        if body.get("format") != FORMAT:
+            raise ValueError(
+                f"{run_dir / FILE} has format {body.get('format')}, but this version reads {FORMAT}; upgrade regrow"
+            )
+        return cls(
+            run_id=body["run_id"],
+            lineages=[_lineage(x) for x in body["lineages"]],
+            attempts=[Attempt(**a) for a in body["attempts"]],
+            changes=body["changes"],
+            data_fingerprint=body["data_fingerprint"],
+        )
+
+
+def _lineage(values: dict[str, Any]) -> Lineage:
+    request = dict(values["request"])
+    request["exclude"] = tuple(request["exclude"])
+    return Lineage(
+        id=values["id"],
+        origin=Origin(values["origin"]),
+        origin_step=values["origin_step"],
+        parent=values["parent"],
+        request=LoadRequest(**request),
+    )

@@ -1,0 +1,53 @@
+"""The part of a run's state that is not a tensor of the model or the optimizer."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+__all__ = ["TrainState"]
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainState:
+    """Everything else is a function of the config and this.
+
+    Attributes:
+        step: optimizer steps done.
+        samples_consumed: position in the global order of samples.
+        tokens: labels trained on.
+        schedule_origin: the step at which the learning-rate schedule began.
+        schedule_total: the steps that the schedule spans.
+        best: the best value of each tracked metric.
+    """
+
+    step: int = 0
+    samples_consumed: int = 0
+    tokens: int = 0
+    schedule_origin: int = 0
+    schedule_total: int = 0
+    best: dict[str, float] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "TrainState":
+        """The inverse of `as_json`."""
+        return cls(**values)
+
+    def without(self, exclude: tuple[str, ...], *, schedule_total: int) -> "TrainState":
+        """This state, freshly loaded, with the excluded parts as they start.
+
+        Leaving out `lr_scheduler` begins the schedule at this step; leaving out `data_loader` begins the order
+        of samples anew.
+
+        Args:
+            exclude: names of parts.
+            schedule_total: the steps that a schedule begun here would span.
+        """
+        state = TrainState.from_json(self.as_json())
+        if "lr_scheduler" in exclude:
+            state.schedule_origin, state.schedule_total = self.step, schedule_total
+        if "data_loader" in exclude:
+            state.samples_consumed = 0
+        return state
