@@ -1,0 +1,99 @@
+"""From typed config to objects."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from checkpoint.config import CheckpointConfig
+from checkpoint.policy import EveryNSteps, FirstStep, LastStep, OnStop, SavePolicy
+from checkpoint.retention import KeepLatest, RetentionRule
+from launch.schema import Config, Logger
+from launch.targets import resolve_target
+from models.base import LanguageModel
+from trainer.data.source import Source
+from trainer.hook import Hook
+from trainer.schedules.base import Schedule
+
+__all__ = [
+    "build_hooks",
+    "build_model",
+    "build_optimizer_class",
+    "build_schedule",
+    "build_source",
+    "policies",
+    "rules",
+    "tracked_metrics",
+]
+
+
+def build_model(config: Config) -> LanguageModel:
+    """The model, on whatever torch's default device is."""
+    model: LanguageModel = resolve_target(config.model._target_, "model")(config.model)
+    return model
+
+
+def build_source(config: Config) -> Source:
+    """The data source."""
+    source: Source = resolve_target(config.data._target_, "data")(config.data)
+    return source
+
+
+def build_schedule(config: Config) -> Schedule:
+    """The learning-rate schedule; raises ValueError for bad fields."""
+    schedule: Schedule = resolve_target(config.scheduler._target_, "scheduler")(config.scheduler)
+    return schedule
+
+
+def build_optimizer_class(config: Config) -> Any:
+    """The optimizer's class, called with (config, model); raises ValueError for bad fields."""
+    kind = resolve_target(config.optimizer._target_, "optimizer")
+    kind.check(config.optimizer)
+    return kind
+
+
+def build_hooks(config: Config) -> list[Hook]:
+    """The optional hooks, in the order of the config."""
+    return [
+        resolve_target(hook._target_, f"hooks.{name}")(hook) for name, hook in config.hooks.items() if hook.enabled
+    ]
+
+
+def policies(config: CheckpointConfig) -> list[SavePolicy]:
+    """Reasons to save; none where nothing is to be saved."""
+    if not config.enable or config.load_only:
+        return []
+    found: list[SavePolicy] = [EveryNSteps(config.interval), LastStep(), OnStop()]
+    if config.enable_first_step_checkpoint:
+        found.append(FirstStep())
+    for name, policy in config.save_policies.items():
+        found.append(resolve_target(policy._target_, f"checkpoint.save_policies.{name}")(policy))
+    return found
+
+
+def rules(config: CheckpointConfig) -> list[RetentionRule]:
+    """Reasons to keep a step."""
+    found: list[RetentionRule] = [KeepLatest(config.keep_latest_k)]
+    for name, rule in config.retention_rules.items():
+        found.append(resolve_target(rule._target_, f"checkpoint.retention_rules.{name}")(rule))
+    return found
+
+
+def tracked_metrics(config: CheckpointConfig) -> dict[str, bool]:
+    """Metrics whose best value is remembered, and whether lower is better."""
+    tracked = {"val_loss": True}
+    named: Sequence[Any] = [*config.save_policies.values(), *config.retention_rules.values()]
+    for item in named:
+        best = getattr(item, "best", None)
+        if best is not None:
+            tracked[best.metric] = best.lower_is_better
+    return tracked
+
+
+def uses_wandb(config: Config) -> bool:
+    """Whether metrics go to Weights & Biases too."""
+    return config.logger is Logger.wandb
+
+
+def checkpoint_folder(config: Config, run_dir: Path) -> Path:
+    """Where the run's steps lie."""
+    return run_dir / config.checkpoint.folder

@@ -1,0 +1,110 @@
+"""What makes a run the run it is: names, hashes, and comparing a command with what is stored. Pure."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Difference", "compare", "config_hash", "flatten", "is_free", "name_from_overrides"]
+
+# Fields by prefix. Identity may never change; hyperparameters only when allowed by name; the rest is free.
+_HYPERPARAMETERS = ("optimizer.", "scheduler.", "precision.", "train.grad_clip")
+_IDENTITY = ("model.", "data.", "seed")
+_FREE = (
+    "data.cache",
+    "data.workers",
+    "data.prefetch",
+    "data.micro_batch_size",
+    "data.log_samples",
+    "model._target_",
+    "data._target_",
+)
+# Where data lies is part of a run's default name, but what is compared is its fingerprint.
+_LOCATIONS = ("data.files", "data.path", "data.tokenizer")
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One field that is not what it was."""
+
+    name: str
+    stored: Any
+    given: Any
+
+    def __str__(self) -> str:
+        return f"{self.name} is {self.given!r}, but the run has {self.stored!r}"
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _has_prefix(name: str, prefixes: Iterable[str]) -> bool:
+    return any(name.startswith(p) if p.endswith(".") else name == p or name.startswith(f"{p}.") for p in prefixes)
+
+
+def is_identity(name: str) -> bool:
+    """Whether a field may never differ within a run."""
+    return _has_prefix(name, _IDENTITY) and not _has_prefix(name, _FREE)
+
+
+def is_hyperparameter(name: str) -> bool:
+    """Whether a field may differ only when it is allowed by name."""
+    return _has_prefix(name, _HYPERPARAMETERS)
+
+
+def is_free(name: str) -> bool:
+    """Whether a field (or group) may change at any time; such fields are in no name and no hash."""
+    return (
+        not is_identity(f"{name}.")
+        and not is_identity(name)
+        and not is_hyperparameter(f"{name}.")
+        and not is_hyperparameter(name)
+    )
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """Eight hex digits over identity and hyperparameters."""
+    chosen = {k: v for k, v in flatten(config).items() if is_identity(k) or is_hyperparameter(k)}
+    canonical = json.dumps(chosen, sort_keys=True, default=str)
+    return hashlib.blake2b(canonical.encode(), digest_size=4).hexdigest()
+
+
+def compare(stored: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[list[Difference], list[Difference]]:
+    """What differs: (identity, hyperparameters). Fields that the stored config does not know are new and equal."""
+    old, new = flatten(stored), flatten(given)
+    identity, hyperparameters = [], []
+    for name, value in sorted(new.items()):
+        if name not in old or old[name] == value or _has_prefix(name, _LOCATIONS):
+            continue
+        difference = Difference(name, old[name], value)
+        if is_identity(name):
+            identity.append(difference)
+        elif is_hyperparameter(name):
+            hyperparameters.append(difference)
+    return identity, hyperparameters
+
+
+def name_from_overrides(model_name: str, overrides: Sequence[tuple[str, Any]]) -> str | None:
+    """A run's name in a sweep: the model and the overrides that are not free; None where none is left.
+
+    Args:
+        model_name: `model.name`.
+        overrides: (key, canonical value) in the order given.
+    """
+    parts = [f"{key}={value}" for key, value in sorted(overrides) if not is_free(key)]
+    if not parts:
+        return None
+    text = re.sub(r"[^\w.,=+-]", "_", ",".join(parts))
+    if len(text) > 160:
+        text = f"{text[:140]}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
+    return f"{model_name}-{text}"

@@ -1,0 +1,104 @@
+"""Starting a run's ranks on this machine with torch's own elastic agent."""
+
+import dataclasses
+import logging
+import os
+import pickle
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig as ElasticConfig
+from torch.distributed.launcher.api import elastic_launch
+
+from launch.signals import SIGNALS
+from launch.worker import OUTCOME, Outcome, RankSpec, read_outcome
+from trainer.process import PARENT_VARIABLE
+
+__all__ = ["run_local"]
+
+log = logging.getLogger(__name__)
+
+# How long the other ranks may take to end after one died, before they are killed.
+_SHUTDOWN_S = 10
+
+
+def run_local(spec: RankSpec) -> Outcome:
+    """Starts the ranks, passes signals on to them, restarts them as often as allowed, and says how it ended."""
+    (spec.run_dir / OUTCOME).unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(prefix="regrow-") as folder:
+        spec_file = Path(folder) / "spec"
+        with spec_file.open("wb") as out:
+            pickle.dump(spec, out)
+        os.environ[PARENT_VARIABLE] = str(os.getpid())
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        previous = {number: signal.getsignal(number) for number in SIGNALS}
+        stopping = _pass_signals_on()
+        try:
+            # -P keeps the working directory off the path: it may hold folders named like our packages.
+            elastic_launch(_elastic_config(spec, folder), sys.executable)(
+                "-P", "-u", "-m", "launch.worker", str(spec_file)
+            )
+        except ChildFailedError as error:
+            return _failure(spec, error, stopping)
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            os.environ.pop(PARENT_VARIABLE, None)
+    return read_outcome(spec.run_dir) or Outcome(kind="failed", step=0, message="the ranks left no stop record")
+
+
+def _elastic_config(spec: RankSpec, folder: str) -> ElasticConfig:
+    known = {f.name for f in dataclasses.fields(ElasticConfig)}
+    options: dict[str, Any] = {
+        "min_nodes": 1,
+        "max_nodes": 1,
+        "nproc_per_node": spec.layout.world_size,
+        "logs_specs": DefaultLogsSpecs(log_dir=f"{folder}/elastic"),
+        "run_id": f"regrow-{os.getpid()}",
+        "role": "rank",
+        "rdzv_backend": "c10d",
+        "rdzv_endpoint": "127.0.0.1:0",
+        "rdzv_configs": {"is_host": True},
+        "local_addr": "127.0.0.1",
+        "max_restarts": spec.config.launch.max_restarts,
+        "monitor_interval": 0.1,
+        # TERM, INT and USR2 are ours; the agent would turn them into a kill.
+        "signals_to_handle": "SIGHUP,SIGQUIT",
+        "shutdown_timeout": _SHUTDOWN_S,
+    }
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = options["signals_to_handle"]
+    return ElasticConfig(**{name: value for name, value in options.items() if name in known})
+
+
+def _pass_signals_on() -> list[int]:
+    """Sends what this process receives to the ranks, which save and end; returns the list of what came."""
+    received: list[int] = []
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        again = received.count(signal.SIGINT) > 1
+        for child in psutil.Process().children():
+            if "launch.worker" in child.cmdline():
+                child.send_signal(
+                    signal.SIGKILL if again else signal.SIGUSR2 if number == signal.SIGUSR2 else signal.SIGTERM
+                )
+
+    for number in SIGNALS:
+        signal.signal(number, handle)
+    return received
+
+
+def _failure(spec: RankSpec, error: ChildFailedError, received: list[int]) -> Outcome:
+    rank, first = error.get_first_failure()
+    how = f"signal {signal.Signals(-first.exitcode).name}" if first.exitcode < 0 else f"exit code {first.exitcode}"
+    where = spec.run_dir / "logs" / f"rank-{rank}.log"
+    if received:
+        how += f", after {signal.Signals(received[0]).name}"
+    return Outcome(kind="failed", step=0, message=f"rank {rank} died ({how}); its log is {where}")

@@ -1,0 +1,171 @@
+"""Everything that can be refused before a rank starts: one sentence each."""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from checkpoint.config import AsyncMode, CheckpointConfig, ExportDtype
+from checkpoint.engine import resolve_foreign
+from checkpoint.lineage import LoadRequest
+from launch.build import (
+    build_hooks,
+    build_model,
+    build_optimizer_class,
+    build_schedule,
+    build_source,
+    policies,
+    rules,
+)
+from launch.schema import Config
+from trainer.data.prepare import prepare
+from trainer.data.token_store import TokenStore
+from trainer.data.windows import Windows
+from trainer.parallel.layout import Layout
+
+__all__ = ["check_config", "check_data", "check_disk", "check_launch", "prepare_data"]
+
+# Capabilities that the fields name already and a later version brings.
+_LATER = (
+    ("async_mode", AsyncMode.disabled, "use checkpoint=sync"),
+    ("last_save_model_only", False, "leave it out"),
+    ("last_save_in_hf", False, "leave it out"),
+    ("export_dtype", ExportDtype.float32, "leave it out"),
+    ("initial_load_in_hf", False, "use initial_load_path with a checkpoint of Regrow's"),
+    ("create_seed_checkpoint", False, "start without it: first weights do not depend on the layout"),
+)
+
+
+def check_config(config: Config) -> None:
+    """Checks that need neither files nor devices.
+
+    Raises:
+        ValueError: naming field, rule, value and remedy.
+    """
+    config.model.check()
+    _at_least(config.train.steps, 1, "train.steps", "100")
+    _at_least(config.train.log_every, 1, "train.log_every", "10")
+    _at_least(config.train.grad_clip, 0, "train.grad_clip", "1.0")
+    _at_least(config.data.seq_len, 1, "data.seq_len", "256")
+    _at_least(config.data.global_batch_size, 1, "data.global_batch_size", "16")
+    _at_least(config.data.micro_batch_size, 1, "data.micro_batch_size", "1")
+    _at_least(config.launch.max_restarts, 0, "launch.max_restarts", "0")
+    _at_least(config.launch.threads_per_rank, 0, "launch.threads_per_rank", "0")
+    if not 0 <= config.data.validation_fraction < 1:
+        raise ValueError(
+            "data.validation_fraction must be at least 0 and below 1, but is "
+            f"{config.data.validation_fraction}; use 0.05"
+        )
+    if config.data.seq_len > config.model.max_seq_len:
+        raise ValueError(
+            f"data.seq_len must be at most model.max_seq_len ({config.model.max_seq_len}), which RoPE was made "
+            f"for, but is {config.data.seq_len}; use {config.model.max_seq_len} or less"
+        )
+    if not config.run.name or "/" in config.run.name or config.run.name.startswith("."):
+        raise ValueError(f"run.name must be a folder's name, but is {config.run.name!r}; use run.root for folders")
+    _check_checkpoint(config.checkpoint)
+    build_schedule(config)
+    build_optimizer_class(config)
+    build_hooks(config)
+
+
+def _at_least(value: float, low: float, name: str, remedy: str) -> None:
+    if value < low:
+        raise ValueError(f"{name} must be at least {low:g}, but is {value:g}; use {remedy}")
+
+
+def _check_checkpoint(config: CheckpointConfig) -> None:
+    if config.enable:
+        for name, supported, remedy in _LATER:
+            if getattr(config, name) != supported:
+                value = getattr(config, name)
+                shown = getattr(value, "name", value)
+                raise ValueError(
+                    f"checkpoint.{name} must be {getattr(supported, 'name', supported)} in this version, "
+                    f"but is {shown}; {remedy}"
+                )
+    _at_least(config.interval, 1, "checkpoint.interval", "500")
+    _at_least(config.keep_latest_k, 0, "checkpoint.keep_latest_k", "10")
+    if config.load_step < -1:
+        raise ValueError(f"checkpoint.load_step must be -1 or a step, but is {config.load_step}; use -1")
+    folder = Path(config.folder)
+    if folder.is_absolute() or ".." in folder.parts or not folder.parts:
+        raise ValueError(f"checkpoint.folder must be below the run, but is {config.folder!r}; use checkpoint")
+    LoadRequest.from_config(config)
+    policies(config)
+    rules(config)
+    if config.initial_load_path is not None:
+        resolve_foreign(Path(config.initial_load_path))
+
+
+def check_launch(config: Config, layout: Layout, device_type: str, *, ranks_are_given: bool) -> None:
+    """Whether the ranks can be started here.
+
+    Raises:
+        ValueError: more ranks than GPUs.
+    """
+    _ = config
+    if device_type == "cuda" and not ranks_are_given and layout.world_size > torch.cuda.device_count():
+        raise ValueError(
+            f"the product of parallel.dp_replicate and parallel.dp_shard must be at most the number of GPUs "
+            f"({torch.cuda.device_count()}), but is {layout.world_size}; use parallel.dp_shard=-1"
+        )
+
+
+def prepare_data(config: Config) -> Path:
+    """Checks the source and tokenises it if that was not done before; returns the token store's folder.
+
+    Raises:
+        ValueError: the corpus or the tokenizer does not fit.
+        FileNotFoundError: a file is missing.
+    """
+    source = build_source(config)
+    source.check()
+    folder = prepare(source)
+    check_data(config, TokenStore(folder))
+    return folder
+
+
+def check_data(config: Config, store: TokenStore) -> None:
+    """Whether model and corpus fit together.
+
+    Raises:
+        ValueError: naming field, rule, value and remedy.
+    """
+    if store.index.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size must be at least the tokenizer's ({store.index.vocab_size}), but is "
+            f"{config.model.vocab_size}; use model.vocab_size={store.index.vocab_size} or another data.tokenizer"
+        )
+    windows = Windows(store, config.data.seq_len, config.data.validation_fraction, validation=False)
+    if not len(windows):
+        raise ValueError(
+            f"data must hold at least one sequence of data.seq_len + 1 tokens outside the validation split, but "
+            f"the corpus has {store.index.tokens} tokens in all and data.seq_len is {config.data.seq_len}; "
+            "add text or lower data.seq_len"
+        )
+
+
+def check_disk(config: Config, run_dir: Path) -> None:
+    """Whether the run's folder can be written and one checkpoint fits.
+
+    Raises:
+        ValueError: it cannot or does not.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    probe = run_dir / f".probe-{os.getpid()}"
+    probe.touch()
+    probe.unlink()
+    if not config.checkpoint.enable or config.checkpoint.load_only:
+        return
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in build_model(config).parameters())
+    # float32 weights and two moments, and a little for metadata.
+    needed = parameters * 12 + (1 << 20)
+    free = shutil.disk_usage(run_dir).free
+    if needed > free:
+        raise ValueError(
+            f"run.root must have room for one checkpoint ({needed / 2**20:,.0f} MiB), but {run_dir} has "
+            f"{free / 2**20:,.0f} MiB free; free some or choose another run.root"
+        )

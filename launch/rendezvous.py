@@ -1,0 +1,42 @@
+"""One word from rank 0 to ranks that were started for us, before any process group exists."""
+
+import datetime
+import json
+import os
+from collections.abc import Callable
+
+import torch.distributed as dist
+
+__all__ = ["share_from_rank_zero"]
+
+
+def share_from_rank_zero(decide: Callable[[], bool], timeout_s: float) -> bool | str:
+    """Runs `decide` on rank 0 and gives every rank its answer, or the sentence of its ValueError.
+
+    Args:
+        decide: called on rank 0 alone.
+        timeout_s: how long the others wait.
+    """
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    # One port above the training's own store; closed again before that one opens matters to nobody.
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]) + 1,
+        world_size,
+        is_master=rank == 0,
+        timeout=datetime.timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+    )
+    if rank == 0:
+        try:
+            answer: bool | str = decide()
+        except (ValueError, FileNotFoundError) as error:
+            answer = str(error)
+        store.set("answer", json.dumps(answer))
+    result: bool | str = json.loads(store.get("answer"))
+    store.add("read", 1)
+    if rank == 0:
+        # The store lives in this process: it must outlast the slowest reader.
+        while store.add("read", 0) < world_size:
+            pass
+    return result

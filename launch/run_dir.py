@@ -1,0 +1,204 @@
+"""Opening a run's directory: whose it is, whether the command fits it, and which lineage the command means."""
+
+import fcntl
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from checkpoint.catalog import Catalog
+from checkpoint.files import fsync_folder
+from checkpoint.lineage import Lineage, LoadRequest, choose_lineage
+from launch.build import checkpoint_folder
+from launch.errors import UserError
+from launch.identity import Difference, compare
+from launch.schema import Config
+from trainer.data.token_store import TokenStore
+from trainer.hooks.metrics import METRICS, SAMPLES
+from trainer.run_record import RunRecord, new_id
+
+__all__ = ["is_finished", "open_run", "own_run", "share_run"]
+
+log = logging.getLogger(__name__)
+
+CONFIG = "config.yaml"
+_LAUNCHER_LOCK = ".launcher.lock"
+_RANKS_LOCK = ".ranks.lock"
+_WAIT_S = 20.0
+
+
+@contextmanager
+def own_run(run_dir: Path) -> Iterator[None]:
+    """Keeps a second launcher out of the run, and waits for a dead one's ranks to be gone.
+
+    Raises:
+        UserError: another process holds the run.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / _LAUNCHER_LOCK).open("a+") as lock, (run_dir / _RANKS_LOCK).open("a+") as ranks:
+        _lock(lock.fileno(), run_dir, lock.name)
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        _lock(ranks.fileno(), run_dir, ranks.name)
+        fcntl.flock(ranks, fcntl.LOCK_UN)
+        yield
+
+
+def _lock(descriptor: int, run_dir: Path, path: str) -> None:
+    deadline = time.monotonic() + _WAIT_S
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                holder = Path(path).read_text().strip() or "unknown"
+                raise UserError(
+                    f"run.name must not name a run that is being trained, but {run_dir} is held by process "
+                    f"{holder}; stop it or choose another run.name"
+                ) from None
+            time.sleep(0.1)
+
+
+@contextmanager
+def share_run(run_dir: Path) -> Iterator[None]:
+    """Held by each rank, so that a later launcher can tell when the last one is gone."""
+    with (run_dir / _RANKS_LOCK).open("a+") as ranks:
+        fcntl.flock(ranks, fcntl.LOCK_SH)
+        yield
+
+
+def open_run(
+    config: Config,
+    settings: dict[str, Any],
+    run_dir: Path,
+    store: TokenStore,
+    *,
+    may_rewind: bool,
+    overrides: Sequence[str],
+) -> RunRecord:
+    """Compares the command with what is stored, chooses the lineage, and writes `run.json`.
+
+    Args:
+        config: typed.
+        settings: the same as plain values.
+        run_dir: the run's directory.
+        store: the corpus.
+        may_rewind: false where the same launch starts its ranks again.
+        overrides: the command line, for `.hydra/`.
+
+    Raises:
+        UserError: the run is another one than the command describes.
+        CheckpointError: what should be resumed is not there.
+    """
+    record = RunRecord.load(run_dir)
+    changes: list[Difference] = []
+    if record is not None:
+        changes = _check_same(config, settings, run_dir, store, record)
+    record = record or RunRecord(data_fingerprint=store.index.fingerprint)
+    catalog = Catalog(checkpoint_folder(config, run_dir))
+    entries = catalog.entries(record.lineages)
+    if not config.checkpoint.enable and entries:
+        raise UserError(
+            f"checkpoint.enable must not be false for a run that has checkpoints, but {catalog.folder} holds step "
+            f"{entries[-1].step}; choose another run.name or leave checkpoint.enable true"
+        )
+    lineage = choose_lineage(
+        record.lineages,
+        LoadRequest.from_config(config.checkpoint),
+        steps=[e.step for e in entries],
+        resume=config.run.resume,
+        rewind=config.run.rewind,
+        new_id=_lineage_id(record.lineages),
+        folder=str(catalog.folder),
+    )
+    # run.resume=never and run.rewind act once a launch, not once a restart within it.
+    if lineage is not None and (may_rewind or not record.lineages):
+        if record.lineages:
+            _keep_rows(run_dir, record.lineages[-1])
+        record.lineages.append(lineage)
+    step = entries[-1].step if entries else 0
+    for change in changes:
+        log.warning("%s, from step %d on", change, step)
+        record.changes.append({"name": change.name, "from": change.stored, "to": change.given, "after_step": step})
+    record.save(run_dir)
+    _write_config(settings, run_dir, store, overrides)
+    return record
+
+
+def _lineage_id(lineages: Sequence[Lineage]) -> str:
+    return f"{len(lineages)}-{new_id()[:4]}"
+
+
+def _check_same(
+    config: Config, settings: dict[str, Any], run_dir: Path, store: TokenStore, record: RunRecord
+) -> list[Difference]:
+    """The allowed changes; raises UserError for the others."""
+    if (run_dir / CONFIG).exists():
+        stored = OmegaConf.to_container(OmegaConf.load(run_dir / CONFIG))
+        assert isinstance(stored, dict)
+        identity, hyperparameters = compare({str(k): v for k, v in stored.items()}, settings)
+    else:
+        identity, hyperparameters = [], []
+    if identity:
+        more = f" ({len(identity) - 1} more: {', '.join(d.name for d in identity[1:])})" if identity[1:] else ""
+        raise UserError(
+            f"the run {run_dir} must keep its model, data and seed, but {identity[0]}{more}; choose another "
+            "run.name, or the stored values"
+        )
+    if record.data_fingerprint and record.data_fingerprint != store.index.fingerprint:
+        raise UserError(
+            f"the run {run_dir} must keep its data and tokenizer, but the corpus' fingerprint is "
+            f"{store.index.fingerprint} and the run's is {record.data_fingerprint}; restore the files or choose "
+            "another run.name"
+        )
+    refused = [d for d in hyperparameters if d.name not in config.run.allow_change]
+    if refused:
+        names = ",".join(d.name for d in refused)
+        raise UserError(
+            f"the run {run_dir} must keep its hyperparameters, but {refused[0]}; add "
+            f"run.allow_change=[{names}] to change them from here on, or choose another run.name"
+        )
+    return hyperparameters
+
+
+def _keep_rows(run_dir: Path, lineage: Lineage) -> None:
+    """Copies the logs of a lineage that is about to be set aside; safe to repeat."""
+    target = run_dir / "lineages" / lineage.id
+    target.mkdir(parents=True, exist_ok=True)
+    for name in (METRICS, SAMPLES):
+        if (run_dir / name).exists() and not (target / name).exists():
+            shutil.copyfile(run_dir / name, target / f"{name}.tmp")
+            (target / f"{name}.tmp").rename(target / name)
+
+
+def _write_config(settings: dict[str, Any], run_dir: Path, store: TokenStore, overrides: Sequence[str]) -> None:
+    """The accepted config, the overrides as Hydra writes them, and the tokenizer."""
+    tokenizer = run_dir / "tokenizer.json"
+    if not tokenizer.exists():
+        shutil.copyfile(store.tokenizer_file, tokenizer)
+    hydra_folder = run_dir / ".hydra"
+    hydra_folder.mkdir(exist_ok=True)
+    for path, value in (
+        (hydra_folder / "overrides.yaml", list(overrides)),
+        (hydra_folder / "config.yaml", settings),
+        (run_dir / CONFIG, settings),
+    ):
+        temporary = path.with_name(f".{path.name}.tmp")
+        OmegaConf.save(OmegaConf.create(value), temporary)
+        temporary.rename(path)
+    fsync_folder(run_dir)
+
+
+def is_finished(record: RunRecord, steps: int) -> bool:
+    """Whether the newest lineage has come to its end, so that there is nothing to do."""
+    if not record.attempts:
+        return False
+    last = record.attempts[-1]
+    return last.lineage == record.lineages[-1].id and last.end == "finished" and last.to_step >= steps

@@ -1,0 +1,324 @@
+"""One rank: from a spec to a trained model and a stop record.
+
+Run as `python -m launch.worker SPEC` by the local launcher; `run_rank` is also called in the launcher's own
+process where there is one rank, and by ranks that torchrun or srun started.
+"""
+
+import logging
+import os
+import pickle
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.signals import SIGNALS, StopFlag
+from trainer.process import PARENT_VARIABLE, die_with_parent
+
+if TYPE_CHECKING:
+    from launch.schema import Config
+    from trainer.loop import StopReason, Trainer
+    from trainer.parallel.context import ParallelContext
+    from trainer.parallel.layout import Layout
+
+__all__ = ["Outcome", "RankSpec", "read_outcome", "run_rank"]
+
+log = logging.getLogger(__name__)
+OUTCOME = "stop.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankSpec:
+    """What every rank of a run is told.
+
+    Attributes:
+        config: typed.
+        settings: the same as plain values.
+        layout: the degrees.
+        device_type: `cpu` or `cuda`.
+        run_dir: the run's directory.
+        data_folder: the token store.
+        sweep: the sweep's name, if any.
+    """
+
+    config: "Config"
+    settings: dict[str, Any]
+    layout: "Layout"
+    device_type: str
+    run_dir: Path
+    data_folder: Path
+    sweep: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """How a run's ranks ended; the stop record.
+
+    Attributes:
+        kind: `finished`, `terminated`, `preempted` or `failed`.
+        step: reached.
+        message: of the failure.
+    """
+
+    kind: str
+    step: int
+    message: str = ""
+
+    @property
+    def exit_code(self) -> int:
+        """0 done, 3 resumable stop, 1 anything else."""
+        return {"finished": 0, "terminated": 3, "preempted": 3}.get(self.kind, 1)
+
+
+def read_outcome(run_dir: Path) -> Outcome | None:
+    """The stop record, None where the ranks left none."""
+    from checkpoint.files import read_json
+
+    try:
+        return Outcome(**read_json(run_dir / OUTCOME))
+    except FileNotFoundError:
+        return None
+
+
+def log_to_files(run_dir: Path, rank: int, *, console: bool) -> logging.Handler:
+    """Sends this rank's log to `logs/rank-N.log`, and to the terminal where asked."""
+    folder = run_dir / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / f"rank-{rank}.log")
+    handler.setFormatter(logging.Formatter(f"%(asctime)s [rank {rank}] %(levelname)s %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    if console:
+        log_to_console()
+    return handler
+
+
+def log_to_console() -> None:
+    """Plain lines on standard error, once."""
+    root = logging.getLogger()
+    root.setLevel(logging.INFO)
+    if not any(type(h) is logging.StreamHandler for h in root.handlers):
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        root.addHandler(handler)
+    # torch's own launcher reports every child's end as a warning; the stop record says it better.
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
+
+
+def build_trainer(spec: RankSpec, context: "ParallelContext", flag: StopFlag, threads: int) -> "Trainer":
+    """Everything that this rank trains with."""
+    import torch
+
+    from launch.build import build_model, build_schedule
+    from trainer.data.loader import Prefetcher
+    from trainer.data.token_store import TokenStore
+    from trainer.data.tokenizer import load_tokenizer
+    from trainer.data.windows import Windows
+    from trainer.device import seed_everything
+    from trainer.loop import Resources, Trainer, TrainerOptions
+    from trainer.parallel.apply import initialise, parallelise
+    from trainer.state import TrainState
+
+    config, data = spec.config, spec.config.data
+    seed_everything(config.seed)
+    if config.train.deterministic:
+        torch.use_deterministic_algorithms(True)
+    with torch.device("meta"):
+        model = build_model(config)
+    parallelise(model, context, config.train, config.precision.name)
+    initialise(model, context.device, config.seed, data.seq_len)
+    store = TokenStore(spec.data_folder)
+    train, validation = (Windows(store, data.seq_len, data.validation_fraction, validation=v) for v in (False, True))
+
+    def make_batches(samples_consumed: int) -> Prefetcher:
+        return Prefetcher(
+            train,
+            seed=config.seed,
+            samples_consumed=samples_consumed,
+            global_batch_size=data.global_batch_size,
+            rank=context.data_rank,
+            ranks=context.layout.data_ranks,
+            micro_batch_size=data.micro_batch_size,
+            document_mask=data.document_mask,
+            depth=data.prefetch,
+        )
+
+    from launch.build import build_optimizer_class
+
+    return Trainer(
+        options=TrainerOptions(
+            seed=config.seed,
+            steps=config.train.steps,
+            lr=config.optimizer.lr,
+            grad_clip=config.train.grad_clip,
+            global_batch_size=data.global_batch_size,
+            seq_len=data.seq_len,
+        ),
+        resources=Resources(
+            run_dir=spec.run_dir,
+            tokenizer=load_tokenizer(store.tokenizer_file),
+            validation=validation,
+            micro_batch_size=data.micro_batch_size,
+            document_mask=data.document_mask,
+        ),
+        context=context,
+        model=model,
+        optimizer=build_optimizer_class(config)(config.optimizer, model),
+        schedule=build_schedule(config),
+        make_batches=make_batches,
+        hooks=_hooks(spec, context, threads, store.index.fingerprint),
+        state=TrainState(schedule_total=config.scheduler.total_steps or config.train.steps),
+        stop_requested=lambda: _reason(flag),
+    )
+
+
+def _reason(flag: StopFlag) -> "StopReason | None":
+    import signal
+
+    from trainer.loop import StopReason
+
+    if flag.received is None:
+        return None
+    return StopReason.preempted if flag.received == signal.SIGUSR2 else StopReason.terminated
+
+
+def _hooks(spec: RankSpec, context: "ParallelContext", threads: int, fingerprint: str) -> list[Any]:
+    """All hooks in the order in which they run; the checkpoint is last, when the step's rows are written."""
+    from launch.build import build_hooks, uses_wandb
+    from trainer.hook import Hook
+    from trainer.hooks.metrics import MetricsHook, SamplesHook
+    from trainer.hooks.progress import ProgressHook
+    from trainer.hooks.record import RecordHook
+
+    config = spec.config
+    hooks: list[Hook] = [*build_hooks(config), MetricsHook()]
+    if config.data.log_samples:
+        hooks.append(SamplesHook())
+    hooks.append(ProgressHook(config.train.log_every))
+    if uses_wandb(config):
+        from trainer.hooks.wandb import WandbHook
+
+        hooks.append(WandbHook(config.wandb, config.run.name, spec.settings, spec.sweep))
+    hooks.append(RecordHook(_attempt(context, threads)))
+    if config.checkpoint.enable:
+        hooks.append(_checkpoint_hook(spec, fingerprint))
+    if context.is_main:
+        log.info("hooks, in order: %s", ", ".join(type(h).__name__ for h in hooks))
+    return hooks
+
+
+def _attempt(context: "ParallelContext", threads: int) -> Any:
+    from trainer.run_record import Attempt
+
+    return Attempt(
+        job=os.environ.get("SLURM_JOB_ID"),
+        host=platform.node(),
+        layout=context.layout.as_dict(),
+        threads=threads,
+        versions=software_versions(),
+    )
+
+
+def software_versions() -> dict[str, str]:
+    """What a run or a checkpoint was made with."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    try:
+        own = version("regrow")
+    except PackageNotFoundError:
+        own = "uninstalled"
+    return {"regrow": own, "torch": str(torch.__version__), "python": platform.python_version()}
+
+
+def _checkpoint_hook(spec: RankSpec, fingerprint: str) -> Any:
+    from launch.build import checkpoint_folder, policies, rules, tracked_metrics
+    from launch.identity import config_hash
+    from trainer.hooks.checkpoint import CheckpointHook, CheckpointPlan
+    from trainer.run_record import RunRecord
+
+    record = RunRecord.load(spec.run_dir)
+    assert record is not None, "the launcher writes run.json before any rank starts"
+    config = spec.config
+    return CheckpointHook(
+        CheckpointPlan(
+            folder=checkpoint_folder(config, spec.run_dir),
+            policies=policies(config.checkpoint),
+            rules=rules(config.checkpoint),
+            lineages=record.lineages,
+            tracked=tracked_metrics(config.checkpoint),
+            schedule_total=config.scheduler.total_steps,
+            labels={
+                "data_fingerprint": fingerprint,
+                "config_hash": config_hash(spec.settings),
+                "versions": software_versions(),
+            },
+        )
+    )
+
+
+def run_rank(spec: RankSpec, flag: StopFlag) -> Outcome:
+    """Trains on this rank; rank 0 leaves the stop record. Joins and leaves the process groups.
+
+    Errors that repeat themselves (a loss that is not finite) become an outcome, so that nobody restarts them;
+    any other error is raised.
+    """
+    from checkpoint.files import write_json
+    from launch.run_dir import share_run
+    from trainer.device import pin_threads
+    from trainer.loop import NonFiniteLossError
+    from trainer.parallel.context import close_parallel, open_parallel
+
+    rank, local_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    handler = log_to_files(spec.run_dir, rank, console=rank == 0)
+    threads = pin_threads(spec.config.launch.threads_per_rank, local_ranks)
+    try:
+        with share_run(spec.run_dir):
+            context = open_parallel(spec.layout, spec.device_type, spec.config.launch.timeout_s)
+            trainer = build_trainer(spec, context, flag, threads)
+            try:
+                result = trainer.fit()
+                outcome = Outcome(kind=result.reason.value, step=result.step)
+            except NonFiniteLossError as error:
+                outcome = Outcome(kind="failed", step=trainer.state.step, message=str(error))
+            if rank == 0:
+                write_json(
+                    spec.run_dir / OUTCOME,
+                    {"kind": outcome.kind, "step": outcome.step, "message": outcome.message},
+                )
+            return outcome
+    except Exception:
+        log.exception("rank %d failed", rank)
+        raise
+    finally:
+        close_parallel()
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
+def main() -> None:
+    """The local launcher's child."""
+    flag = StopFlag()
+    flag.install()
+    flag.defer(deferring=True)
+    if PARENT_VARIABLE in os.environ:
+        die_with_parent(int(os.environ[PARENT_VARIABLE]))
+    # The terminal sends Ctrl-C to the launcher too, which passes it on as TERM.
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    assert signal.SIGINT in SIGNALS
+    with Path(sys.argv[1]).open("rb") as file:
+        spec: RankSpec = pickle.load(file)
+    run_rank(spec, flag)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Threads of asynchronous collectives can abort the interpreter's ordinary shutdown.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
