@@ -11,6 +11,7 @@ __all__ = [
     "BestMetricConfig",
     "CheckpointConfig",
     "ExportDtype",
+    "FinetuneConfig",
     "KeepBestConfig",
     "KeepEveryNConfig",
     "MinutesConfig",
@@ -136,3 +137,15 @@ class CheckpointConfig:
     create_seed_checkpoint: bool = False
     save_policies: dict[str, SavePolicyConfig] = field(default_factory=dict)
     retention_rules: dict[str, RetentionRuleConfig] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True, slots=True)
+class FinetuneConfig(CheckpointConfig):
+    """A policy whose `initial_load_path` must be given.
+
+    A schema of its own, because a missing value in YAML does not override one that is there.
+    """
+
+    SCHEMA: ClassVar[tuple[str, str]] = ("checkpoint", "finetune_schema")
+
+    initial_load_path: str | None = MISSING

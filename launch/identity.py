@@ -101,10 +101,12 @@ def name_from_overrides(model_name: str, overrides: Sequence[tuple[str, Any]]) -
         model_name: `model.name`.
         overrides: (key, canonical value) in the order given.
     """
-    parts = [f"{key}={value}" for key, value in sorted(overrides) if not is_free(key)]
+    parts = sorted(f"{key}={value}" for key, value in overrides if not is_free(key))
     if not parts:
         return None
-    text = re.sub(r"[^\w.,=+-]", "_", ",".join(parts))
-    if len(text) > 160:
-        text = f"{text[:140]}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
+    exact = ",".join(parts)
+    text = re.sub(r"[^\w.,=+-]", "_", exact, flags=re.ASCII)
+    if text != exact or len(text) > 160:
+        # What was replaced or cut off must still tell two runs apart.
+        text = f"{text[:140]}-{hashlib.blake2b(exact.encode(errors='replace'), digest_size=4).hexdigest()}"
     return f"{model_name}-{text}"

@@ -46,6 +46,9 @@ def _run(arguments: list[str], flag: StopFlag) -> int:
             return EXIT_FAILED
         print(f"error: {sentence}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    finally:
+        if not full_error:
+            os.environ.pop("HYDRA_FULL_ERROR", None)
     return app.exit_code()
 
 

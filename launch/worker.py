@@ -98,10 +98,12 @@ def log_to_console() -> None:
     """Plain lines on standard error, once."""
     root = logging.getLogger()
     root.setLevel(logging.INFO)
-    if not any(type(h) is logging.StreamHandler for h in root.handlers):
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-        root.addHandler(handler)
+    for handler in [h for h in root.handlers if h.name == "console"]:
+        root.removeHandler(handler)
+    console = logging.StreamHandler(sys.stderr)
+    console.name = "console"
+    console.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    root.addHandler(console)
     # torch's own launcher reports every child's end as a warning; the stop record says it better.
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     logging.getLogger("matplotlib").setLevel(logging.WARNING)

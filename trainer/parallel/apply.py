@@ -25,7 +25,8 @@ def parallelise(model: LanguageModel, context: ParallelContext, train: TrainConf
         _checkpoint_activations(model, selective=train.activation_checkpoint is ActivationCheckpoint.selective)
     if train.compile:
         for block in model.blocks():
-            block.compile(backend=train.compile_backend, fullgraph=True)
+            # The forward alone: FSDP's hooks stay outside of the graph, and names stay as they are.
+            block.forward = torch.compile(block.forward, backend=train.compile_backend, fullgraph=True)
     # bfloat16 comes from FSDP's mixed precision, so one rank computes as several do.
     if context.world_size > 1 or precision is PrecisionName.bf16:
         _shard(model, context, precision)
@@ -96,12 +97,24 @@ def initialise(model: LanguageModel, device: torch.device, seed: int, length: in
         seed: the run's seed.
         length: positions that its tables must cover.
     """
+    shared = _shared_parameters(model)
     model.to_empty(device=device)
+    # Giving memory makes a new tensor of every name, also of two names of one parameter.
+    for first, other in shared:
+        owner, _, leaf = other.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, model.get_parameter(first))
     model.init_buffers(device, length)
     rules = model.init_rules()
     for name, parameter in model.named_parameters():
         local, offset = local_shard(parameter)
         fill_shard(local, name=name, rule=rules[name], global_shape=parameter.shape, offset=offset, seed=seed)
+
+
+def _shared_parameters(model: nn.Module) -> list[tuple[str, str]]:
+    """Pairs (first name, other name) of parameters that are one."""
+    first: dict[nn.Parameter, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    return [(first[p], name) for name, p in named if first.setdefault(p, name) != name]
 
 
 def local_shard(parameter: nn.Parameter) -> tuple[torch.Tensor, tuple[int, ...]]:

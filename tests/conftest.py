@@ -1,0 +1,44 @@
+"""Fixtures: a cache of their own, a small corpus."""
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launch.run_name import register_resolver
+from launch.schema import register_schemas
+
+# One thread here and in every child: results then repeat, and ranks do not fight for cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Tokenised corpora of the tests never meet those of the user."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        patch.setenv("WANDB_SILENT", "true")
+        yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def schemas() -> None:
+    """Hydra knows our groups."""
+    register_resolver()
+    register_schemas()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file of about 200 kB, the same each time."""
+    rng = random.Random(7)
+    words = ["".join(rng.choices("abcdefghijklmnoprstuvw", k=rng.randint(2, 7))) for _ in range(400)]
+    path = tmp_path_factory.mktemp("corpus") / "text.jsonl"
+    with path.open("w") as out:
+        for _ in range(600):
+            text = " ".join(rng.choices(words, k=rng.randint(20, 80)))
+            out.write(f'{{"text": "{text}."}}\n')
+    return path

@@ -1,0 +1,150 @@
+"""What a user can get wrong: one sentence, exit code 2, nothing lost."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.signals import StopFlag
+from launch.train import _run
+from tests.runs import train
+from tests.support import metrics, tiny
+
+FIELD, RULE, VALUE = "names the field", "the rule", "the value"
+
+
+def run_here(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, str]:
+    """The command in this process: exit code and standard error."""
+    monkeypatch.setattr(sys, "argv", ["regrow"])
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    code = _run(arguments, StopFlag())
+    return code, capsys.readouterr().err
+
+
+def one_sentence(text: str) -> str:
+    """The one line that begins with `error: `; nothing of a traceback."""
+    assert "Traceback" not in text
+    (line,) = [x for x in text.splitlines() if x.startswith("error: ")]
+    return line
+
+
+# Arguments, and what the sentence must say: field, value, remedy.
+WRONG: dict[str, tuple[list[str], str]] = {
+    "unknown group": (["model=llama3_9b"], r"model must be one of .*llama3_8b.*, but is 'llama3_9b'; did you mean"),
+    "misspelt key": (["checkpoint.load_stp=5"], r"load_stp is not a field; did you mean checkpoint.load_step\?"),
+    "misspelt section": (["trian.steps=5"], r"trian is not a field; did you mean train\?"),
+    "added key": (["+parallel.tpp=2"], r"added with \+ .*tpp.*; remove it"),
+    "wrong type": (["train.steps=many"], r"train.steps must be a whole number, but is 'many'"),
+    "null": (["train.steps=null"], r"train.steps must not be null"),
+    "wrong choice": (["launch.device=tpu"], r"launch.device must be one of .*cpu.*, but is 'tpu'"),
+    "missing value": (["data=tokens"], r"data.path must be set, but is missing; add data.path=VALUE"),
+    "below the range": (["train.steps=0"], r"train.steps must be at least 1, but is 0; use"),
+    "heads": (["model.n_kv_heads=3"], r"model.n_kv_heads must divide model.n_heads \(4\), but is 3; use 1 or 2 or 4"),
+    "degrees": (["parallel.dp_shard=0"], r"parallel.dp_shard must be at least 1 or -1, but is 0; use"),
+    "missing file": (["data.files=[nothing.txt]"], r"data.files must name files that exist, but nothing.txt matches none"),
+    "empty corpus": (["data.files=[empty.txt]"], r"the corpus .* must not be empty, but has no text"),
+    "short corpus": (["data.files=[short.txt]"], r"at least one sequence of data.seq_len \+ 1 tokens .* data.seq_len is 32"),
+    "tokenizer": (["data.tokenizer=nowhere"], r"data.tokenizer must be a tokenizer.json .*, but nowhere is not"),
+    "vocabulary": (["model.vocab_size=290"], r"model.vocab_size must be at least the tokenizer's \(300\), but is 290"),
+    "long sequence": (["data.seq_len=4096"], r"data.seq_len must be at most model.max_seq_len \(2048\).* but is 4096; use"),
+    "load_step": (["checkpoint.load_step=7"], r"checkpoint.load_step must be one of .*\(2, 4\), but is 7; choose"),
+    "must": (["run.resume=must", "run.name=new"], r"run.resume must not be 'must' where there is nothing to resume"),
+    "later": (["checkpoint=pinned"], r"checkpoint.async_mode must be disabled in this version, but is async_with"),
+    "excluded name": (["checkpoint.exclude_from_loading=[model]"], r"exclude_from_loading must hold .*'model'; remove it"),
+    "reference's form": (["--checkpoint.load_step", "500"], r"write checkpoint.load_step=500"),
+    "target": (["optimizer._target_=os.system"], r"optimizer._target_ must begin with"),
+    "optimizer": (["optimizer.beta1=1.5"], r"optimizer.beta1 must be within 0 and 1 .*, but is 1.5; use 0.9"),
+    "unreadable": (["train.steps=["], r"the override 'train.steps=\[' cannot be read"),
+    "initial load": (["checkpoint=finetune"], r"checkpoint.initial_load_path must be set, but is missing"),
+    "disabled": (["checkpoint=disabled"], r"checkpoint.enable must not be false for a run that has checkpoints"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished run and some bad files."""
+    folder = tmp_path_factory.mktemp("place")
+    overrides = tiny(corpus, "run.name=a", "hooks=none", "train.steps=4", "checkpoint.interval=2")
+    train(overrides, folder / "outputs" / "a")
+    (folder / "empty.txt").touch()
+    (folder / "short.txt").write_text("a few words")
+    return folder
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_one_sentence_and_nothing_lost(
+    case: str,
+    place: Path,
+    corpus: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(place)
+    wrong, pattern = WRONG[case]
+    before = sorted((p, p.stat().st_mtime_ns) for p in (place / "outputs/a").rglob("*") if ".lock" not in p.name)
+    # The last override of a field wins in our favour: Hydra refuses two of one group.
+    arguments = tiny(corpus, "run.name=a", "hooks=none", "train.steps=4", "checkpoint.interval=2")
+    names = {w.split("=")[0] for w in wrong}
+    if any(w.startswith(("data=", "model=")) for w in wrong):
+        arguments = ["run.name=b"]
+    arguments = [a for a in arguments if a.split("=")[0] not in names]
+    if case == "short corpus":
+        # A corpus of a few words has not enough text for 300 tokens.
+        arguments = [a for a in arguments if "vocab" not in a]
+    code, err = run_here([*arguments, *wrong], monkeypatch, capsys)
+    assert code == 2, err
+    assert re.search(pattern, one_sentence(err)), err
+    after = sorted((p, p.stat().st_mtime_ns) for p in (place / "outputs/a").rglob("*") if ".lock" not in p.name)
+    assert after == before
+    assert not [p for p in (place / "outputs").iterdir() if p.name == "b"]
+
+
+def test_a_traceback_is_there_for_those_who_want_it(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(sys, "argv", ["regrow"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    assert _run(["train.steps=many"], StopFlag()) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def mounted(options: str, corpus: Path, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    """The command with a file system of its own kind at `folder/m`, seen by nobody else."""
+    (folder / "m").mkdir()
+    run = " ".join([sys.executable, "-P -m launch.train", *(f"'{a}'" for a in tiny(corpus, "hooks=none", *more))])
+    script = f"mount -t tmpfs -o {options} none {folder}/m && exec {run}"
+    namespace = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--map-root-user", "--mount"]
+    return subprocess.run([*namespace, "bash", "-c", script], cwd=folder, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_a_read_only_folder_is_refused(corpus: Path, tmp_path: Path) -> None:
+    done = mounted("ro", corpus, tmp_path, f"run.root={tmp_path}/m")
+    assert done.returncode == 2, done.stderr
+    assert "run.root must be a folder that can be written" in one_sentence(done.stderr)
+
+
+@pytest.mark.slow
+def test_a_disk_too_small_for_one_checkpoint_is_refused(corpus: Path, tmp_path: Path) -> None:
+    big = ["model.dim=256", "model.ffn_dim=1024"]
+    done = mounted("size=4m", corpus, tmp_path, f"run.root={tmp_path}/m", *big)
+    assert done.returncode == 2, done.stderr
+    sentence = one_sentence(done.stderr)
+    assert re.search(
+        r"run.root must have room for one checkpoint \(\d+ MiB\), but .* has 4 MiB free; free some", sentence
+    )
+
+
+def test_the_rank_log_has_the_whole_error(corpus: Path, tmp_path: Path) -> None:
+    """A failure that is nobody's input keeps its traceback, in the rank's log."""
+    overrides = tiny(corpus, "hooks=none", "train.steps=4", "train.compile=true", "train.compile_backend=nothing")
+    with pytest.raises(AssertionError, match="nothing"):
+        train(overrides, tmp_path / "run")
+    assert "Traceback" in (tmp_path / "run/logs/rank-0.log").read_text()
+    assert metrics(tmp_path / "run") == []

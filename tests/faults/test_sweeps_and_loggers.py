@@ -1,0 +1,167 @@
+"""Sweeps here, Weights & Biases, the wheel, the demo."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import venv
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import REPO, curve, metrics, record, regrow, start, tiny, wait_until
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def test_a_sweep_makes_finds_and_extends_its_runs(corpus: Path, tmp_path: Path) -> None:
+    sweep = [*tiny(corpus, "hooks=none"), "-m", "optimizer.lr=1e-3,3e-4", "seed=1,2"]
+    code, out = regrow([*sweep, "train.steps=5"], tmp_path)
+    assert code == 0, out
+    runs = sorted(p for p in (tmp_path / "outputs").iterdir() if p.is_dir())
+    assert len(runs) == 4
+    assert any("optimizer.lr=0.0003" in r.name and "seed=2" in r.name for r in runs)
+    assert all(len(metrics(r)) == 5 for r in runs)
+    assert len({curve(r)[0][1] for r in runs}) == 2
+    code, out = regrow([*sweep, "train.steps=5"], tmp_path)
+    assert code == 0, out
+    assert out.count("finished already at step 5") == 4
+    assert all(len(record(r)["attempts"]) == 1 for r in runs)
+    code, out = regrow([*sweep, "train.steps=8"], tmp_path)
+    assert code == 0, out
+    assert all([r["step"] for r in metrics(x)] == list(range(1, 9)) for x in runs)
+    assert sorted(p for p in (tmp_path / "outputs").iterdir() if p.is_dir()) == runs
+
+
+def test_one_bad_run_does_not_end_the_sweep(corpus: Path, tmp_path: Path) -> None:
+    sweep = tiny(corpus, "hooks=none", "train.steps=12", "scheduler.warmup_steps=0", "train.grad_clip=0")
+    code, out = regrow([*sweep, "-m", "optimizer.lr=1e30,1e-3"], tmp_path)
+    assert code == 1, out
+    assert "the loss of step" in out
+    ends = {
+        p.name.split("lr=")[1][:5]: record(p)["attempts"][-1]["end"]
+        for p in (tmp_path / "outputs").iterdir()
+        if p.is_dir()
+    }
+    assert sorted(ends.values()) == ["failed", "finished"]
+
+
+def wandb_records(run_dir: Path) -> list[tuple[str, list[int]]]:
+    """(run id, steps in order) of each `.wandb` file, oldest first, read with the library."""
+    from wandb.proto import wandb_internal_pb2
+
+    record_type: Any = getattr(wandb_internal_pb2, "Record")  # noqa: B009 (generated at import)
+    from wandb.sdk.internal.datastore import DataStore
+
+    found = []
+    for file in sorted(run_dir.glob("wandb/offline-run-*/*.wandb")):
+        store = DataStore()
+        store.open_for_scan(str(file))
+        run_id, steps = "", []
+        while True:
+            try:
+                data = store.scan_data()
+            except AssertionError:
+                break  # the tail that the kill cut off
+            if data is None:
+                break
+            entry = record_type()
+            entry.ParseFromString(data)
+            run_id = entry.run.run_id or run_id
+            for item in entry.history.item:
+                if "train/global_step" in (item.key, *item.nested_key):
+                    steps.append(int(json.loads(item.value_json)))
+        found.append((run_id, steps))
+    return found
+
+
+def test_wandb_sees_one_run_with_every_step(corpus: Path, tmp_path: Path) -> None:
+    wide = ["model.dim=128", "model.ffn_dim=512", "data.seq_len=64", "data.global_batch_size=16"]
+    arguments = tiny(
+        corpus, *wide, "logger=wandb", "train.steps=60", "checkpoint.interval=10", "hooks=none", "run.name=a"
+    )
+    run_dir = tmp_path / "outputs" / "a"
+    for step in (14, 33):
+        process = start(arguments, tmp_path)
+        wait_until(lambda step=step: bool(rows := metrics(run_dir)) and rows[-1]["step"] >= step)  # type: ignore[misc]
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    code, out = regrow(arguments, tmp_path)
+    assert code == 0, out
+    files = wandb_records(run_dir)
+    assert len(files) == 3
+    assert {run_id for run_id, _ in files} == {record(run_dir)["run_id"]}
+    seen: set[int] = set()
+    for _, steps in files:
+        # In order within a start, and no gap to what was seen before.
+        assert steps == sorted(steps)
+        assert not steps or steps[0] <= max(seen, default=0) + 1
+        seen |= set(steps)
+    assert seen == set(range(1, 61))
+
+
+def test_a_broken_wandb_stops_nothing(corpus: Path, tmp_path: Path) -> None:
+    arguments = tiny(corpus, "logger=wandb", "train.steps=3", "hooks=none", "run.name=a", "wandb.project=a/b?c")
+    (tmp_path / "outputs/a").mkdir(parents=True)
+    (tmp_path / "outputs/a/wandb").touch()
+    code, out = regrow(arguments, tmp_path)
+    assert code == 0, out
+    assert len(metrics(tmp_path / "outputs/a")) == 3
+    assert "W&B failed" in out
+
+
+def test_the_wheel_trains_where_folders_have_our_names(tmp_path: Path) -> None:
+    """Installed without the checkout; the dependencies are those of this environment."""
+    built = tmp_path / "wheel"
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(built), str(REPO)], check=True)
+    (wheel,) = built.glob("*.whl")
+    venv.create(tmp_path / "env", with_pip=False)
+    python = tmp_path / "env" / "bin" / "python"
+    site = next((tmp_path / "env" / "lib").glob("python*/site-packages"))
+    subprocess.run([*pip, "--python", str(python), "install", "--no-deps", str(wheel)], check=True)
+    packages = next(p for p in sys.path if p.endswith("site-packages"))
+    # This environment's packages, but not its link to the checkout.
+    (site / "borrowed.pth").write_text(packages + "\n")
+    work = tmp_path / "work"
+    for name in ("models", "conf", "trainer"):
+        (work / name).mkdir(parents=True)
+        (work / name / "__init__.py").write_text("raise RuntimeError('the wrong package')\n")
+    corpus = tmp_path / "a.txt"
+    corpus.write_text("some words that repeat themselves a little, and some more of them.\n\n" * 2000)
+    command = [
+        str(python),
+        str(tmp_path / "env/bin/regrow"),
+        *tiny(corpus, "train.steps=2", "hooks=none", "parallel.dp_shard=2"),
+    ]
+    done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (run_dir,) = (work / "outputs").iterdir()
+    assert len(metrics(run_dir)) == 2
+    where = subprocess.run(
+        [str(python), "-P", "-c", "import launch; print(launch.__file__)"], capture_output=True, text=True, check=True
+    )
+    assert str(tmp_path / "env") in where.stdout
+
+
+def words_in(text: str) -> int:
+    """English words of four letters and more, by the help topics of Python."""
+    import re
+    from pydoc_data.topics import topics
+
+    known = set(re.findall(r"\b[a-z]{4,}\b", " ".join(topics.values())))
+    return sum(w in known for w in re.findall(r"\b[a-z]{4,}\b", text))
+
+
+def test_the_demo_learns_and_writes_english(tmp_path: Path) -> None:
+    code, out = regrow(["experiment=demo"], tmp_path, timeout_s=400, OMP_NUM_THREADS="")
+    assert code == 0, out
+    run_dir = tmp_path / "outputs" / "demo"
+    validated: list[Any] = [r["val_loss"] for r in metrics(run_dir) if "val_loss" in r]
+    assert validated[-1] < 0.6 * validated[0]
+    assert words_in((run_dir / "generated.txt").read_text()) >= 10
+    picture = (run_dir / "loss.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert f"loss curve: {run_dir / 'loss.png'}" in out

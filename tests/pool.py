@@ -1,0 +1,99 @@
+"""Ranks for tests: fresh processes from a server that has torch loaded already."""
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import threading
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+__all__ = ["run_distributed"]
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(
+    ["torch.distributed.fsdp", "torch.distributed.checkpoint", "hydra", "launch.app", "launch.preflight"]
+)
+
+
+def free_port() -> int:
+    """A port on loopback that nobody listens on."""
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _end_with(pid: int) -> None:
+    """Ends this process when the tests' process ends, however that happens."""
+    descriptor = os.pidfd_open(pid)
+
+    def wait() -> None:
+        import select
+
+        select.select([descriptor], [], [])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _rank(
+    body: Callable[..., Any], args: tuple[Any, ...], environ: dict[str, str], parent: int, answers: Connection
+) -> None:
+    _end_with(parent)
+    os.environ.update(environ)
+    try:
+        answer = (True, body(*args))
+    except BaseException:
+        answer = (False, traceback.format_exc())
+    answers.send_bytes(pickle.dumps(answer))
+    answers.close()
+    # Threads of asynchronous collectives can abort the interpreter's ordinary shutdown.
+    os._exit(0)
+
+
+def run_distributed(body: Callable[..., Any], *args: Any, world_size: int, timeout_s: float = 90.0) -> list[Any]:
+    """Runs `body(*args)` on every rank, with torchrun's variables set; returns the ranks' results.
+
+    Raises:
+        AssertionError: with the tracebacks of the ranks that failed.
+    """
+    port = str(free_port())
+    processes, pipes = [], []
+    for rank in range(world_size):
+        environ = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "OMP_NUM_THREADS": "1",
+        }
+        receiver, sender = _context.Pipe(duplex=False)
+        process = _context.Process(target=_rank, args=(body, args, environ, os.getpid(), sender), daemon=True)
+        process.start()
+        sender.close()
+        processes.append(process)
+        pipes.append(receiver)
+    results: list[Any] = []
+    failures = []
+    for rank, pipe in enumerate(pipes):
+        try:
+            ok, value = pickle.loads(pipe.recv_bytes()) if pipe.poll(timeout_s) else (False, "timed out")
+        except EOFError:
+            ok, value = False, "died without a word"
+        results.append(value)
+        if not ok:
+            failures.append(f"rank {rank}: {value}")
+            timeout_s = 5.0
+    for process in processes:
+        process.join(5.0)
+        if process.is_alive() and process.pid is not None:
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+    assert not failures, "\n".join(failures)
+    return results

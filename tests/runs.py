@@ -1,0 +1,85 @@
+"""Whole runs on ranks from the pool: what the command does, without starting an interpreter per rank."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from launch.app import _open
+from launch.preflight import check_config, prepare_data
+from launch.signals import StopFlag
+from launch.worker import RankSpec, build_trainer, run_rank
+from tests.pool import run_distributed
+from tests.support import compose_config
+from trainer.parallel.context import close_parallel, open_parallel
+from trainer.parallel.layout import resolve_layout
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended on rank 0."""
+
+    kind: str
+    step: int
+    message: str
+
+
+def spec_of(overrides: Sequence[str], run_dir: Path, world_size: int) -> RankSpec:
+    """What the launcher would tell its ranks."""
+    from launch.typed import plain, to_config
+
+    composed = compose_config(overrides)
+    config = to_config(composed)
+    check_config(config)
+    return RankSpec(
+        config=config,
+        settings=plain(composed),
+        layout=resolve_layout(config.parallel, world_size, ranks_are_given=True),
+        device_type="cpu",
+        run_dir=run_dir,
+        data_folder=prepare_data(config),
+        sweep=None,
+    )
+
+
+def train(overrides: Sequence[str], run_dir: Path, world_size: int = 1) -> Result:
+    """Opens the run and trains it on pool ranks, as `regrow` would."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    spec = spec_of(overrides, run_dir, world_size)
+    if _open(spec, list(overrides), may_rewind=True):
+        return Result("finished", spec.config.train.steps, "")
+    outcomes = run_distributed(_train_rank, spec, world_size=world_size)
+    return Result(outcomes[0].kind, outcomes[0].step, outcomes[0].message)
+
+
+def _train_rank(spec: RankSpec) -> Any:
+    return run_rank(spec, StopFlag())
+
+
+def first_weights(overrides: Sequence[str], run_dir: Path, world_size: int) -> dict[str, torch.Tensor]:
+    """The whole model's starting weights under a layout."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    spec = spec_of(overrides, run_dir, world_size)
+    _open(spec, list(overrides), may_rewind=True)
+    results: list[dict[str, torch.Tensor]] = run_distributed(_weights_of, spec, world_size=world_size)
+    return results[0]
+
+
+def _weights_of(spec: RankSpec) -> dict[str, torch.Tensor]:
+    from torch.distributed.tensor import DTensor
+
+    torch.set_num_threads(1)
+    context = open_parallel(spec.layout, "cpu", 30.0)
+    model = build_trainer(spec, context, StopFlag(), 1).model
+    whole = {}
+    for name, parameter in model.named_parameters():
+        tensor = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        whole[name] = tensor.detach().clone()
+    dist.barrier()
+    close_parallel()
+    assert os.environ["RANK"]
+    return whole

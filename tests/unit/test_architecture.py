@@ -1,0 +1,77 @@
+"""Who may import whom, read from the sources."""
+
+import ast
+from collections import defaultdict
+from pathlib import Path
+
+from tests.support import REPO
+
+PACKAGES = ("models", "checkpoint", "trainer", "launch")
+FORBIDDEN = {
+    "models": {"checkpoint", "trainer", "launch"},
+    "checkpoint": {"models", "trainer", "launch"},
+    "trainer": {"launch"},
+    "launch": set(),
+}
+STANDARD_FOR_CONFIGS = {"abc", "dataclasses", "enum", "typing", "omegaconf", *PACKAGES}
+
+
+def imports_of(path: Path) -> set[str]:
+    """The full names of all modules that a file imports, at any depth."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            found.add(node.module or "")
+    return found
+
+
+def sources() -> dict[Path, set[str]]:
+    return {p: imports_of(p) for package in PACKAGES for p in (REPO / package).rglob("*.py")}
+
+
+def test_imports_go_one_way() -> None:
+    wrong = defaultdict(set)
+    for path, modules in sources().items():
+        package = path.relative_to(REPO).parts[0]
+        bad = {m for m in modules if m.split(".")[0] in FORBIDDEN[package]}
+        if bad:
+            wrong[str(path)] = bad
+    assert not wrong
+
+
+def test_only_launch_imports_hydra() -> None:
+    users = {
+        p.relative_to(REPO).parts[0]
+        for p, modules in sources().items()
+        if any(m.startswith("hydra") for m in modules)
+    }
+    assert users == {"launch"}
+
+
+def test_wandb_is_imported_in_one_place() -> None:
+    users = [p.name for p, modules in sources().items() if "wandb" in modules]
+    assert users == ["wandb.py"]
+
+
+def test_config_modules_import_little() -> None:
+    for path, modules in sources().items():
+        if path.stem == "config" or path.stem.endswith("_config"):
+            for module in modules:
+                assert module.split(".")[0] in STANDARD_FOR_CONFIGS, f"{path} imports {module}"
+                if module.split(".")[0] in PACKAGES:
+                    assert module.endswith("config"), f"{path} imports {module}"
+
+
+def test_signal_handlers_stand_before_torch() -> None:
+    for name in ("launch/train.py", "launch/signals.py", "launch/worker.py", "trainer/process.py"):
+        top_level = ast.parse((REPO / name).read_text()).body
+        for node in top_level:
+            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for module in modules:
+                assert module.split(".")[0] != "torch", f"{name} imports {module}"
+                if module.startswith(("launch", "trainer")):
+                    assert module in ("launch.signals", "trainer.process"), f"{name} imports {module}"
