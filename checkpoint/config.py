@@ -141,11 +141,8 @@ class CheckpointConfig:
 
 @dataclass(kw_only=True, slots=True)
 class FinetuneConfig(CheckpointConfig):
-    """A policy whose `initial_load_path` must be given.
-
-    A schema of its own, because a missing value in YAML does not override one that is there.
+    """A policy whose `initial_load_path` must be given: checked by type, since in a merge a missing value gives way
+    to one that is there.
     """
 
     SCHEMA: ClassVar[tuple[str, str]] = ("checkpoint", "finetune_schema")
-
-    initial_load_path: str | None = MISSING

@@ -50,7 +50,9 @@ class Application:
         log_to_console()
         if any(a.startswith("hydra/launcher=") for a in arguments) and not {"-m", "--multirun"} & set(arguments):
             arguments = [*arguments, "--multirun"]
-        sys.argv[1:] = arguments
+        # argparse takes overrides on one side of a flag only.
+        sweeping = [a for a in arguments if a in ("-m", "--multirun")]
+        sys.argv[1:] = [*sweeping[:1], *(a for a in arguments if a not in ("-m", "--multirun"))]
         hydra.main(config_path="pkg://conf", config_name="config", version_base="1.3")(self._task)()
 
     def exit_code(self) -> int:

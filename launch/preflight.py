@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint.config import AsyncMode, CheckpointConfig, ExportDtype
+from checkpoint.config import AsyncMode, CheckpointConfig, ExportDtype, FinetuneConfig
 from checkpoint.engine import resolve_foreign
 from checkpoint.lineage import LoadRequest
 from launch.build import (
@@ -95,6 +95,11 @@ def _check_checkpoint(config: CheckpointConfig) -> None:
     LoadRequest.from_config(config)
     policies(config)
     rules(config)
+    if isinstance(config, FinetuneConfig) and config.initial_load_path is None:
+        raise ValueError(
+            "checkpoint.initial_load_path must be set with checkpoint=finetune, but is null; "
+            "add checkpoint.initial_load_path=PATH"
+        )
     if config.initial_load_path is not None:
         resolve_foreign(Path(config.initial_load_path))
 

@@ -60,7 +60,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "target": (["optimizer._target_=os.system"], r"optimizer._target_ must begin with"),
     "optimizer": (["optimizer.beta1=1.5"], r"optimizer.beta1 must be within 0 and 1 .*, but is 1.5; use 0.9"),
     "unreadable": (["train.steps=["], r"the override 'train.steps=\[' cannot be read"),
-    "initial load": (["checkpoint=finetune"], r"checkpoint.initial_load_path must be set, but is missing"),
+    "initial load": (["checkpoint=finetune"], r"checkpoint.initial_load_path must be set .*; add checkpoint.initial_load_path=PATH"),
     "disabled": (["checkpoint=disabled"], r"checkpoint.enable must not be false for a run that has checkpoints"),
 }  # fmt: skip
 
