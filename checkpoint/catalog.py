@@ -63,19 +63,29 @@ class Catalog:
         found = []
         for step in self.candidates():
             try:
-                manifest = read_manifest(self.step_path(step))
+                manifest = self._manifest(step)
             except (FileNotFoundError, DamagedStepError):
                 continue
             if is_visible(lineages, step, manifest.lineage):
                 found.append(Entry(step=step, path=self.step_path(step), manifest=manifest))
         return found
 
+    def _manifest(self, step: int) -> Manifest:
+        """A step's manifest; one that was moved here from another step is damage."""
+        manifest = read_manifest(self.step_path(step))
+        if manifest.step != step:
+            raise DamagedStepError(
+                f"{self.step_path(step)} must hold step {step}, but its manifest is of step {manifest.step}; "
+                "the step is damaged, use another one"
+            )
+        return manifest
+
     def damaged(self) -> dict[int, str]:
         """The steps that are not complete and sound, with what is wrong."""
         problems: dict[int, str] = {}
         for step in self.candidates():
             try:
-                read_manifest(self.step_path(step))
+                self._manifest(step)
             except FileNotFoundError:
                 problems[step] = f"{self.step_path(step)} has no manifest"
             except DamagedStepError as error:
@@ -98,16 +108,17 @@ class Catalog:
                 shutil.rmtree(path)
                 done.append(f"removed the incomplete {path.name}")
         for step, problem in self.damaged().items():
-            self._set_aside(step, "damaged")
+            self.set_aside(step, "damaged")
             done.append(f"set step {step} aside: {problem}")
         for step in self.candidates():
-            lineage = read_manifest(self.step_path(step)).lineage
+            lineage = self._manifest(step).lineage
             if not is_visible(lineages, step, lineage):
-                self._set_aside(step, lineage)
+                self.set_aside(step, lineage)
                 done.append(f"set step {step} of lineage {lineage} aside")
         return done
 
-    def _set_aside(self, step: int, reason: str) -> None:
+    def set_aside(self, step: int, reason: str) -> None:
+        """Moves a step to `set-aside/<reason>/`, where nothing looks for it but a person."""
         target = self.folder / ASIDE / reason
         target.mkdir(parents=True, exist_ok=True)
         name, n = step_folder_name(step), 1

@@ -16,6 +16,7 @@ __all__ = [
     "KeepEveryNConfig",
     "MinutesConfig",
     "OnBestConfig",
+    "OnSaveError",
     "RetentionRuleConfig",
     "SavePolicyConfig",
 ]
@@ -32,6 +33,9 @@ class ExportDtype(Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+OnSaveError = Enum("OnSaveError", {"continue": "continue", "stop": "stop"})
 
 
 @dataclass(kw_only=True, slots=True)
@@ -104,7 +108,10 @@ class CheckpointConfig:
         last_save_model_only: the last step's save holds the weights alone.
         last_save_in_hf: the last step's save is a Hugging Face folder.
         export_dtype: element type of a model-only last save.
-        async_mode: `disabled` returns when the checkpoint is durable.
+        async_mode: `disabled` returns when the checkpoint is durable, `async` when the state is copied,
+            `async_with_pinned_mem` at once: the copy runs beside the next forward and backward pass.
+        on_save_error: `continue` warns and tries again when the next save is due, `stop` ends the run.
+        max_save_errors: so many failed saves in a row end the run in any case.
         keep_latest_k: newest steps to keep; 0 keeps all.
         load_only: resume, but never save.
         load_step: -1 for the newest, else the step to go back to; acts once.
@@ -126,7 +133,9 @@ class CheckpointConfig:
     last_save_model_only: bool = False
     last_save_in_hf: bool = False
     export_dtype: ExportDtype = ExportDtype.float32
-    async_mode: AsyncMode = AsyncMode.disabled
+    async_mode: AsyncMode = AsyncMode.async_with_pinned_mem
+    on_save_error: OnSaveError = OnSaveError["continue"]
+    max_save_errors: int = 5
     keep_latest_k: int = 10
     load_only: bool = False
     load_step: int = -1

@@ -12,12 +12,12 @@ from typing import Any
 
 import xxhash
 
-from checkpoint.errors import DamagedStepError
+from checkpoint.errors import CheckpointError, DamagedStepError
 from checkpoint.files import write_json
 
 __all__ = ["FORMAT", "MANIFEST", "Manifest", "read_manifest", "write_manifest"]
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 
 
@@ -36,6 +36,7 @@ class Manifest:
         config_hash: hash of identity and hyperparameters.
         versions: of the software that wrote it.
         files: size in bytes of every file but the manifest.
+        hashes: xxh3-128 of the small files, the ranks' manifests among them.
     """
 
     step: int
@@ -48,6 +49,7 @@ class Manifest:
     config_hash: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, int] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
 
 
 def _checksum(body: dict[str, Any]) -> str:
@@ -67,6 +69,7 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         FileNotFoundError: there is no manifest: not a checkpoint of ours, or not a complete one.
         DamagedStepError: the manifest or a file is not what was written.
+        CheckpointError: another version wrote it.
     """
     path = folder / MANIFEST
     try:
@@ -75,7 +78,9 @@ def read_manifest(folder: Path) -> Manifest:
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError) as error:
         raise DamagedStepError(f"{path} is not a manifest; the step is damaged, use another one") from error
     if found != FORMAT:
-        raise DamagedStepError(f"{path} has format {found}, but this version reads {FORMAT}; upgrade regrow")
+        raise CheckpointError(
+            f"{path} has format {found}, but this version reads {FORMAT}; use that version of regrow"
+        )
     if checksum != _checksum(document):
         raise DamagedStepError(f"{path} does not match its own checksum; the step is damaged, use another one")
     manifest = Manifest(**document)

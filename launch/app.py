@@ -4,8 +4,10 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -22,6 +24,8 @@ from launch.worker import Outcome, RankSpec, log_to_console, run_rank
 __all__ = ["Application"]
 
 log = logging.getLogger(__name__)
+
+EXIT_RESUMABLE = 3
 
 
 @final
@@ -61,44 +65,49 @@ class Application:
         return min(self._codes, key=gravity.index, default=0)
 
     def _task(self, config: DictConfig) -> None:
-        if 3 in self._codes:
+        if EXIT_RESUMABLE in self._codes:
             return  # a sweep that was asked to stop starts no further run
         try:
-            outcome = self._train(config)
+            outcome, external = self._train(config)
             if outcome.message:
                 print(f"error: {outcome.message}", file=sys.stderr)
-            self._codes.append(outcome.exit_code)
-        except Exception as error:
-            sentence = str(error) if isinstance(error, Refused) else describe(error)
-            if sentence is None or self._full_error:
+            # An elastic agent would start again what ends with anything but 0; the stop record tells the rest.
+            elastic = external and "TORCHELASTIC_RUN_ID" in os.environ
+            self._codes.append(0 if elastic else outcome.exit_code)
+        except UserError as error:
+            if self._full_error:
                 traceback.print_exc()
-            if sentence is not None:
-                print(f"error: {sentence}", file=sys.stderr)
-            self._codes.append(1 if sentence is None else 2)
+            print(f"error: {error}", file=sys.stderr)
+            self._codes.append(2)
+        except Exception:
+            traceback.print_exc()
+            self._codes.append(1)
 
-    def _train(self, config: DictConfig) -> Outcome:
+    def _train(self, config: DictConfig) -> tuple[Outcome, bool]:
         hydra_config = HydraConfig.get()
         run_dir = Path(hydra_config.runtime.output_dir)
         sweep = Path(config.run.root).name if hydra_config.mode is RunMode.MULTIRUN else None
+        overrides = list(hydra_config.overrides.task)
         try:
-            spec, external = _prepare(config, run_dir, sweep)
-        except (ValueError, FileNotFoundError, OSError) as error:
+            with refusing():
+                spec, external = _prepare(config, run_dir, sweep)
+        except Refused:
             _remove_if_empty(run_dir)
-            if describe(error) is not None:
-                raise
-            raise Refused(str(error)) from error
+            raise
         if external:
-            return _train_external(spec, self._flag, list(hydra_config.overrides.task))
-        return self._train_here(spec, list(hydra_config.overrides.task))
+            return _train_external(spec, self._flag, overrides), True
+        return self._train_here(spec, overrides), False
 
     def _train_here(self, spec: RankSpec, overrides: list[str]) -> Outcome:
-        from launch.run_dir import own_run
+        from launch.run_dir import leave_unused, own_run
 
         with own_run(spec.run_dir):
             try:
-                finished = _open(spec, overrides, may_rewind=True)
-            except (ValueError, FileNotFoundError) as error:
-                raise Refused(str(error)) from error
+                with refusing():
+                    finished = _open(spec, overrides)
+            except Refused:
+                leave_unused(spec.run_dir)
+                raise
             if finished:
                 return _already_finished(spec)
             if spec.layout.world_size > 1 or spec.config.launch.max_restarts > 0:
@@ -117,6 +126,20 @@ class Application:
 
 class Refused(UserError):
     """Bad input found in preflight."""
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Turns what a user can cause before training into the sentence for it."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise Refused(describe(error) or str(error)) from error
+    except Exception as error:
+        sentence = describe(error)
+        if sentence is None:
+            raise
+        raise Refused(sentence) from error
 
 
 def _already_finished(spec: RankSpec) -> Outcome:
@@ -146,7 +169,7 @@ def _prepare(config: DictConfig, run_dir: Path, sweep: str | None) -> tuple[Rank
     ranks = detect_ranks(os.environ, _degrees(typed))
     available = ranks.world_size if ranks is not None else _local_devices(device_type)
     layout = resolve_layout(typed.parallel, available, ranks_are_given=ranks is not None)
-    check_launch(typed, layout, device_type, ranks_are_given=ranks is not None)
+    check_launch(layout, device_type, ranks_are_given=ranks is not None)
     if ranks is not None:
         export_ranks(ranks)
     check_disk(typed, run_dir)
@@ -173,30 +196,27 @@ def _local_devices(device_type: str) -> int:
     return torch.cuda.device_count() if device_type == "cuda" else 1
 
 
-def _open(spec: RankSpec, overrides: list[str], *, may_rewind: bool) -> bool:
+def _open(spec: RankSpec, overrides: list[str]) -> bool:
     """Opens the run; true when there is nothing left to do."""
-    from launch.run_dir import is_finished, open_run
+    from launch.run_dir import open_run
     from trainer.data.token_store import TokenStore
 
-    store = TokenStore(spec.data_folder)
-    record = open_run(spec.config, spec.settings, spec.run_dir, store, may_rewind=may_rewind, overrides=overrides)
-    return is_finished(record, spec.config.train.steps)
+    return open_run(spec.config, spec.settings, spec.run_dir, TokenStore(spec.data_folder), overrides=overrides)
 
 
 def _train_external(spec: RankSpec, flag: StopFlag, overrides: list[str]) -> Outcome:
     """A rank that torchrun or srun started: rank 0 opens the run, the others wait for its word."""
-    import contextlib
-
     from launch.rendezvous import share_from_rank_zero
     from launch.run_dir import own_run
 
-    is_main = os.environ["RANK"] == "0"
-    with own_run(spec.run_dir) if is_main else contextlib.nullcontext():
+    with ExitStack() as held:
 
-        def open_run_here() -> bool:
-            return _open(spec, overrides, may_rewind=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0")
+        def open_here() -> bool:
+            held.enter_context(own_run(spec.run_dir))
+            with refusing():
+                return _open(spec, overrides)
 
-        opened: Any = share_from_rank_zero(open_run_here, spec.config.launch.timeout_s)
+        opened = share_from_rank_zero(open_here, spec.config.launch.timeout_s)
         if isinstance(opened, str):
             raise Refused(opened)
         if opened:

@@ -18,7 +18,7 @@ from torch.distributed.launcher.api import LaunchConfig as ElasticConfig
 from torch.distributed.launcher.api import elastic_launch
 
 from launch.signals import SIGNALS
-from launch.worker import OUTCOME, Outcome, RankSpec, read_outcome
+from launch.worker import OUTCOME, STOP_NOTE, Outcome, RankSpec, read_outcome
 from trainer.process import PARENT_VARIABLE
 
 __all__ = ["run_local"]
@@ -39,14 +39,14 @@ def run_local(spec: RankSpec) -> Outcome:
         os.environ[PARENT_VARIABLE] = str(os.getpid())
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         previous = {number: signal.getsignal(number) for number in SIGNALS}
-        stopping = _pass_signals_on()
+        received = _pass_signals_on(spec_file.with_name(STOP_NOTE))
         try:
             # -P keeps the working directory off the path: it may hold folders named like our packages.
             elastic_launch(_elastic_config(spec, folder), sys.executable)(
                 "-P", "-u", "-m", "launch.worker", str(spec_file)
             )
         except ChildFailedError as error:
-            return _failure(spec, error, stopping)
+            return _failure(spec, error, received)
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -77,18 +77,28 @@ def _elastic_config(spec: RankSpec, folder: str) -> ElasticConfig:
     return ElasticConfig(**{name: value for name, value in options.items() if name in known})
 
 
-def _pass_signals_on() -> list[int]:
-    """Sends what this process receives to the ranks, which save and end; returns the list of what came."""
+def _ranks() -> list[psutil.Process]:
+    """This launcher's children that are ranks."""
+    return [c for c in psutil.Process().children() if "launch.worker" in c.cmdline()]
+
+
+def _pass_signals_on(note: Path) -> list[int]:
+    """Sends what this process receives to the ranks, which save and end; returns the list of what came.
+
+    Args:
+        note: a file for ranks whose handlers do not stand yet, and for those that the agent starts again.
+    """
     received: list[int] = []
 
     def handle(number: int, _frame: FrameType | None) -> None:
         received.append(number)
-        again = received.count(signal.SIGINT) > 1
-        for child in psutil.Process().children():
-            if "launch.worker" in child.cmdline():
-                child.send_signal(
-                    signal.SIGKILL if again else signal.SIGUSR2 if number == signal.SIGUSR2 else signal.SIGTERM
-                )
+        if received.count(signal.SIGINT) > 1:
+            for rank in _ranks():
+                rank.kill()
+            os._exit(130)
+        note.write_text(str(number))
+        for rank in _ranks():
+            rank.send_signal(signal.SIGUSR2 if number == signal.SIGUSR2 else signal.SIGTERM)
 
     for number in SIGNALS:
         signal.signal(number, handle)
@@ -96,9 +106,11 @@ def _pass_signals_on() -> list[int]:
 
 
 def _failure(spec: RankSpec, error: ChildFailedError, received: list[int]) -> Outcome:
+    if received:
+        # Ended while it was starting: nothing was lost, and the same command goes on.
+        kind = "preempted" if received[0] == signal.SIGUSR2 else "terminated"
+        return read_outcome(spec.run_dir) or Outcome(kind=kind, step=0)
     rank, first = error.get_first_failure()
     how = f"signal {signal.Signals(-first.exitcode).name}" if first.exitcode < 0 else f"exit code {first.exitcode}"
     where = spec.run_dir / "logs" / f"rank-{rank}.log"
-    if received:
-        how += f", after {signal.Signals(received[0]).name}"
     return Outcome(kind="failed", step=0, message=f"rank {rank} died ({how}); its log is {where}")

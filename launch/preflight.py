@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
-from checkpoint.config import AsyncMode, CheckpointConfig, ExportDtype, FinetuneConfig
-from checkpoint.engine import resolve_foreign
+from checkpoint.config import CheckpointConfig, ExportDtype, FinetuneConfig
+from checkpoint.errors import CheckpointError
 from checkpoint.lineage import LoadRequest
+from checkpoint.loading import check_compatible, is_verified, resolve_foreign
 from launch.build import (
     build_hooks,
     build_model,
@@ -24,11 +25,10 @@ from trainer.data.token_store import TokenStore
 from trainer.data.windows import Windows
 from trainer.parallel.layout import Layout
 
-__all__ = ["check_config", "check_data", "check_disk", "check_launch", "prepare_data"]
+__all__ = ["check_config", "check_data", "check_disk", "check_initial_load", "check_launch", "prepare_data"]
 
 # Capabilities that the fields name already and a later version brings.
 _LATER = (
-    ("async_mode", AsyncMode.disabled, "use checkpoint=sync"),
     ("last_save_model_only", False, "leave it out"),
     ("last_save_in_hf", False, "leave it out"),
     ("export_dtype", ExportDtype.float32, "leave it out"),
@@ -50,6 +50,10 @@ def check_config(config: Config) -> None:
     _at_least(config.data.seq_len, 1, "data.seq_len", "256")
     _at_least(config.data.global_batch_size, 1, "data.global_batch_size", "16")
     _at_least(config.data.micro_batch_size, 1, "data.micro_batch_size", "1")
+    _at_least(config.seed, 0, "seed", "0")
+    _at_least(config.data.workers, 0, "data.workers", "0")
+    _at_least(config.data.prefetch, 1, "data.prefetch", "2")
+    _at_least(config.launch.timeout_s, 1, "launch.timeout_s", "600")
     _at_least(config.launch.max_restarts, 0, "launch.max_restarts", "0")
     _at_least(config.launch.threads_per_rank, 0, "launch.threads_per_rank", "0")
     if not 0 <= config.data.validation_fraction < 1:
@@ -95,26 +99,41 @@ def _check_checkpoint(config: CheckpointConfig) -> None:
     LoadRequest.from_config(config)
     policies(config)
     rules(config)
+    _at_least(config.max_save_errors, 1, "checkpoint.max_save_errors", "5")
     if isinstance(config, FinetuneConfig) and config.initial_load_path is None:
         raise ValueError(
             "checkpoint.initial_load_path must be set with checkpoint=finetune, but is null; "
             "add checkpoint.initial_load_path=PATH"
         )
-    if config.initial_load_path is not None:
-        resolve_foreign(Path(config.initial_load_path))
 
 
-def check_launch(config: Config, layout: Layout, device_type: str, *, ranks_are_given: bool) -> None:
+def check_launch(layout: Layout, device_type: str, *, ranks_are_given: bool) -> None:
     """Whether the ranks can be started here.
 
     Raises:
         ValueError: more ranks than GPUs.
     """
-    _ = config
     if device_type == "cuda" and not ranks_are_given and layout.world_size > torch.cuda.device_count():
         raise ValueError(
             f"the product of parallel.dp_replicate and parallel.dp_shard must be at most the number of GPUs "
             f"({torch.cuda.device_count()}), but is {layout.world_size}; use parallel.dp_shard=-1"
+        )
+
+
+def check_initial_load(config: Config) -> None:
+    """Whether the checkpoint to start from is there and fits the model.
+
+    Raises:
+        CheckpointError: it is not, or does not.
+    """
+    assert config.checkpoint.initial_load_path is not None
+    path = resolve_foreign(Path(config.checkpoint.initial_load_path))
+    with torch.device("meta"):
+        check_compatible(path, dict(build_model(config).named_parameters()))
+    if not config.checkpoint.initial_load_model_only and not is_verified(path):
+        raise CheckpointError(
+            f"checkpoint.initial_load_model_only must be true for {path}, which has no manifest and so no train "
+            "state, but is false; leave it out"
         )
 
 

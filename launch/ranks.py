@@ -39,7 +39,8 @@ def detect_ranks(environ: Mapping[str, str], degrees: int | None) -> Ranks | Non
             master=environ.get("MASTER_ADDR", "127.0.0.1"),
             port=int(environ.get("MASTER_PORT", "29500")),
         )
-    tasks = int(environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1")))
+    # Set inside srun alone; SLURM_NTASKS is there in a batch script and in a shell of salloc too.
+    tasks = int(environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if "SLURM_PROCID" not in environ or tasks < 2 or (degrees is not None and degrees != tasks):
         return None
     return Ranks(

@@ -3,6 +3,7 @@
 import datetime
 import json
 import os
+import time
 from collections.abc import Callable
 
 import torch.distributed as dist
@@ -11,7 +12,7 @@ __all__ = ["share_from_rank_zero"]
 
 
 def share_from_rank_zero(decide: Callable[[], bool], timeout_s: float) -> bool | str:
-    """Runs `decide` on rank 0 and gives every rank its answer, or the sentence of its ValueError.
+    """Runs `decide` on rank 0 and gives every rank its answer, or the sentence of its error.
 
     Args:
         decide: called on rank 0 alone.
@@ -30,13 +31,15 @@ def share_from_rank_zero(decide: Callable[[], bool], timeout_s: float) -> bool |
     if rank == 0:
         try:
             answer: bool | str = decide()
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, OSError) as error:
             answer = str(error)
         store.set("answer", json.dumps(answer))
     result: bool | str = json.loads(store.get("answer"))
     store.add("read", 1)
-    if rank == 0:
-        # The store lives in this process: it must outlast the slowest reader.
-        while store.add("read", 0) < world_size:
-            pass
+    deadline = time.monotonic() + timeout_s
+    while rank == 0 and store.add("read", 0) < world_size:
+        # The store lives in this process: it must outlast the slowest reader, but not wait for a dead one.
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not all of the {world_size} ranks came up within {timeout_s:g} s")
+        time.sleep(0.01)
     return result

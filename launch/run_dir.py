@@ -5,32 +5,41 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from checkpoint.catalog import Catalog
-from checkpoint.files import fsync_folder
-from checkpoint.lineage import Lineage, LoadRequest, choose_lineage
+from checkpoint.catalog import Catalog, Entry
+from checkpoint.files import fsync_folder, fsync_path
+from checkpoint.lineage import (
+    Lineage,
+    LoadRequest,
+    Resume,
+    StartKind,
+    StartPoint,
+    choose_lineage,
+    start_point,
+)
 from launch.build import checkpoint_folder
 from launch.errors import UserError
 from launch.identity import Difference, compare
+from launch.preflight import check_initial_load
 from launch.schema import Config
 from trainer.data.token_store import TokenStore
 from trainer.hooks.metrics import METRICS, SAMPLES
-from trainer.run_record import RunRecord, new_id
+from trainer.run_record import FILE, RunRecord, new_id
 
-__all__ = ["is_finished", "open_run", "own_run", "share_run"]
+__all__ = ["leave_unused", "open_run", "own_run", "share_run"]
 
 log = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"
 _LAUNCHER_LOCK = ".launcher.lock"
 _RANKS_LOCK = ".ranks.lock"
-_WAIT_S = 20.0
+_WAIT_S = 8.0
 
 
 @contextmanager
@@ -49,6 +58,15 @@ def own_run(run_dir: Path) -> Iterator[None]:
         _lock(ranks.fileno(), run_dir, ranks.name)
         fcntl.flock(ranks, fcntl.LOCK_UN)
         yield
+
+
+def leave_unused(run_dir: Path) -> None:
+    """Removes the locks of a run that was refused before it began, and with them its empty folder."""
+    if not (run_dir / FILE).exists():
+        (run_dir / _LAUNCHER_LOCK).unlink()
+        (run_dir / _RANKS_LOCK).unlink()
+        with suppress(OSError):
+            run_dir.rmdir()
 
 
 def _lock(descriptor: int, run_dir: Path, path: str) -> None:
@@ -80,9 +98,8 @@ def open_run(
     run_dir: Path,
     store: TokenStore,
     *,
-    may_rewind: bool,
     overrides: Sequence[str],
-) -> RunRecord:
+) -> bool:
     """Compares the command with what is stored, chooses the lineage, and writes `run.json`.
 
     Args:
@@ -90,8 +107,10 @@ def open_run(
         settings: the same as plain values.
         run_dir: the run's directory.
         store: the corpus.
-        may_rewind: false where the same launch starts its ranks again.
         overrides: the command line, for `.hydra/`.
+
+    Returns:
+        Whether the run has come to its end already.
 
     Raises:
         UserError: the run is another one than the command describes.
@@ -109,27 +128,49 @@ def open_run(
             f"checkpoint.enable must not be false for a run that has checkpoints, but {catalog.folder} holds step "
             f"{entries[-1].step}; choose another run.name or leave checkpoint.enable true"
         )
+    again = _is_restart(os.environ)
     lineage = choose_lineage(
         record.lineages,
         LoadRequest.from_config(config.checkpoint),
         steps=[e.step for e in entries],
-        resume=config.run.resume,
-        rewind=config.run.rewind,
+        # Both act once a launch, not once a restart or requeue of it.
+        resume=Resume.auto if again and config.run.resume is Resume.never else config.run.resume,
+        rewind=config.run.rewind and not again,
         new_id=_lineage_id(record.lineages),
         folder=str(catalog.folder),
     )
-    # run.resume=never and run.rewind act once a launch, not once a restart within it.
-    if lineage is not None and (may_rewind or not record.lineages):
+    if lineage is not None:
         if record.lineages:
             _keep_rows(run_dir, record.lineages[-1])
         record.lineages.append(lineage)
-    step = entries[-1].step if entries else 0
+        entries = catalog.entries(record.lineages)
+    start = start_point(record.lineages, [(e.step, e.manifest.lineage) for e in entries])
+    _check_start(config, start, record, catalog.folder)
     for change in changes:
-        log.warning("%s, from step %d on", change, step)
-        record.changes.append({"name": change.name, "from": change.stored, "to": change.given, "after_step": step})
-    record.save(run_dir)
+        log.warning("%s, from step %d on", change, start.step)
+        record.changes.append(
+            {"name": change.name, "from": change.stored, "to": change.given, "after_step": start.step}
+        )
     _write_config(settings, run_dir, store, overrides)
-    return record
+    record.save(run_dir)
+    return _is_finished(config, record, entries)
+
+
+def _is_restart(environ: Mapping[str, str]) -> bool:
+    """Whether torchrun or Slurm starts the same launch again."""
+    return any(environ.get(n, "0") != "0" for n in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
+def _check_start(config: Config, start: StartPoint, record: RunRecord, folder: Path) -> None:
+    """Refuses a start that cannot work, or that would lose what was trained."""
+    if start.kind is StartKind.initial:
+        check_initial_load(config)
+    saved = max((a.saved_step for a in record.attempts if a.lineage == record.lineages[-1].id), default=0)
+    if start.kind is not StartKind.step and saved > 0 and config.checkpoint.enable:
+        raise UserError(
+            f"checkpoint.folder must hold the run's steps, the newest of them {saved}, but {folder} has none; "
+            "restore them, or use run.resume=never to start afresh"
+        )
 
 
 def _lineage_id(lineages: Sequence[Lineage]) -> str:
@@ -140,12 +181,14 @@ def _check_same(
     config: Config, settings: dict[str, Any], run_dir: Path, store: TokenStore, record: RunRecord
 ) -> list[Difference]:
     """The allowed changes; raises UserError for the others."""
-    if (run_dir / CONFIG).exists():
-        stored = OmegaConf.to_container(OmegaConf.load(run_dir / CONFIG))
-        assert isinstance(stored, dict)
-        identity, hyperparameters = compare({str(k): v for k, v in stored.items()}, settings)
-    else:
-        identity, hyperparameters = [], []
+    if not (run_dir / CONFIG).exists():
+        raise UserError(
+            f"the run {run_dir} must have its {CONFIG} to be continued, but has not; restore it (from "
+            ".hydra/config.yaml) or choose another run.name"
+        )
+    stored = OmegaConf.to_container(OmegaConf.load(run_dir / CONFIG))
+    assert isinstance(stored, dict)
+    identity, hyperparameters = compare({str(k): v for k, v in stored.items()}, settings)
     if identity:
         more = f" ({len(identity) - 1} more: {', '.join(d.name for d in identity[1:])})" if identity[1:] else ""
         raise UserError(
@@ -173,7 +216,7 @@ def _keep_rows(run_dir: Path, lineage: Lineage) -> None:
     target = run_dir / "lineages" / lineage.id
     target.mkdir(parents=True, exist_ok=True)
     for name in (METRICS, SAMPLES):
-        if (run_dir / name).exists() and not (target / name).exists():
+        if (run_dir / name).exists():
             shutil.copyfile(run_dir / name, target / f"{name}.tmp")
             (target / f"{name}.tmp").rename(target / name)
 
@@ -192,13 +235,16 @@ def _write_config(settings: dict[str, Any], run_dir: Path, store: TokenStore, ov
     ):
         temporary = path.with_name(f".{path.name}.tmp")
         OmegaConf.save(OmegaConf.create(value), temporary)
+        fsync_path(temporary)
         temporary.rename(path)
     fsync_folder(run_dir)
 
 
-def is_finished(record: RunRecord, steps: int) -> bool:
+def _is_finished(config: Config, record: RunRecord, entries: Sequence[Entry]) -> bool:
     """Whether the newest lineage has come to its end, so that there is nothing to do."""
     if not record.attempts:
         return False
-    last = record.attempts[-1]
+    steps, last = config.train.steps, record.attempts[-1]
+    if config.checkpoint.enable and not config.checkpoint.load_only and (not entries or entries[-1].step < steps):
+        return False
     return last.lineage == record.lineages[-1].id and last.end == "finished" and last.to_step >= steps

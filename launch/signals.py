@@ -34,7 +34,6 @@ class StopFlag:
     def __init__(self) -> None:
         self.received: int | None = None
         self._deferring = False
-        self._forward_to: list[int] = []
 
     def install(self) -> None:
         """Takes the signals over."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.signals import SIGNALS, StopFlag
+from launch.signals import StopFlag
 from trainer.process import PARENT_VARIABLE, die_with_parent
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ __all__ = ["Outcome", "RankSpec", "read_outcome", "run_rank"]
 
 log = logging.getLogger(__name__)
 OUTCOME = "stop.json"
+# Beside the spec: the signal that the launcher was stopped by.
+STOP_NOTE = "stop"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,6 +128,8 @@ def build_trainer(spec: RankSpec, context: "ParallelContext", flag: StopFlag, th
     config, data = spec.config, spec.config.data
     seed_everything(config.seed)
     if config.train.deterministic:
+        # cuBLAS is deterministic only with a fixed workspace, set before it starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     with torch.device("meta"):
         model = build_model(config)
@@ -233,7 +237,20 @@ def software_versions() -> dict[str, str]:
         own = version("regrow")
     except PackageNotFoundError:
         own = "uninstalled"
-    return {"regrow": own, "torch": str(torch.__version__), "python": platform.python_version()}
+    versions = {"regrow": own, "torch": str(torch.__version__), "python": platform.python_version()}
+    revision = _git_revision()
+    return {**versions, "git": revision} if revision else versions
+
+
+def _git_revision() -> str | None:
+    """Of the sources that run, None where they are not a checkout."""
+    import subprocess
+
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _checkpoint_hook(spec: RankSpec, fingerprint: str) -> Any:
@@ -258,6 +275,9 @@ def _checkpoint_hook(spec: RankSpec, fingerprint: str) -> Any:
                 "config_hash": config_hash(spec.settings),
                 "versions": software_versions(),
             },
+            mode=config.checkpoint.async_mode,
+            stop_on_error=config.checkpoint.on_save_error.value == "stop",
+            max_failures=config.checkpoint.max_save_errors,
         )
     )
 
@@ -306,13 +326,16 @@ def main() -> None:
     flag = StopFlag()
     flag.install()
     flag.defer(deferring=True)
+    # A signal that came before these handlers stood is written down by the launcher.
+    noted = Path(sys.argv[1]).with_name(STOP_NOTE)
+    if noted.exists():
+        flag.received = int(noted.read_text())
     if PARENT_VARIABLE in os.environ:
         die_with_parent(int(os.environ[PARENT_VARIABLE]))
     # The terminal sends Ctrl-C to the launcher too, which passes it on as TERM.
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    assert signal.SIGINT in SIGNALS
     with Path(sys.argv[1]).open("rb") as file:
         spec: RankSpec = pickle.load(file)
     run_rank(spec, flag)

@@ -50,7 +50,7 @@ def train(overrides: Sequence[str], run_dir: Path, world_size: int = 1) -> Resul
     """Opens the run and trains it on pool ranks, as `regrow` would."""
     run_dir.mkdir(parents=True, exist_ok=True)
     spec = spec_of(overrides, run_dir, world_size)
-    if _open(spec, list(overrides), may_rewind=True):
+    if _open(spec, list(overrides)):
         return Result("finished", spec.config.train.steps, "")
     outcomes = run_distributed(_train_rank, spec, world_size=world_size)
     return Result(outcomes[0].kind, outcomes[0].step, outcomes[0].message)
@@ -64,7 +64,7 @@ def first_weights(overrides: Sequence[str], run_dir: Path, world_size: int) -> d
     """The whole model's starting weights under a layout."""
     run_dir.mkdir(parents=True, exist_ok=True)
     spec = spec_of(overrides, run_dir, world_size)
-    _open(spec, list(overrides), may_rewind=True)
+    _open(spec, list(overrides))
     results: list[dict[str, torch.Tensor]] = run_distributed(_weights_of, spec, world_size=world_size)
     return results[0]
 

@@ -2,11 +2,13 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
-__all__ = ["StepLog", "read_rows"]
+from checkpoint.files import fsync_folder
+
+__all__ = ["StepLog", "read_rows", "rewrite_rows"]
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -24,6 +26,17 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
+def rewrite_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Replaces a file's rows, durably."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w") as out:
+        out.writelines(json.dumps(row) + "\n" for row in rows)
+        out.flush()
+        os.fsync(out.fileno())
+    temporary.rename(path)
+    fsync_folder(path.parent)
+
+
 @final
 class StepLog:
     """Appends one row a step.
@@ -36,18 +49,13 @@ class StepLog:
     def __init__(self, path: Path, last_step: int) -> None:
         self._drop_after(path, last_step)
         self._file = path.open("a")
+        fsync_folder(path.parent)
 
     @staticmethod
     def _drop_after(path: Path, last_step: int) -> None:
         if not path.exists():
             return
-        kept = [row for row in read_rows(path) if row["step"] <= last_step]
-        temporary = path.with_name(f".{path.name}.tmp")
-        with temporary.open("w") as out:
-            out.writelines(json.dumps(row) + "\n" for row in kept)
-            out.flush()
-            os.fsync(out.fileno())
-        temporary.rename(path)
+        rewrite_rows(path, [row for row in read_rows(path) if row["step"] <= last_step])
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Writes a row; other processes see it at once."""

@@ -5,12 +5,15 @@ fit_start
 for step in steps:
     step_start
     for microbatch: forward, backward
-    before_optimizer_step        # CheckpointHook: waits until the last snapshot is staged
+    before_optimizer_step        # CheckpointHook: waits until the last snapshot is copied
     clip, optimizer.step         # skipped on the device when gradients are not finite
-    validate                     # when due
-    step_end                     # samples written; CheckpointHook: save policy, snapshot
     on_metrics(row)              # of the step before: what the device holds is read one step late
-      before_commit, on_committed(step)   # as snapshots become durable
+    validate                     # when due; adds val_loss to this step's row
+    step_end                     # samples written; CheckpointHook: save policies
+        flush: on_metrics(row)   # before a save this step's row is read at once
+        before_commit(step)      # rows up to this step are made durable
+        snapshot                 # written and committed behind the steps that follow
+        on_committed(step)       # when it has become durable
 fit_end
 on_exception                     # no save, no collectives
 """
@@ -112,21 +115,22 @@ class _Pending:
     """A step whose results are still on the device.
 
     Attributes:
-        agreed: float64 on the device, summed over ranks: `_AGREED` names its slots.
-        grad_norm: scalar on the device.
+        values: float64 on the host, on its way from the device: `_AGREED` names its slots.
+        arrived: the device's event after that copy; None on a CPU.
         row: what the host knows already.
         ids: the windows of the global batch.
     """
 
     step: int
-    agreed: Tensor
-    grad_norm: Tensor
+    values: Tensor
+    arrived: torch.cuda.Event | None
     row: dict[str, Any]
     ids: Sequence[int] = field(default_factory=list)
 
 
-# What ranks agree on with one reduction a step: the loss' sum, requests to stop, and rank 0's clock.
-_AGREED = ("loss_sum", "terminate", "preempt", "seconds_since_save")
+# What ranks agree on with one reduction a step: the loss' sum, requests to stop, and rank 0's clock. The gradient
+# norm is the same on all ranks already and only travels along to the host.
+_AGREED = ("loss_sum", "terminate", "preempt", "seconds_since_save", "grad_norm")
 
 
 @final
@@ -286,14 +290,19 @@ class Trainer:
         agreed = torch.cat([loss_sum.reshape(1), others])
         if self.context.world_size > 1:
             dist.all_reduce(agreed)
+        agreed = torch.cat([agreed, grad_norm.reshape(1).to(torch.float64)])
+        arrived = None
+        if agreed.device.type == "cuda":
+            # Beside the steps that follow: reading it later waits for this copy alone.
+            host = torch.empty(agreed.shape, dtype=agreed.dtype, pin_memory=True)
+            host.copy_(agreed, non_blocking=True)
+            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrived.record()
+            agreed = host
         row = {"lr": lr, "tokens": self.state.tokens}
         assert self.batch is not None
         return _Pending(
-            step=self.state.step,
-            agreed=agreed,
-            grad_norm=grad_norm,
-            row=row,
-            ids=self.batch.global_ids.tolist(),
+            step=self.state.step, values=agreed, arrived=arrived, row=row, ids=self.batch.global_ids.tolist()
         )
 
     def add_metrics(self, **values: float) -> None:
@@ -311,14 +320,19 @@ class Trainer:
         """Reads a step's results from the device, hands its row on, and acts on what ranks agreed."""
         if pending is None:
             return
-        values = dict(zip(_AGREED, pending.agreed.tolist(), strict=True))
+        if pending.arrived is not None:
+            pending.arrived.synchronize()
+        values = dict(zip(_AGREED, pending.values.tolist(), strict=True))
         loss = values["loss_sum"] / (self.options.global_batch_size * self.options.seq_len)
         if not math.isfinite(loss):
             ids = ", ".join(str(i) for i in pending.ids)
             raise NonFiniteLossError(f"the loss of step {pending.step} is {loss}; its sample ids were {ids}")
         self.seconds_since_save = values["seconds_since_save"]
         self.stop = self.stop or _stop_of(values)
-        row = {"step": pending.step, "loss": loss, "grad_norm": pending.grad_norm.item(), **pending.row}
+        norm = values["grad_norm"] if math.isfinite(values["grad_norm"]) else None
+        if norm is None and self.context.is_main:
+            log.warning("the gradients of step %d are not finite; its update was left out", pending.step)
+        row = {"step": pending.step, "loss": loss, "grad_norm": norm, **pending.row}
         for hook in self.hooks:
             hook.on_metrics(self, row)
 

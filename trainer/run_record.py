@@ -26,7 +26,7 @@ class Attempt:
     """One start of the ranks.
 
     Attributes:
-        started_at: seconds since 1970, for people; nothing is decided by it.
+        started_at: seconds since 1970, for people.
         lineage: the lineage it worked on.
         job: the scheduler's job id, if any.
         host: of rank 0.
@@ -34,6 +34,7 @@ class Attempt:
         threads: per rank; results are bitwise the same only with the same number.
         from_step: continued from here.
         to_step: reached, as far as it could tell.
+        saved_step: the newest step that it made durable.
         end: `finished`, `terminated`, `preempted`, `failed`, or None while it runs or when it was killed.
         error: the failure's message.
         versions: of the software.
@@ -47,6 +48,7 @@ class Attempt:
     threads: int = 0
     from_step: int = 0
     to_step: int = 0
+    saved_step: int = 0
     end: str | None = None
     error: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
@@ -62,6 +64,7 @@ class RunRecord:
         attempts: oldest first.
         changes: hyperparameters changed on resume, with the step.
         data_fingerprint: of the corpus and its tokenizer.
+        wandb_step: Weights & Biases has taken every row up to this step.
     """
 
     run_id: str = field(default_factory=new_id)
@@ -69,6 +72,7 @@ class RunRecord:
     attempts: list[Attempt] = field(default_factory=list)
     changes: list[dict[str, Any]] = field(default_factory=list)
     data_fingerprint: str = ""
+    wandb_step: int = 0
 
     def save(self, run_dir: Path) -> None:
         """Replaces the file, durably."""
@@ -76,6 +80,7 @@ class RunRecord:
             "format": FORMAT,
             "run_id": self.run_id,
             "data_fingerprint": self.data_fingerprint,
+            "wandb_step": self.wandb_step,
             "lineages": [
                 {**asdict(x), "origin": x.origin.value, "request": asdict(x.request)} for x in self.lineages
             ],
@@ -105,6 +110,7 @@ class RunRecord:
             attempts=[Attempt(**a) for a in body["attempts"]],
             changes=body["changes"],
             data_fingerprint=body["data_fingerprint"],
+            wandb_step=body["wandb_step"],
         )
 
 

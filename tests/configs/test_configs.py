@@ -73,7 +73,12 @@ def test_the_references_full_example_composes() -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["checkpoint=async", "checkpoint=pinned", "checkpoint=seed", "checkpoint=export_hf", "checkpoint=production"],
+    [
+        "checkpoint=seed",
+        "checkpoint=export_hf",
+        "checkpoint.initial_load_in_hf=true",
+        "checkpoint.export_dtype=bfloat16",
+    ],
 )
 def test_what_comes_later_is_refused_in_a_sentence(override: str) -> None:
     with pytest.raises(ValueError, match=r"^checkpoint\.\w+ must be \w+ in this version, but is \w+; "):
@@ -189,7 +194,13 @@ def test_ranks_come_from_torchrun_or_a_fitting_srun() -> None:
     torchrun = detect_ranks({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}, 2)
     assert torchrun is not None
     assert (torchrun.rank, torchrun.local_rank) == (1, 0)
-    slurm = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7"}
+    slurm = {
+        "SLURM_PROCID": "3",
+        "SLURM_STEP_NUM_TASKS": "4",
+        "SLURM_LOCALID": "1",
+        "SLURM_NNODES": "2",
+        "SLURM_JOB_ID": "7",
+    }
     srun = detect_ranks(slurm, 4)
     assert srun is not None
     assert (srun.rank, srun.world_size, srun.local_world_size) == (3, 4, 2)

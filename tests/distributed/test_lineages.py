@@ -109,7 +109,7 @@ def test_initial_load_takes_weights_from_another_run(corpus: Path, run20: Path, 
 
 
 def test_another_shape_is_refused_by_name(corpus: Path, run20: Path, tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match=r"tok_embeddings.weight in .* has shape \(320, 32\)"):
+    with pytest.raises(CheckpointError, match=r"tok_embeddings.weight in .* has shape \(320, 32\)"):
         train([*base(corpus, "model.vocab_size=400"), f"checkpoint.initial_load_path={run20}"], tmp_path / "b")
 
 
@@ -132,8 +132,6 @@ def test_a_damaged_newest_step_is_set_aside(corpus: Path, run20: Path) -> None:
     file = run20 / "checkpoint/step-20/__0_0.distcp"
     file.write_bytes(file.read_bytes()[:-10])
     train([*base(corpus), "train.steps=20"], run20)
-    # The last attempt says finished, so nothing is done until more is asked for.
-    train([*base(corpus), "train.steps=21"], run20)
     assert record(run20)["attempts"][-1]["from_step"] == 15
     assert curve(run20)[:20] == before
     assert (run20 / "checkpoint/set-aside/damaged/step-20").exists()

@@ -152,8 +152,19 @@ def test_a_rewound_run_killed_and_given_again_goes_on(corpus: Path, tmp_path: Pa
     assert [r["ids"] for r in samples(run_dir)][20:] == [r["ids"] for r in order][:20]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
-@pytest.mark.parametrize("degrees", [[], ["parallel.dp_shard=2"]], ids=["one_rank", "fsdp2"])
+SHARDED = ["parallel.dp_shard=2"]
+
+
+@pytest.mark.parametrize(
+    ("number", "degrees"),
+    [
+        (signal.SIGTERM, []),
+        (signal.SIGUSR2, []),
+        (signal.SIGINT, []),
+        (signal.SIGINT, SHARDED),
+        (signal.SIGUSR2, SHARDED),
+    ],
+)
 def test_a_signal_saves_stops_and_resumes(
     corpus: Path, tmp_path: Path, number: signal.Signals, degrees: list[str]
 ) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from checkpoint.catalog import Catalog
-from checkpoint.errors import DamagedStepError
+from checkpoint.errors import CheckpointError, DamagedStepError
 from checkpoint.files import read_json, write_json
 from checkpoint.lineage import Lineage, Origin
 from checkpoint.manifest import MANIFEST, Manifest, read_manifest, write_manifest
@@ -37,7 +37,6 @@ def test_manifest_round_trip(tmp_path: Path) -> None:
         (lambda p: (p / MANIFEST).write_bytes(b"\xff\xfe"), "is not a manifest"),
         (lambda p: (p / MANIFEST).write_text((p / MANIFEST).read_text().replace('"step": 7', '"step": 8')),
          "does not match its own checksum"),
-        (lambda p: (p / MANIFEST).write_text(json.dumps({"format": 99, "checksum": ""})), "has format 99"),
     ],
 )  # fmt: skip
 def test_damage_is_named(tmp_path: Path, damage: object, words: str) -> None:
@@ -48,6 +47,14 @@ def test_damage_is_named(tmp_path: Path, damage: object, words: str) -> None:
         read_manifest(path)
     assert words in str(caught.value)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_another_format_is_refused_not_set_aside(tmp_path: Path) -> None:
+    path = make_step(tmp_path, 7)
+    (path / MANIFEST).write_text(json.dumps({"format": 99, "checksum": ""}))
+    with pytest.raises(CheckpointError, match="has format 99"):
+        Catalog(tmp_path).tidy(LINE)
+    assert path.exists()
 
 
 def test_only_complete_steps_of_the_line_are_listed(tmp_path: Path) -> None:
@@ -72,6 +79,13 @@ def test_tidy_removes_partials_and_sets_the_rest_aside(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["set-aside", "step-10"]
     assert (tmp_path / "set-aside" / "old" / "step-30" / MANIFEST).exists()
     assert catalog.tidy(LINE) == []
+
+
+def test_a_step_under_another_name_is_damage(tmp_path: Path) -> None:
+    make_step(tmp_path, 10).rename(tmp_path / "step-20")
+    catalog = Catalog(tmp_path)
+    assert catalog.entries(LINE) == []
+    assert "its manifest is of step 10" in catalog.damaged()[20]
 
 
 def test_two_steps_of_one_number_are_set_aside_side_by_side(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from models.llama3.config import Llama3Config
 from models.llama3.model import Llama3
 from tests.support import TINY_MODEL, typed_config
 from trainer.config import AdamWConfig, ParallelConfig
-from trainer.hooks.wandb import unacknowledged_from
 from trainer.jsonlines import StepLog, read_rows
 from trainer.optimizer import AdamW, global_grad_norm
 from trainer.parallel.layout import resolve_layout
@@ -165,16 +164,6 @@ def test_run_records_survive_the_disk(tmp_path: Path) -> None:
     record.save(tmp_path)
     assert RunRecord.load(tmp_path) == record
     assert RunRecord.load(tmp_path / "none") is None
-
-
-@pytest.mark.parametrize(
-    ("ends", "first"),
-    [([], 1 << 62), ([("finished", 0)], 1 << 62), ([("preempted", 0), (None, 10)], 11),
-     ([(None, 0), (None, 10)], 1), ([("failed", 0), (None, 20), (None, 10)], 11)],
-)  # fmt: skip
-def test_wandb_is_filled_up_from_the_oldest_unclean_attempt(ends: list[tuple[str | None, int]], first: int) -> None:
-    record = RunRecord(attempts=[Attempt(end=e, from_step=s) for e, s in ends])
-    assert unacknowledged_from(record) == first
 
 
 def test_the_remaining_ranks_are_inferred() -> None:

@@ -118,14 +118,15 @@ def tokenize(source: TextUnits, folder: Path) -> None:
     with _progress(len(units)) as bar:
         bar.advance(bar.task_ids[0], len(units) - len(todo))
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(
-            workers, mp_context=context, initializer=die_with_parent, initargs=(os.getpid(),)
-        ) as pool:
-            for future in as_completed(
-                pool.submit(tokenize_unit, type(source), source.config, units[i], i, folder) for i in todo
-            ):
-                future.result()
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=die_with_parent, initargs=(os.getpid(),))
+        try:
+            jobs = [pool.submit(tokenize_unit, type(source), source.config, units[i], i, folder) for i in todo]
+            for job in as_completed(jobs):
+                job.result()
                 bar.advance(bar.task_ids[0])
+        finally:
+            # On an error or a signal nobody waits for the parts that are left.
+            pool.shutdown(wait=False, cancel_futures=True)
     index = write_index(folder, len(units), tokenizer.get_vocab_size(), tokenizer_hash(file))
     if index.documents == 0:
         (folder / INDEX).unlink()

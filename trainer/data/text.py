@@ -88,12 +88,16 @@ class TextSource(TextUnits):
             if not line.strip():
                 continue
             try:
-                yield str(json.loads(line)[self.config.field])
+                text = json.loads(line)[self.config.field]
+                if not isinstance(text, str | None):
+                    raise TypeError(f"{type(text).__name__} instead of text")
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"data.files: each line of {path} must be a JSON object with the field "
                     f"{self.config.field!r}, but one begins with {line[:60]!r}; set data.field"
                 ) from error
+            if text:
+                yield text
 
     def _read_parquet(self, unit: Unit) -> Iterator[str]:
         import pyarrow.parquet as pq

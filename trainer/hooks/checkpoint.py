@@ -12,12 +12,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from checkpoint.catalog import Catalog
-from checkpoint.engine import load_tensors, resolve_foreign, save_step
-from checkpoint.errors import CheckpointError
-from checkpoint.lineage import Lineage, StartKind, StartPoint, start_point
+from checkpoint.config import AsyncMode
+from checkpoint.errors import CheckpointError, DamagedStepError
+from checkpoint.lineage import Lineage, Origin, StartKind, StartPoint, start_point
+from checkpoint.loading import is_verified, load_tensors, resolve_foreign
 from checkpoint.manifest import Manifest, read_manifest
 from checkpoint.policy import SaveContext, SavePolicy, save_reasons
 from checkpoint.retention import RetentionRule
+from checkpoint.saver import SaveResult, StepSaver
 from trainer.hook import Hook
 from trainer.loop import Trainer
 from trainer.state import TrainState
@@ -39,6 +41,9 @@ class CheckpointPlan:
         tracked: metrics whose best value is remembered, and whether lower is better.
         schedule_total: the steps of a schedule that begins on resume; None: up to the run's end.
         labels: written into each manifest: `data_fingerprint`, `config_hash`, `versions`.
+        mode: how a save overlaps training.
+        stop_on_error: a save that fails ends the run.
+        max_failures: so many in a row end it in any case.
     """
 
     folder: Path
@@ -48,43 +53,88 @@ class CheckpointPlan:
     tracked: dict[str, bool]
     schedule_total: int | None
     labels: dict[str, Any]
+    mode: AsyncMode
+    stop_on_error: bool
+    max_failures: int
 
 
 @final
 class CheckpointHook(Hook):
-    """Resumes at the start and saves at the end of steps."""
+    """Resumes at the start, snapshots at the end of steps, and lets the others know what became durable."""
 
     def __init__(self, plan: CheckpointPlan) -> None:
         self._plan = plan
         self._catalog = Catalog(plan.folder)
-        self._saved_step = -1
+        self._saver: StepSaver | None = None
+        self._failures = 0
 
     def restore(self, trainer: Trainer) -> None:
-        choice: list[StartPoint | None] = [self._choose_start() if trainer.context.is_main else None]
-        dist.broadcast_object_list(choice, group=trainer.context.save_group, group_src=0)
-        start = choice[0]
-        assert start is not None
-        if start.kind is StartKind.fresh:
-            source = "fresh weights"
-        elif start.kind is StartKind.step:
-            path = self._catalog.step_path(start.step)
-            self._load(trainer, path, start)
-            source = f"step {start.step} of {path}"
-            self._saved_step = start.step if not start.exclude else -1
-        else:
-            assert start.path is not None
-            path = resolve_foreign(Path(start.path))
-            self._load(trainer, path, start)
-            source = f"initial load from {path}" + (", model only" if start.model_only else "")
-        if trainer.context.is_main:
+        context = trainer.context
+        group = dist.new_group(backend="gloo")
+        self._saver = StepSaver(self._plan.folder, self._plan.mode, context.device, group)
+        tried: list[int] = []
+        while True:
+            choice: list[StartPoint | None] = [self._choose_start(tried) if context.is_main else None]
+            dist.broadcast_object_list(choice, group=context.save_group, group_src=0)
+            start = choice[0]
+            assert start is not None
+            source, damage = self._try_start(trainer, start)
+            # Loading is verifying: all ranks go on with a step, or none does.
+            answers: list[str | None] = [None] * context.world_size
+            dist.all_gather_object(answers, damage, group=context.save_group)
+            problem = next((a for a in answers if a is not None), None)
+            if problem is None:
+                break
+            if not self._may_fall_back(start):
+                raise DamagedStepError(problem)
+            tried.append(start.step)
+            if context.is_main:
+                log.warning("%s", problem)
+        if context.is_main:
             without = f", without {', '.join(start.exclude)}" if start.exclude else ""
             log.info("state: %s%s; continuing after step %d", source, without, trainer.state.step)
 
-    def _choose_start(self) -> StartPoint:
+    def _choose_start(self, damaged: Sequence[int]) -> StartPoint:
+        """Rank 0's choice, after it has cleared away what cannot be used."""
+        for step in damaged:
+            if self._catalog.step_path(step).exists():
+                self._catalog.set_aside(step, "damaged")
         for line in self._catalog.tidy(self._plan.lineages):
             log.warning("%s", line)
         entries = self._catalog.entries(self._plan.lineages)
-        return start_point(self._plan.lineages, [(e.step, e.manifest.lineage) for e in entries])
+        start = start_point(self._plan.lineages, [(e.step, e.manifest.lineage) for e in entries])
+        if damaged and start.kind is not StartKind.step:
+            raise CheckpointError(
+                f"{self._plan.folder} must hold a sound step, but the steps {damaged} are damaged and no other is "
+                "left; use run.resume=never to start afresh"
+            )
+        if start.path is not None:
+            # Once, for all ranks: a run that is still saving would give each another step.
+            return dataclasses.replace(start, path=str(resolve_foreign(Path(start.path))))
+        return start
+
+    def _may_fall_back(self, start: StartPoint) -> bool:
+        """Whether another step may be taken instead: only where the user did not name this one."""
+        lineage = self._plan.lineages[-1]
+        named = lineage.origin is Origin.step and start.step == lineage.origin_step
+        return start.kind is StartKind.step and not (named and lineage.request.load_step >= 0)
+
+    def _try_start(self, trainer: Trainer, start: StartPoint) -> tuple[str, str | None]:
+        """Brings the state to a starting point; returns where from, and what was damaged."""
+        if start.kind is StartKind.fresh:
+            return "fresh weights", None
+        if start.kind is StartKind.step:
+            path, source = self._catalog.step_path(start.step), f"step {start.step} of"
+        else:
+            assert start.path is not None
+            path, source = Path(start.path), "initial load from"
+        source = f"{source} {path}, {'verified' if is_verified(path) else 'unverified'}"
+        source += ", model only" if start.model_only else ""
+        try:
+            self._load(trainer, path, start)
+        except DamagedStepError as error:
+            return source, str(error)
+        return source, None
 
     def _load(self, trainer: Trainer, path: Path, start: StartPoint) -> None:
         tensors = model_tensors(trainer)
@@ -92,16 +142,22 @@ class CheckpointHook(Hook):
             if "optimizer" not in start.exclude:
                 tensors |= optimizer_tensors(trainer)
             saved = TrainState.from_json(_train_state(path))
-            total = self._plan.schedule_total
-            trainer.state = saved.without(
-                start.exclude, schedule_total=total or max(1, trainer.options.steps - saved.step)
-            )
+            total = self._plan.schedule_total or max(1, trainer.options.steps - saved.step)
+            trainer.state = saved.without(start.exclude, schedule_total=total)
+            if self._plan.schedule_total is not None:
+                trainer.state.schedule_total = self._plan.schedule_total
         load_tensors(path, tensors, trainer.context.save_group)
 
     def fit_start(self, trainer: Trainer) -> None:
         trainer.last_save_clock = time.monotonic()
 
+    def before_optimizer_step(self, trainer: Trainer) -> None:
+        assert self._saver is not None
+        self._saver.wait_staged()
+
     def step_end(self, trainer: Trainer) -> None:
+        assert self._saver is not None
+        self._settle(trainer, self._saver.poll())
         state, best = trainer.state, dict(trainer.state.best)
         self._track(state, trainer.measured)
         context = SaveContext(
@@ -114,7 +170,13 @@ class CheckpointHook(Hook):
         )
         reasons = save_reasons(self._plan.policies, context)
         if reasons:
-            self._save(trainer, reasons)
+            self._save(trainer, self._saver, reasons)
+        if context.stopping or state.step >= trainer.options.steps:
+            self._settle(trainer, self._saver.wait())
+
+    def fit_end(self, trainer: Trainer) -> None:
+        if self._saver is not None:
+            self._saver.close()
 
     def _track(self, state: TrainState, measured: dict[str, float]) -> None:
         for name, lower in self._plan.tracked.items():
@@ -122,9 +184,9 @@ class CheckpointHook(Hook):
             if value is not None and value == value and (best is None or (value < best) == lower):
                 state.best[name] = value
 
-    def _save(self, trainer: Trainer, reasons: list[str]) -> None:
+    def _save(self, trainer: Trainer, saver: StepSaver, reasons: Sequence[str]) -> None:
         trainer.flush()
-        started, step = time.perf_counter(), trainer.state.step
+        step = trainer.state.step
         for hook in trainer.hooks:
             hook.before_commit(trainer, step)
         manifest = Manifest(
@@ -136,17 +198,35 @@ class CheckpointHook(Hook):
             **self._plan.labels,
         )
         tensors = model_tensors(trainer) | optimizer_tensors(trainer) | _state_tensors(trainer.state)
-        path = save_step(self._plan.folder, tensors, manifest, trainer.context.save_group)
-        self._saved_step = step
-        trainer.last_save_clock, trainer.seconds_since_save = time.monotonic(), 0.0
+        started = time.perf_counter()
+        results = saver.begin(tensors, manifest)
         if trainer.context.is_main:
-            took = time.perf_counter() - started
-            log.info("saved %s in %.2f s (%s)", path, took, ", ".join(reasons))
-            removed = self._catalog.prune(self._plan.rules, self._plan.lineages)
-            if removed:
-                log.info("removed steps %s", ", ".join(str(s) for s in removed))
-        for hook in trainer.hooks:
-            hook.on_committed(trainer, step)
+            log.info("saving step %d (%s): %.1f ms", step, ", ".join(reasons), (time.perf_counter() - started) * 1e3)
+        trainer.last_save_clock, trainer.seconds_since_save = time.monotonic(), 0.0
+        self._settle(trainer, results)
+
+    def _settle(self, trainer: Trainer, results: Sequence[SaveResult]) -> None:
+        """Tells of saves that have ended; all ranks see the same ends, though not at the same step."""
+        for result in results:
+            if result.error is not None:
+                self._failures += 1
+                self._complain(trainer, result)
+                continue
+            self._failures = 0
+            if trainer.context.is_main:
+                log.info("saved %s, durable after %.2f s", result.path, result.seconds)
+                removed = self._catalog.prune(self._plan.rules, self._plan.lineages)
+                if removed:
+                    log.info("removed steps %s", ", ".join(str(s) for s in removed))
+            for hook in trainer.hooks:
+                hook.on_committed(trainer, result.step)
+
+    def _complain(self, trainer: Trainer, result: SaveResult) -> None:
+        message = f"step {result.step} was not saved: {result.error}"
+        if self._plan.stop_on_error or self._failures >= self._plan.max_failures:
+            raise CheckpointError(f"{message}; {self._failures} saves in a row have failed")
+        if trainer.context.is_main:
+            log.warning("%s; training goes on and the next due save is tried", message)
 
 
 def model_tensors(trainer: Trainer) -> dict[str, Tensor]:

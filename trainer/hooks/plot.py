@@ -48,5 +48,5 @@ class PlotHook(Hook):
         self._config = config
 
     def fit_end(self, trainer: Trainer) -> None:
-        if trainer.context.is_main and trainer.stop is None:
+        if trainer.context.is_main and trainer.state.step >= trainer.options.steps:
             log.info("loss curve: %s", plot_loss(trainer.resources.run_dir))

@@ -18,10 +18,8 @@ log = logging.getLogger(__name__)
 
 def format_row(row: Mapping[str, Any]) -> str:
     """A row in words."""
-    text = (
-        f"loss {row['loss']:.4f}  grad_norm {row['grad_norm']:.3f}  lr {row['lr']:.2e}  "
-        f"{row['tokens_per_s']:,.0f} tokens/s"
-    )
+    norm = "not finite" if row["grad_norm"] is None else f"{row['grad_norm']:.3f}"
+    text = f"loss {row['loss']:.4f}  grad_norm {norm}  lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tokens/s"
     if row.get("mfu") is not None:
         text += f"  mfu {row['mfu']:.1%}"
     if "val_loss" in row:

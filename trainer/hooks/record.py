@@ -20,6 +20,7 @@ class RecordHook(Hook):
 
     def __init__(self, attempt: Attempt) -> None:
         self._attempt = attempt
+        self._index: int | None = None
 
     def _load(self, trainer: Trainer) -> RunRecord:
         record = RunRecord.load(trainer.resources.run_dir)
@@ -32,6 +33,7 @@ class RecordHook(Hook):
         record = self._load(trainer)
         self._attempt.lineage = record.lineages[-1].id
         self._attempt.from_step = self._attempt.to_step = trainer.state.step
+        self._index = len(record.attempts)
         record.attempts.append(self._attempt)
         record.save(trainer.resources.run_dir)
 
@@ -40,6 +42,7 @@ class RecordHook(Hook):
 
     def on_committed(self, trainer: Trainer, step: int) -> None:
         if trainer.context.is_main:
+            self._attempt.saved_step = step
             self._write(trainer)
 
     def fit_end(self, trainer: Trainer) -> None:
@@ -54,7 +57,8 @@ class RecordHook(Hook):
             self._write(trainer)
 
     def _write(self, trainer: Trainer) -> None:
+        if self._index is None:
+            return  # it ended before it began
         record = self._load(trainer)
-        if record.attempts and record.attempts[-1].started_at == self._attempt.started_at:
-            record.attempts[-1] = self._attempt
-            record.save(trainer.resources.run_dir)
+        record.attempts[self._index] = self._attempt
+        record.save(trainer.resources.run_dir)

@@ -1,6 +1,7 @@
 """Loss on the validation split, the same under every layout."""
 
 import logging
+import math
 from typing import final
 
 import numpy as np
@@ -11,6 +12,8 @@ from trainer.data.loader import step_batch
 from trainer.data.windows import Windows
 from trainer.hook import Hook
 from trainer.hooks.config import ValidationConfig
+from trainer.hooks.metrics import METRICS
+from trainer.jsonlines import read_rows, rewrite_rows
 from trainer.loop import Trainer
 
 __all__ = ["ValidationHook"]
@@ -35,13 +38,37 @@ class ValidationHook(Hook):
         if not trainer.resources.validation and trainer.context.is_main:
             log.warning("no document falls into the validation split: no val_loss; raise data.validation_fraction")
 
-    def validate(self, trainer: Trainer) -> None:
+        if self._due(trainer) and trainer.stop is None:
+            self._catch_up(trainer)
+
+    def _due(self, trainer: Trainer) -> bool:
         step = trainer.state.step
-        if trainer.resources.validation and (step % self._config.every == 0 or step in (1, trainer.options.steps)):
+        chosen = step % self._config.every == 0 or step in (1, trainer.options.steps)
+        return bool(trainer.resources.validation) and step > 0 and chosen
+
+    def validate(self, trainer: Trainer) -> None:
+        if self._due(trainer):
             with trainer.evaluating():
                 loss = self._measure(trainer, trainer.resources.validation)
             if loss is not None:
                 trainer.add_metrics(val_loss=loss)
+
+    def _catch_up(self, trainer: Trainer) -> None:
+        """Measures the resumed step where a stop came before its validation had ended, and mends its row."""
+        path, step, context = trainer.resources.run_dir / METRICS, trainer.state.step, trainer.context
+        rows = [r for r in read_rows(path) if r["step"] <= step] if context.is_main else []
+        wanted = [bool(rows) and rows[-1]["step"] == step and "val_loss" not in rows[-1]]
+        dist.broadcast_object_list(wanted, group=context.save_group, group_src=0)
+        if not wanted[0]:
+            return
+        with trainer.evaluating():
+            loss = self._measure(trainer, trainer.resources.validation)
+        if loss is not None:
+            best = trainer.state.best.get("val_loss", math.inf)
+            trainer.state.best["val_loss"] = min(best, loss)
+        if loss is not None and context.is_main:
+            rows[-1]["val_loss"] = loss
+            rewrite_rows(path, rows)
 
     def _measure(self, trainer: Trainer, windows: Windows) -> float | None:
         """The mean loss; None when a rank wants to stop, which all look at after each batch."""

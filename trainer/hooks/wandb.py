@@ -16,25 +16,12 @@ from trainer.jsonlines import read_rows
 from trainer.loop import Trainer
 from trainer.run_record import RunRecord
 
-__all__ = ["WandbHook", "unacknowledged_from"]
+__all__ = ["WandbHook"]
 
 log = logging.getLogger(__name__)
 
 _FINISH_TIMEOUT_S = 60.0
 _STEP = "train/global_step"
-
-
-def unacknowledged_from(record: RunRecord) -> int:
-    """The first step that W&B may lack: where the oldest of the latest unclean attempts began.
-
-    An attempt that ended by itself has handed everything over; one that was killed may have lost its last rows.
-    """
-    first: int | None = None
-    for attempt in reversed(record.attempts):
-        if attempt.end is not None:
-            break
-        first = attempt.from_step if first is None else min(first, attempt.from_step)
-    return (first + 1) if first is not None else 1 << 62
 
 
 @final
@@ -55,6 +42,7 @@ class WandbHook(Hook):
         self._group = config.group or group
         self._queue: queue.SimpleQueue[Mapping[str, Any] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._complete = False
 
     def fit_start(self, trainer: Trainer) -> None:
         if not trainer.context.is_main:
@@ -62,9 +50,9 @@ class WandbHook(Hook):
         run_dir = trainer.resources.run_dir
         record = RunRecord.load(run_dir)
         assert record is not None
-        first = unacknowledged_from(record)
+        # What W&B did not take to the end (a kill, a failure, another logger before) is handed over again.
         for row in read_rows(run_dir / METRICS):
-            if first <= row["step"] <= trainer.state.step:
+            if row["step"] > record.wandb_step:
                 self._queue.put(row)
         self._thread = threading.Thread(target=self._work, args=(run_dir, record.run_id), name="wandb", daemon=True)
         self._thread.start()
@@ -74,17 +62,23 @@ class WandbHook(Hook):
             self._queue.put(row)
 
     def fit_end(self, trainer: Trainer) -> None:
-        self._finish()
+        self._finish(trainer)
 
     def on_exception(self, trainer: Trainer, error: BaseException) -> None:
-        self._finish()
+        self._finish(trainer)
 
-    def _finish(self) -> None:
-        if self._thread is not None:
-            self._queue.put(None)
-            self._thread.join(_FINISH_TIMEOUT_S)
-            if self._thread.is_alive():
-                log.warning("W&B did not finish within %.0f s; going on without it", _FINISH_TIMEOUT_S)
+    def _finish(self, trainer: Trainer) -> None:
+        if self._thread is None:
+            return
+        self._queue.put(None)
+        self._thread.join(_FINISH_TIMEOUT_S)
+        if self._thread.is_alive():
+            log.warning("W&B did not finish within %.0f s; going on without it", _FINISH_TIMEOUT_S)
+        elif self._complete:
+            record = RunRecord.load(trainer.resources.run_dir)
+            assert record is not None
+            record.wandb_step = trainer.state.step
+            record.save(trainer.resources.run_dir)
 
     def _rows(self) -> Iterator[Mapping[str, Any]]:
         while (row := self._queue.get()) is not None:
@@ -113,5 +107,6 @@ class WandbHook(Hook):
                 values = {f"train/{k}": v for k, v in row.items() if k != "step" and v is not None}
                 run.log({_STEP: row["step"], **values})
             run.finish()
+            self._complete = True
         except Exception as error:
             log.warning("W&B failed (%s: %s); training goes on without it", type(error).__name__, error)

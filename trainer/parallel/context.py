@@ -57,8 +57,11 @@ def open_parallel(layout: Layout, device_type: str, timeout_s: float) -> Paralle
         timeout_s: after which a collective that hangs is an error.
     """
     rank = int(os.environ.get("RANK", "0"))
+    # Under srun a task may see its own GPU alone, as number 0.
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local_rank) if device_type == "cuda" else torch.device("cpu")
+    device = (
+        torch.device("cuda", local_rank % torch.cuda.device_count()) if device_type == "cuda" else torch.device("cpu")
+    )
     if device.type == "cuda":
         torch.cuda.set_device(device)
     timeout = datetime.timedelta(seconds=timeout_s)

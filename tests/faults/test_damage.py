@@ -1,0 +1,167 @@
+"""Damaged checkpoints: none loads silently, each error names the file, automatic resume goes to the step before."""
+
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint.errors import CheckpointError, DamagedStepError
+from checkpoint.loading import read_items
+from checkpoint.manifest import read_manifest
+from checkpoint.reader import read_tensors
+from tests.runs import train
+from tests.support import curve, record, tiny
+
+
+def overrides(corpus: Path) -> list[str]:
+    return tiny(corpus, "data.global_batch_size=8", "checkpoint.interval=5", "hooks=none", "scheduler.total_steps=20")
+
+
+@pytest.fixture(scope="module")
+def run_dir(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-rank run with steps 5 and 10."""
+    folder = tmp_path_factory.mktemp("damage") / "run"
+    train([*overrides(corpus), "train.steps=10", "parallel.dp_shard=2"], folder, 2)
+    return folder
+
+
+def flip(file: Path, rng: random.Random, other: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    file.write_bytes(data)
+
+
+def zero_page(file: Path, rng: random.Random, other: Path) -> None:
+    data = bytearray(file.read_bytes())
+    start = rng.randrange(len(data))
+    data[start : start + 4096] = bytes(len(data[start : start + 4096]))
+    file.write_bytes(data)
+
+
+def truncate(file: Path, rng: random.Random, other: Path) -> None:
+    data = file.read_bytes()
+    file.write_bytes(data[: rng.randrange(len(data))])
+
+
+def stale(file: Path, rng: random.Random, other: Path) -> None:
+    """The same file of an older step."""
+    file.write_bytes((other / file.name).read_bytes())
+
+
+def remove(file: Path, rng: random.Random, other: Path) -> None:
+    file.unlink()
+
+
+def swap(file: Path, rng: random.Random, other: Path) -> None:
+    """Two files of a step in each other's place."""
+    partner = rng.choice(sorted(p for p in file.parent.iterdir() if p != file))
+    mine, theirs = file.read_bytes(), partner.read_bytes()
+    file.write_bytes(theirs)
+    partner.write_bytes(mine)
+
+
+FAULTS: list[Callable[[Path, random.Random, Path], None]] = [flip, zero_page, truncate, stale, remove, swap]
+
+
+def load(step: Path, expected: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """Everything in a step, as automatic resume reads it."""
+    items = read_items(step, read_manifest(step))
+    tensors = {i.name: torch.zeros(i.global_shape, dtype=i.torch_dtype) for i in items}
+    read_tensors(step, items, tensors)
+    return tensors
+
+
+def test_a_thousand_faults_and_none_loads_silently(run_dir: Path, tmp_path: Path) -> None:
+    sound, older = run_dir / "checkpoint/step-10", run_dir / "checkpoint/step-5"
+    expected = load(sound)
+    files = sorted(p.name for p in sound.iterdir())
+    assert files == [".metadata", "__0_0.distcp", "__1_0.distcp", "manifest.json", "rank-0.json", "rank-1.json"]
+    caught = harmless = 0
+    for seed in range(1000):
+        rng = random.Random(seed)
+        victim = tmp_path / "step-10"
+        shutil.copytree(sound, victim)
+        file, fault = rng.choice(files), FAULTS[seed % len(FAULTS)]
+        fault(victim / file, rng, older)
+        changed = [
+            n for n in files if not (victim / n).exists() or (victim / n).read_bytes() != (sound / n).read_bytes()
+        ]
+        try:
+            loaded = load(victim)
+        except (DamagedStepError, FileNotFoundError) as error:
+            caught += 1
+            # A file of another step shows in what no longer fits it.
+            named = files if fault in (stale, swap) else changed
+            assert any(name in str(error) for name in named), (seed, fault.__name__, file, error)
+            if "does not match its hash" in str(error) and ".distcp" in str(error):
+                assert any(name in str(error) for name in expected), error
+        else:
+            # Bytes around a tensor (or already zero) may change without any tensor changing.
+            harmless += 1
+            assert loaded.keys() == expected.keys()
+            assert all(torch.equal(t, expected[n]) for n, t in loaded.items()), (seed, fault.__name__, file)
+        shutil.rmtree(victim)
+    assert caught + harmless == 1000
+    assert caught > 850
+
+
+def damage_newest(run_dir: Path, target: Path) -> Path:
+    shutil.copytree(run_dir, target)
+    file = target / "checkpoint/step-10/__1_0.distcp"
+    data = bytearray(file.read_bytes())
+    items = read_items(target / "checkpoint/step-10", read_manifest(target / "checkpoint/step-10"))
+    item = next(i for i in items if i.file == file.name and i.name == "tok_embeddings.weight")
+    data[item.data + 100] ^= 1
+    file.write_bytes(data)
+    return target
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_automatic_resume_goes_to_the_step_before(corpus: Path, run_dir: Path, tmp_path: Path, world: int) -> None:
+    """Only one rank of two reads the flipped bit; both go back."""
+    target = damage_newest(run_dir, tmp_path / "run")
+    degrees = ["parallel.dp_shard=2"] if world == 2 else []
+    train([*overrides(corpus), "train.steps=12", *degrees], target, world)
+    assert record(target)["attempts"][-1]["from_step"] == 5
+    assert (target / "checkpoint/set-aside/damaged/step-10").exists()
+    log = (target / "logs/rank-0.log").read_text()
+    assert "tok_embeddings.weight in" in log
+    assert "__1_0.distcp does not match its hash" in log
+    if world == 2:
+        assert curve(target)[:10] == curve(run_dir)
+
+
+def test_load_step_refuses_a_damaged_step(corpus: Path, run_dir: Path, tmp_path: Path) -> None:
+    target = damage_newest(run_dir, tmp_path / "run")
+    with pytest.raises(AssertionError, match="tok_embeddings.weight in .*does not match its hash"):
+        train([*overrides(corpus), "train.steps=12", "checkpoint.load_step=10"], target)
+    assert (target / "checkpoint/step-10").exists()
+
+
+def test_nothing_sound_is_an_error_not_a_fresh_start(corpus: Path, run_dir: Path, tmp_path: Path) -> None:
+    target = damage_newest(run_dir, tmp_path / "run")
+    shutil.rmtree(target / "checkpoint/step-5")
+    with pytest.raises(AssertionError, match="must hold a sound step"):
+        train([*overrides(corpus), "train.steps=12"], target)
+
+
+@pytest.mark.parametrize("mode", ["sync", "async", "pinned"])
+def test_every_mode_trains_the_same(corpus: Path, run_dir: Path, tmp_path: Path, mode: str) -> None:
+    arguments = [*overrides(corpus), f"checkpoint={mode}", "checkpoint.interval=2", "parallel.dp_shard=2"]
+    train([*arguments, "train.steps=6"], tmp_path / "run", 2)
+    train([*arguments, "train.steps=10"], tmp_path / "run", 2)
+    assert curve(tmp_path / "run") == curve(run_dir)
+    assert load(tmp_path / "run/checkpoint/step-10").keys() == load(run_dir / "checkpoint/step-10").keys()
+    ours, theirs = load(tmp_path / "run/checkpoint/step-10"), load(run_dir / "checkpoint/step-10")
+    assert all(torch.equal(t, theirs[n]) for n, t in ours.items())
+
+
+def test_a_foreign_error_is_not_damage(run_dir: Path) -> None:
+    step = run_dir / "checkpoint/step-5"
+    items = read_items(step, read_manifest(step))
+    with pytest.raises(CheckpointError, match="must hold nothing.weight") as caught:
+        read_tensors(step, items, {"nothing.weight": torch.zeros(1)})
+    assert not isinstance(caught.value, DamagedStepError)

@@ -1,0 +1,297 @@
+"""The file image, the verified reader, and what stock DCP makes of our files."""
+
+import io
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from hypothesis import given, settings
+
+from checkpoint.config import AsyncMode
+from checkpoint.contents import StoredItem
+from checkpoint.errors import CheckpointError, DamagedStepError
+from checkpoint.hashing import BLOCK_BYTES, block_hashes, item_hash
+from checkpoint.loading import load_tensors, read_items
+from checkpoint.manifest import Manifest, read_manifest
+from checkpoint.plan import Chunk, make_plan
+from checkpoint.reader import bytes_to_read, plan_reads, read_tensors
+from checkpoint.saver import StepSaver
+from checkpoint.stream import frame_of
+
+MODES = list(AsyncMode)
+
+
+@pytest.fixture
+def group() -> Iterator[dist.ProcessGroup]:
+    """A group of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    made = dist.new_group(backend="gloo")
+    assert made is not None
+    yield made
+    dist.destroy_process_group()
+
+
+def state(seed: int = 0) -> dict[str, torch.Tensor]:
+    """Tensors of many shapes and dtypes, one of them of several blocks."""
+    torch.manual_seed(seed)
+    return {
+        "a.weight": torch.randn(300, 700),
+        "b": torch.randn(7),
+        "c.scalar": torch.randn(()),
+        "d.counts": torch.arange(11) * (seed + 1),
+        "e.half": torch.randn(33, 5).bfloat16(),
+        "f.slice": torch.randn(8, 12)[:, 2:9],
+        "g.flag": torch.tensor([True, False, seed % 2 == 0]),
+    }
+
+
+def save(folder: Path, group: dist.ProcessGroup, tensors: dict[str, torch.Tensor], step: int = 1) -> Path:
+    folder.mkdir(exist_ok=True)
+    saver = StepSaver(folder, AsyncMode["disabled"], torch.device("cpu"), group)
+    (result,) = saver.begin(tensors, Manifest(step=step, lineage="a"))
+    saver.close()
+    assert result.error is None
+    assert result.path is not None
+    return result.path
+
+
+def empty_like(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {n: torch.zeros(t.shape, dtype=t.dtype) for n, t in tensors.items()}
+
+
+def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        assert torch.equal(tensor, b[name]), name
+
+
+@given(
+    shape=st.lists(st.integers(0, 9), max_size=4).map(tuple),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.float64, torch.uint8]),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_frame_and_any_bytes_are_a_stream_that_torch_opens(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    tensor = (torch.rand(shape) * 200).to(dtype)
+    frame = frame_of(dtype, shape)
+    assert len(frame.head) % 64 == 0
+    raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    assert len(raw) == frame.data_bytes
+    loaded = torch.load(io.BytesIO(frame.head + raw + frame.tail), weights_only=True)
+    assert torch.equal(loaded, tensor)
+    assert loaded.dtype == dtype
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path, group: dist.ProcessGroup) -> None:
+    tensors = state()
+    path = save(tmp_path / "c", group, tensors)
+    loaded = empty_like(tensors)
+    load_tensors(path, loaded, group)
+    assert_equal(loaded, tensors)
+    assert sorted(p.name for p in path.iterdir()) == [".metadata", "__0_0.distcp", "manifest.json", "rank-0.json"]
+    assert list((tmp_path / "c").iterdir()) == [path]
+
+
+def test_stock_readers_open_ours(tmp_path: Path, group: dist.ProcessGroup) -> None:
+    tensors = state()
+    path = save(tmp_path / "c", group, tensors)
+    loaded = empty_like(tensors)
+    dcp.load(loaded, checkpoint_id=path, process_group=group)
+    assert_equal(loaded, tensors)
+    out = tmp_path / "one.pt"
+    command = [sys.executable, "-m", "torch.distributed.checkpoint.format_utils", "dcp_to_torch", str(path), str(out)]
+    subprocess.run(command, check=True, capture_output=True)
+    converted: dict[str, torch.Tensor] = torch.load(out, weights_only=True)
+    assert_equal(converted, tensors)
+
+
+def test_ours_opens_stock_checkpoints(tmp_path: Path, group: dist.ProcessGroup) -> None:
+    tensors = state()
+    dcp.save(dict(tensors), checkpoint_id=tmp_path / "stock", process_group=group)
+    loaded = empty_like(tensors)
+    load_tensors(tmp_path / "stock", loaded, group)
+    assert_equal(loaded, tensors)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda m: str(m.name))
+def test_a_snapshot_is_never_torn(tmp_path: Path, group: dist.ProcessGroup, mode: AsyncMode) -> None:
+    """Everything changes from the moment the call allows it; what was written is what was there."""
+    torch.manual_seed(1)
+    tensors = {f"t{i}": torch.randn(64, 128) for i in range(12)}
+    saver = StepSaver(tmp_path, mode, torch.device("cpu"), group)
+    rounds = 200
+    copies: dict[int, dict[str, torch.Tensor]] = {}
+    committed = {}
+    for step in range(1, rounds + 1):
+        copies[step] = {n: t.clone() for n, t in tensors.items()}
+        results = saver.begin(tensors, Manifest(step=step, lineage="a"))
+        saver.wait_staged()
+        for tensor in tensors.values():
+            tensor.add_(1.0)
+        for result in [*results, *(saver.wait() if step == rounds else [])]:
+            assert result.error is None
+            committed[result.step] = result.path
+            loaded = empty_like(tensors)
+            assert result.path is not None
+            load_tensors(result.path, loaded, group)
+            assert_equal(loaded, copies.pop(result.step))
+    saver.close()
+    assert sorted(committed) == list(range(1, rounds + 1))
+
+
+def test_the_image_is_kept_while_the_layout_is(tmp_path: Path, group: dist.ProcessGroup) -> None:
+    saver = StepSaver(tmp_path, AsyncMode["async"], torch.device("cpu"), group)
+    saver.begin(state(), Manifest(step=1, lineage="a"))
+    image = saver._image
+    saver.begin(state(1), Manifest(step=2, lineage="a"))
+    assert saver._image is image
+    saver.begin({"other": torch.zeros(3)}, Manifest(step=3, lineage="a"))
+    assert saver._image is not image
+    assert [r.step for r in saver.wait()] == [3]
+    saver.close()
+
+
+def boxes(shape: tuple[int, ...]) -> st.SearchStrategy[tuple[tuple[int, ...], tuple[int, ...]]]:
+    sides = [st.tuples(st.integers(0, n), st.integers(0, n)).map(sorted) for n in shape]
+    return st.tuples(*sides).map(lambda s: (tuple(a for a, _ in s), tuple(b - a for a, b in s)))
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_any_box_is_read_from_any_shards(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """A tensor stored in shards along any dimension fills a target of any box, verified, bit for bit."""
+    shape = tuple(data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=3)))
+    dim = data.draw(st.integers(0, len(shape) - 1))
+    parts = data.draw(st.integers(1, 4))
+    whole = torch.randn(shape)
+    folder = tmp_path_factory.mktemp("box")
+    items, position, blob, start = [], 0, b"", 0
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("checkpoint.hashing", "checkpoint.reader"):
+            patch.setattr(f"{module}.BLOCK_BYTES", 32)
+        for chunk in whole.tensor_split(parts, dim):
+            offset = tuple(start if d == dim else 0 for d in range(len(shape)))
+            start += chunk.shape[dim]
+            if chunk.numel() == 0:
+                continue
+            raw = chunk.contiguous().numpy().tobytes()
+            blocks = block_hashes(memoryview(raw))
+            items.append(
+                StoredItem(
+                    name="t", dtype="float32", global_shape=shape, offset=offset, shape=tuple(chunk.shape), file="f",
+                    start=position, size=len(raw), data=position, data_bytes=len(raw), hash=item_hash(blocks),
+                    blocks=tuple(blocks),
+                )
+            )  # fmt: skip
+            blob += raw
+            position += len(raw)
+        (folder / "f").write_bytes(blob)
+        offset, size = data.draw(boxes(shape))
+        target = torch.zeros(size)
+        chunk_ = Chunk(name="t", dtype=torch.float32, global_shape=shape, offset=offset, shape=size)
+        patch.setattr("checkpoint.reader.chunk_of", lambda name, tensor: chunk_)
+        patch.setattr("checkpoint.reader.check_names", lambda folder, items, tensors: {"t": list(items)})
+        read_tensors(folder, items, {"t": target})
+    expected = whole[tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))]
+    assert torch.equal(target, expected)
+
+
+def test_rows_that_are_not_needed_are_not_read(tmp_path: Path, group: dist.ProcessGroup) -> None:
+    tensors = {"w": torch.randn(4096, 1024)}
+    path = save(tmp_path / "c", group, tensors)
+    items = read_items(path, read_manifest(path))
+    for ranks in (2, 3, 4):
+        for rank in range(ranks):
+            first, last = rank * 4096 // ranks, (rank + 1) * 4096 // ranks
+            target = Chunk(
+                name="w",
+                dtype=torch.float32,
+                global_shape=(4096, 1024),
+                offset=(first, 0),
+                shape=(last - first, 1024),
+            )
+            needed = (last - first) * 1024 * 4
+            read = bytes_to_read(plan_reads(items, target))
+            assert needed <= read <= needed + 2 * BLOCK_BYTES
+            assert read <= 1.1 * needed
+
+
+def test_a_hole_is_damage(tmp_path: Path, group: dist.ProcessGroup) -> None:
+    path = save(tmp_path / "c", group, {"w": torch.randn(8, 4)})
+    (item,) = read_items(path, read_manifest(path))
+    target = Chunk(name="w", dtype=torch.float32, global_shape=(9, 4), offset=(0, 0), shape=(9, 4))
+    with pytest.raises(DamagedStepError, match="w is not whole in the checkpoint: 32 of 36"):
+        plan_reads([item], target)
+
+
+def test_replicated_state_is_spread_evenly() -> None:
+    tensors = {f"t{i}": torch.zeros(16) for i in range(400)}
+    shares = [len(make_plan(tensors, rank, 4).items) for rank in range(4)]
+    assert sum(shares) == 400
+    assert min(shares) > 70
+
+
+class Planted:
+    """Runs when a careless reader unpickles it."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.marker,))
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_planted_pickles_do_not_run(tmp_path: Path, group: dist.ProcessGroup, ours: bool) -> None:
+    tensors = state()
+    if ours:
+        path = save(tmp_path / "c", group, tensors)
+    else:
+        path = tmp_path / "stock"
+        dcp.save(dict(tensors), checkpoint_id=path, process_group=group)
+    marker = tmp_path / "ran"
+    for file in sorted(path.iterdir()):
+        kept = file.read_bytes()
+        file.write_bytes(pickle.dumps(Planted(marker)).ljust(len(kept), b"."))
+        with pytest.raises(CheckpointError):
+            load_tensors(path, empty_like(tensors), group)
+        buffer = io.BytesIO()
+        torch.save(Planted(marker), buffer)
+        file.write_bytes(buffer.getvalue().ljust(len(kept), b"."))
+        with pytest.raises((CheckpointError, RuntimeError)):
+            load_tensors(path, empty_like(tensors), group)
+        file.write_bytes(kept)
+        assert not marker.exists(), file.name
+    load_tensors(path, empty_like(tensors), group)
+
+
+def test_a_writer_that_fails_leaves_nothing(tmp_path: Path, group: dist.ProcessGroup) -> None:
+    """A full disk: the error names the cause, the step before is intact, the next save works."""
+    saver = StepSaver(tmp_path, AsyncMode["async"], torch.device("cpu"), group)
+    saver.begin(state(), Manifest(step=1, lineage="a"))
+    assert [r.error for r in saver.wait()] == [None]
+    blocker = tmp_path / f"step-2.partial-{saver._token}"
+    blocker.write_text("in the way")
+    saver.begin(state(), Manifest(step=2, lineage="a"))
+    (result,) = saver.wait()
+    assert result.path is None
+    assert "rank 0: File exists" in str(result.error)
+    blocker.unlink()
+    saver.begin(state(), Manifest(step=3, lineage="a"))
+    assert [r.error for r in saver.wait()] == [None]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-1", "step-3"]
+    saver.close()
+
+
+def test_hashing_in_threads_is_hashing() -> None:
+    data = memoryview(torch.arange(BLOCK_BYTES, dtype=torch.int64).numpy().tobytes())
+    with ThreadPoolExecutor(2) as pool:
+        assert block_hashes(data, pool) == block_hashes(data)
