@@ -29,12 +29,15 @@ def fsync_folder(path: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Replaces `path` by `value` as JSON: readers see the old file or the new one, whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as out:
-        json.dump(value, out, indent=1)
-        out.write("\n")
-        out.flush()
-        os.fsync(out.fileno())
-    temporary.rename(path)
+    try:
+        with temporary.open("w") as out:
+            json.dump(value, out, indent=1)
+            out.write("\n")
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     fsync_folder(path.parent)
 
 

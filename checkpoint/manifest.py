@@ -15,7 +15,7 @@ import xxhash
 from checkpoint.errors import CheckpointError, DamagedStepError
 from checkpoint.files import write_json
 
-__all__ = ["FORMAT", "MANIFEST", "Manifest", "read_manifest", "write_manifest"]
+__all__ = ["FORMAT", "MANIFEST", "Manifest", "checksum", "read_manifest", "write_manifest"]
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -52,15 +52,16 @@ class Manifest:
     hashes: dict[str, str] = field(default_factory=dict)
 
 
-def _checksum(body: dict[str, Any]) -> str:
+def checksum(body: dict[str, Any]) -> str:
+    """Of a manifest's fields but this one."""
     canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
     return str(xxhash.xxh3_128_hexdigest(canonical.encode()))
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes `folder/manifest.json`, durable when it returns."""
-    body = dataclasses.asdict(manifest)
-    write_json(folder / MANIFEST, {"format": FORMAT, "checksum": _checksum(body), **body})
+    body = {"format": FORMAT, **dataclasses.asdict(manifest)}
+    write_json(folder / MANIFEST, {"checksum": checksum(body), **body})
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -74,15 +75,16 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
         document = json.loads(path.read_text())
-        found, checksum = document.pop("format"), document.pop("checksum")
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError) as error:
+        given = document.pop("checksum")
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
         raise DamagedStepError(f"{path} is not a manifest; the step is damaged, use another one") from error
+    if given != checksum(document):
+        raise DamagedStepError(f"{path} does not match its own checksum; the step is damaged, use another one")
+    found = document.pop("format")
     if found != FORMAT:
         raise CheckpointError(
             f"{path} has format {found}, but this version reads {FORMAT}; use that version of regrow"
         )
-    if checksum != _checksum(document):
-        raise DamagedStepError(f"{path} does not match its own checksum; the step is damaged, use another one")
     manifest = Manifest(**document)
     for name, size in manifest.files.items():
         try:

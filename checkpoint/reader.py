@@ -4,6 +4,7 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -91,16 +92,16 @@ def read_tensors(
         DamagedStepError: naming file and tensor.
     """
     by_name = check_names(folder, items, tensors)
-    files = {item.file: os.open(folder / item.file, os.O_RDONLY) for item in items}
-    try:
+    with ExitStack() as opened:
+        files: dict[str, int] = {}
+        for name in sorted({item.file for item in items}):
+            files[name] = os.open(folder / name, os.O_RDONLY)
+            opened.callback(os.close, files[name])
         with ThreadPoolExecutor(threads) as pool:
             jobs = [
                 pool.submit(_fill, folder, files, by_name[name], name, tensor) for name, tensor in tensors.items()
             ]
             return sum(job.result() for job in jobs)
-    finally:
-        for descriptor in files.values():
-            os.close(descriptor)
 
 
 def check_names(

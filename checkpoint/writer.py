@@ -10,7 +10,7 @@ from checkpoint.hashing import block_hashes
 from checkpoint.image import FileImage
 from checkpoint.plan import PAGE
 
-__all__ = ["takes_direct_io", "write_image"]
+__all__ = ["takes_direct_io", "write_all", "write_image"]
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def write_image(path: Path, image: FileImage, *, direct: bool, pool: ThreadPoolE
     descriptor = os.open(path, flags, 0o644)
     try:
         for start in range(0, image.size, _WRITE_BYTES):
-            _write_all(descriptor, memory[start : min(start + _WRITE_BYTES, image.size)], start)
+            write_all(descriptor, memory[start : min(start + _WRITE_BYTES, image.size)], start)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -70,7 +70,8 @@ def write_image(path: Path, image: FileImage, *, direct: bool, pool: ThreadPoolE
     return found
 
 
-def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
+def write_all(descriptor: int, data: memoryview, offset: int) -> None:
+    """Writes all of `data`, however much the file system takes at a time; raises OSError where it takes nothing."""
     done = 0
     while done < len(data):
         written = os.pwrite(descriptor, data[done:], offset + done)

@@ -1,6 +1,8 @@
-"""Files with one JSON object a step, which survive kills and are cut back on resume."""
+"""Files with one JSON object a step, which survive kills and full disks, and are cut back on resume."""
 
+import errno
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,6 +11,8 @@ from typing import Any, final
 from checkpoint.files import fsync_folder
 
 __all__ = ["StepLog", "read_rows", "rewrite_rows"]
+
+log = logging.getLogger(__name__)
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -39,7 +43,7 @@ def rewrite_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 @final
 class StepLog:
-    """Appends one row a step.
+    """Appends one row a step. Rows that the disk does not take now are kept and written when it does.
 
     Args:
         path: the file; rows beyond `last_step` are dropped from it.
@@ -47,25 +51,42 @@ class StepLog:
     """
 
     def __init__(self, path: Path, last_step: int) -> None:
-        self._drop_after(path, last_step)
-        self._file = path.open("a")
+        if path.exists():
+            rewrite_rows(path, [row for row in read_rows(path) if row["step"] <= last_step])
+        self._path = path
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._size = os.fstat(self._file).st_size
+        self._waiting = b""
         fsync_folder(path.parent)
-
-    @staticmethod
-    def _drop_after(path: Path, last_step: int) -> None:
-        if not path.exists():
-            return
-        rewrite_rows(path, [row for row in read_rows(path) if row["step"] <= last_step])
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Writes a row; other processes see it at once."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        was_behind = bool(self._waiting)
+        self._waiting += (json.dumps(row) + "\n").encode()
+        try:
+            self._write()
+        except OSError as error:
+            if not was_behind:
+                log.warning("%s cannot be written now (%s); its rows are kept", self._path, error.strerror)
+
+    def _write(self) -> None:
+        """Writes what is waiting, all of it or nothing."""
+        try:
+            written = os.write(self._file, self._waiting)
+            if written < len(self._waiting):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            os.ftruncate(self._file, self._size)
+            raise
+        self._size += written
+        self._waiting = b""
 
     def make_durable(self) -> None:
-        """Flushes the rows so far to the disk."""
-        os.fsync(self._file.fileno())
+        """Flushes the rows so far to the disk; raises OSError while it does not take them."""
+        if self._waiting:
+            self._write()
+        os.fsync(self._file)
 
     def close(self) -> None:
         """Ends the file."""
-        self._file.close()
+        os.close(self._file)

@@ -1,7 +1,10 @@
 """Damaged checkpoints: none loads silently, each error names the file, automatic resume goes to the step before."""
 
+import os
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from checkpoint.manifest import read_manifest
 from checkpoint.reader import read_tensors
 from tests.runs import train
 from tests.support import curve, record, tiny
+from trainer.jsonlines import read_rows
 
 
 def overrides(corpus: Path) -> list[str]:
@@ -165,3 +169,44 @@ def test_a_foreign_error_is_not_damage(run_dir: Path) -> None:
     with pytest.raises(CheckpointError, match="must hold nothing.weight") as caught:
         read_tensors(step, items, {"nothing.weight": torch.zeros(1)})
     assert not isinstance(caught.value, DamagedStepError)
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_stops_nothing(corpus: Path, tmp_path: Path) -> None:
+    """A file system of its own, filled while the run trains and emptied again."""
+    mount = tmp_path / "m"
+    mount.mkdir()
+    wide = ["model.dim=128", "model.ffn_dim=512", "data.seq_len=64", "data.global_batch_size=16"]
+    arguments = tiny(
+        corpus, *wide, "hooks=none", "train.steps=200", "checkpoint.interval=4", "checkpoint.keep_latest_k=2",
+        f"run.root={mount}", "run.name=a", "checkpoint.max_save_errors=1000",
+    )  # fmt: skip
+    run = " ".join([sys.executable, "-P -m launch.train", *(f"'{a}'" for a in arguments)])
+    # The mount is seen by this shell and its children alone, so the filling is done here too.
+    script = f"""
+    mount -t tmpfs -o size=40m none {mount} && {run} > {tmp_path}/log 2>&1 &
+    run=$!
+    until [ -e {mount}/a/checkpoint/step-8 ]; do sleep 0.05; done
+    dd if=/dev/zero of={mount}/fill bs=1M count=64 2>/dev/null
+    until grep -q "was not saved" {tmp_path}/log; do sleep 0.05; kill -0 $run || break; done
+    ls {mount}/a/checkpoint > {tmp_path}/while-full
+    rm {mount}/fill
+    wait $run; code=$?
+    ls {mount}/a/checkpoint > {tmp_path}/after
+    cp {mount}/a/metrics.jsonl {tmp_path}/metrics.jsonl
+    exit $code
+    """
+    namespace = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--map-root-user", "--mount"]
+    done = subprocess.run([*namespace, "bash", "-c", script], cwd=tmp_path, timeout=240, check=False)
+    log = (tmp_path / "log").read_text()
+    assert done.returncode == 0, log
+    assert "No space left on device" in log
+    assert "training goes on and the next due save is tried" in log
+    # Two steps were kept through the full disk, and the last one was saved after it.
+    assert (
+        len([n for n in (tmp_path / "while-full").read_text().split() if n.startswith("step-") and "." not in n]) >= 1
+    )
+    after = (tmp_path / "after").read_text().split()
+    assert "step-200" in after
+    assert not [n for n in after if "partial" in n]
+    assert [r["step"] for r in read_rows(tmp_path / "metrics.jsonl")] == list(range(1, 201))

@@ -9,7 +9,7 @@ from checkpoint.catalog import Catalog
 from checkpoint.errors import CheckpointError, DamagedStepError
 from checkpoint.files import read_json, write_json
 from checkpoint.lineage import Lineage, Origin
-from checkpoint.manifest import MANIFEST, Manifest, read_manifest, write_manifest
+from checkpoint.manifest import MANIFEST, Manifest, checksum, read_manifest, write_manifest
 from checkpoint.retention import KeepLatest
 
 LINE = [Lineage(id="a")]
@@ -51,7 +51,7 @@ def test_damage_is_named(tmp_path: Path, damage: object, words: str) -> None:
 
 def test_another_format_is_refused_not_set_aside(tmp_path: Path) -> None:
     path = make_step(tmp_path, 7)
-    (path / MANIFEST).write_text(json.dumps({"format": 99, "checksum": ""}))
+    (path / MANIFEST).write_text(json.dumps({"format": 99, "checksum": checksum({"format": 99})}))
     with pytest.raises(CheckpointError, match="has format 99"):
         Catalog(tmp_path).tidy(LINE)
     assert path.exists()

@@ -224,6 +224,15 @@ def test_rows_that_are_not_needed_are_not_read(tmp_path: Path, group: dist.Proce
             assert read <= 1.1 * needed
 
 
+def test_loading_leaves_no_file_open(tmp_path: Path, group: dist.ProcessGroup) -> None:
+    tensors = state()
+    path = save(tmp_path / "c", group, tensors)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(3):
+        load_tensors(path, empty_like(tensors), group)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
 def test_a_hole_is_damage(tmp_path: Path, group: dist.ProcessGroup) -> None:
     path = save(tmp_path / "c", group, {"w": torch.randn(8, 4)})
     (item,) = read_items(path, read_manifest(path))

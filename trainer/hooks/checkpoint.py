@@ -187,8 +187,8 @@ class CheckpointHook(Hook):
     def _save(self, trainer: Trainer, saver: StepSaver, reasons: Sequence[str]) -> None:
         trainer.flush()
         step = trainer.state.step
-        for hook in trainer.hooks:
-            hook.before_commit(trainer, step)
+        if not self._rows_are_durable(trainer, step):
+            return
         manifest = Manifest(
             step=step,
             lineage=self._plan.lineages[-1].id,
@@ -204,6 +204,21 @@ class CheckpointHook(Hook):
             log.info("saving step %d (%s): %.1f ms", step, ", ".join(reasons), (time.perf_counter() - started) * 1e3)
         trainer.last_save_clock, trainer.seconds_since_save = time.monotonic(), 0.0
         self._settle(trainer, results)
+
+    def _rows_are_durable(self, trainer: Trainer, step: int) -> bool:
+        """A commit waits for the rows up to its step; where the disk does not take them, nothing is saved."""
+        problem: str | None = None
+        try:
+            for hook in trainer.hooks:
+                hook.before_commit(trainer, step)
+        except OSError as error:
+            problem = f"its rows cannot be written ({error.strerror or error})"
+        problems: list[str | None] = [None] * trainer.context.world_size
+        dist.all_gather_object(problems, problem, group=trainer.context.save_group)
+        found = next((p for p in problems if p is not None), None)
+        if found is not None:
+            self._settle(trainer, [SaveResult(step=step, path=None, error=found, seconds=0.0)])
+        return found is None
 
     def _settle(self, trainer: Trainer, results: Sequence[SaveResult]) -> None:
         """Tells of saves that have ended; all ranks see the same ends, though not at the same step."""

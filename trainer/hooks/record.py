@@ -1,5 +1,6 @@
 """Keeps the run's own history in `run.json`, one attempt per start of the ranks."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any, final
 
@@ -8,6 +9,8 @@ from trainer.loop import Trainer
 from trainer.run_record import Attempt, RunRecord
 
 __all__ = ["RecordHook"]
+
+log = logging.getLogger(__name__)
 
 
 @final
@@ -61,4 +64,7 @@ class RecordHook(Hook):
             return  # it ended before it began
         record = self._load(trainer)
         record.attempts[self._index] = self._attempt
-        record.save(trainer.resources.run_dir)
+        try:
+            record.save(trainer.resources.run_dir)
+        except OSError as error:
+            log.warning("run.json cannot be written now (%s); it is written again later", error.strerror or error)

@@ -1,0 +1,1 @@
+"""Measured side by side with peers and with the machine's limits."""
