@@ -15,7 +15,6 @@ __all__ = [
     "EXCLUDABLE",
     "Lineage",
     "LoadRequest",
-    "Origin",
     "Resume",
     "StartKind",
     "StartPoint",
@@ -35,16 +34,8 @@ class Resume(Enum):
     never = "never"
 
 
-class Origin(Enum):
-    """What a lineage began with."""
-
-    fresh = "fresh"
-    step = "step"
-    initial = "initial"
-
-
 class StartKind(Enum):
-    """Where a process takes its first state from."""
+    """Where a lineage, or a process of it, takes its first state from."""
 
     fresh = "fresh"
     step = "step"
@@ -99,13 +90,13 @@ class Lineage:
     Attributes:
         id: unique in the run.
         origin: what it began with.
-        origin_step: the parent's step that it continues from (`Origin.step`), else 0.
+        origin_step: the parent's step that it continues from (`StartKind.step`), else 0.
         parent: the lineage of that step.
         request: the load options that started it.
     """
 
     id: str
-    origin: Origin = Origin.fresh
+    origin: StartKind = StartKind.fresh
     origin_step: int = 0
     parent: str | None = None
     request: LoadRequest = field(default_factory=LoadRequest)
@@ -135,7 +126,7 @@ def _ceilings(lineages: Sequence[Lineage]) -> dict[str, float]:
     by_id = {lineage.id: lineage for lineage in lineages}
     current, ceiling = lineages[-1], float("inf")
     ceilings = {current.id: ceiling}
-    while current.origin is Origin.step and current.parent is not None:
+    while current.origin is StartKind.step and current.parent is not None:
         ceiling = min(ceiling, current.origin_step)
         ceilings[current.parent] = ceiling
         current = by_id[current.parent]
@@ -195,11 +186,11 @@ def _new_lineage(
     if request.load_step >= 0 and request.load_step not in steps:
         raise StepNotFoundError(request.load_step, steps, folder)
     if request.initial_load_path is not None:
-        return Lineage(id=new_id, origin=Origin.initial, request=request)
+        return Lineage(id=new_id, origin=StartKind.initial, request=request)
     if not lineages or not steps:
-        return Lineage(id=new_id, origin=Origin.fresh, request=request)
+        return Lineage(id=new_id, origin=StartKind.fresh, request=request)
     step = request.load_step if request.load_step >= 0 else steps[-1]
-    return Lineage(id=new_id, origin=Origin.step, origin_step=step, parent=lineages[-1].id, request=request)
+    return Lineage(id=new_id, origin=StartKind.step, origin_step=step, parent=lineages[-1].id, request=request)
 
 
 def start_point(lineages: Sequence[Lineage], steps: Sequence[tuple[int, str]]) -> StartPoint:
@@ -207,13 +198,13 @@ def start_point(lineages: Sequence[Lineage], steps: Sequence[tuple[int, str]]) -
     current = lineages[-1]
     if steps and (steps[-1][1] == current.id):
         return StartPoint(kind=StartKind.step, step=steps[-1][0])
-    if current.origin is Origin.initial:
+    if current.origin is StartKind.initial:
         return StartPoint(
             kind=StartKind.initial,
             path=current.request.initial_load_path,
             exclude=current.request.exclude,
             model_only=current.request.initial_load_model_only,
         )
-    if current.origin is Origin.step:
+    if current.origin is StartKind.step:
         return StartPoint(kind=StartKind.step, step=current.origin_step, exclude=current.request.exclude)
     return StartPoint(kind=StartKind.fresh)

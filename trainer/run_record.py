@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.files import read_json, write_json
-from checkpoint.lineage import Lineage, LoadRequest, Origin
+from checkpoint.lineage import Lineage, LoadRequest, StartKind
 
 __all__ = ["Attempt", "RunRecord", "new_id"]
 
@@ -119,7 +119,7 @@ def _lineage(values: dict[str, Any]) -> Lineage:
     request["exclude"] = tuple(request["exclude"])
     return Lineage(
         id=values["id"],
-        origin=Origin(values["origin"]),
+        origin=StartKind(values["origin"]),
         origin_step=values["origin_step"],
         parent=values["parent"],
         request=LoadRequest(**request),

@@ -9,6 +9,8 @@ from tests.runs import first_weights, train
 from tests.support import assert_same_tensors, curve, metrics, samples, stored_tensors, tiny
 from trainer.jsonlines import read_rows
 
+pytestmark = pytest.mark.slow
+
 LAYOUTS: dict[int, list[list[str]]] = {
     1: [[]],
     2: [["parallel.dp_shard=2"], ["parallel.dp_replicate=2"]],

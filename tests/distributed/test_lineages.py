@@ -9,6 +9,8 @@ from launch.errors import UserError
 from tests.runs import train
 from tests.support import curve, metrics, record, samples, stored_tensors, tiny
 
+pytestmark = pytest.mark.slow
+
 
 def base(corpus: Path, *more: str) -> list[str]:
     return tiny(

@@ -16,7 +16,6 @@ from checkpoint.errors import CheckpointError, StepNotFoundError
 from checkpoint.lineage import (
     Lineage,
     LoadRequest,
-    Origin,
     Resume,
     StartKind,
     choose_lineage,
@@ -117,7 +116,7 @@ BACK = LoadRequest(load_step=20)
 def test_a_first_command_starts_a_fresh_lineage() -> None:
     lineage = choose([], LoadRequest(), [])
     assert lineage is not None
-    assert lineage.origin is Origin.fresh
+    assert lineage.origin is StartKind.fresh
 
 
 def test_the_same_command_continues() -> None:
@@ -126,14 +125,14 @@ def test_the_same_command_continues() -> None:
 
 def test_load_step_starts_a_lineage_once() -> None:
     lineage = choose([FIRST], BACK, [10, 20, 30])
-    assert lineage == Lineage(id="new", origin=Origin.step, origin_step=20, parent="a", request=BACK)
+    assert lineage == Lineage(id="new", origin=StartKind.step, origin_step=20, parent="a", request=BACK)
     assert choose([FIRST, lineage], BACK, [10, 20, 25]) is None
     assert choose([FIRST, lineage], LoadRequest(), [10, 20, 25]) is None
     assert choose([FIRST, lineage], LoadRequest(load_step=10), [10, 20, 25]) is not None
 
 
 def test_rewind_applies_it_again() -> None:
-    second = Lineage(id="b", origin=Origin.step, origin_step=20, parent="a", request=BACK)
+    second = Lineage(id="b", origin=StartKind.step, origin_step=20, parent="a", request=BACK)
     again = choose([FIRST, second], BACK, [10, 20, 25], rewind=True)
     assert again is not None
     assert (again.origin_step, again.parent) == (20, "b")
@@ -163,7 +162,7 @@ def test_must_with_nothing_is_refused() -> None:
 def test_never_starts_afresh() -> None:
     lineage = choose([FIRST], LoadRequest(), [10], resume=Resume.never)
     assert lineage is not None
-    assert lineage.origin is Origin.fresh
+    assert lineage.origin is StartKind.fresh
     assert start_point([FIRST, lineage], []).kind is StartKind.fresh
 
 
@@ -178,8 +177,8 @@ def test_initial_load_is_where_a_lineage_starts_until_it_has_a_step() -> None:
 def test_visibility_follows_descent() -> None:
     line = [
         Lineage(id="a"),
-        Lineage(id="b", origin=Origin.step, origin_step=30, parent="a"),
-        Lineage(id="c", origin=Origin.step, origin_step=20, parent="b"),
+        Lineage(id="b", origin=StartKind.step, origin_step=30, parent="a"),
+        Lineage(id="c", origin=StartKind.step, origin_step=20, parent="b"),
     ]
     assert is_visible(line, 20, "a")
     assert not is_visible(line, 30, "a")

@@ -8,7 +8,7 @@ import pytest
 from checkpoint.catalog import Catalog
 from checkpoint.errors import CheckpointError, DamagedStepError
 from checkpoint.files import read_json, write_json
-from checkpoint.lineage import Lineage, Origin
+from checkpoint.lineage import Lineage, StartKind
 from checkpoint.manifest import MANIFEST, Manifest, checksum, read_manifest, write_manifest
 from checkpoint.retention import KeepLatest
 
@@ -98,7 +98,7 @@ def test_two_steps_of_one_number_are_set_aside_side_by_side(tmp_path: Path) -> N
 def test_a_rewound_line_sees_its_parents_steps_up_to_the_origin(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         make_step(tmp_path, step)
-    line = [*LINE, Lineage(id="b", origin=Origin.step, origin_step=20, parent="a")]
+    line = [*LINE, Lineage(id="b", origin=StartKind.step, origin_step=20, parent="a")]
     assert [e.step for e in Catalog(tmp_path).entries(line)] == [10, 20]
 
 

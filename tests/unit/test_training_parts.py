@@ -152,13 +152,13 @@ def test_step_logs_drop_what_is_beyond_and_what_is_torn(tmp_path: Path) -> None:
 
 
 def test_run_records_survive_the_disk(tmp_path: Path) -> None:
-    from checkpoint.lineage import Lineage, LoadRequest, Origin
+    from checkpoint.lineage import Lineage, LoadRequest, StartKind
 
     record = RunRecord(data_fingerprint="f")
     request = LoadRequest(load_step=3, exclude=("optimizer",))
     record.lineages = [
         Lineage(id="a"),
-        Lineage(id="b", origin=Origin.step, origin_step=3, parent="a", request=request),
+        Lineage(id="b", origin=StartKind.step, origin_step=3, parent="a", request=request),
     ]
     record.attempts = [Attempt(host="h", from_step=0, to_step=5, end="preempted")]
     record.save(tmp_path)

@@ -14,7 +14,7 @@ from torch import Tensor
 from checkpoint.catalog import Catalog
 from checkpoint.config import AsyncMode
 from checkpoint.errors import CheckpointError, DamagedStepError
-from checkpoint.lineage import Lineage, Origin, StartKind, StartPoint, start_point
+from checkpoint.lineage import Lineage, StartKind, StartPoint, start_point
 from checkpoint.loading import is_verified, load_tensors, resolve_foreign
 from checkpoint.manifest import Manifest, read_manifest
 from checkpoint.policy import SaveContext, SavePolicy, save_reasons
@@ -116,7 +116,7 @@ class CheckpointHook(Hook):
     def _may_fall_back(self, start: StartPoint) -> bool:
         """Whether another step may be taken instead: only where the user did not name this one."""
         lineage = self._plan.lineages[-1]
-        named = lineage.origin is Origin.step and start.step == lineage.origin_step
+        named = lineage.origin is StartKind.step and start.step == lineage.origin_step
         return start.kind is StartKind.step and not (named and lineage.request.load_step >= 0)
 
     def _try_start(self, trainer: Trainer, start: StartPoint) -> tuple[str, str | None]:
