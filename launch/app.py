@@ -51,7 +51,9 @@ class Application:
         check_arguments(arguments)
         register_resolver()
         register_schemas()
-        log_to_console()
+        if not any(a.startswith(("--info", "--cfg", "--help", "--hydra-help")) for a in arguments):
+            # Hydra prints these itself, through loggers that would reach our console a second time.
+            log_to_console()
         if any(a.startswith("hydra/launcher=") for a in arguments) and not {"-m", "--multirun"} & set(arguments):
             arguments = [*arguments, "--multirun"]
         # argparse takes overrides on one side of a flag only.

@@ -212,7 +212,9 @@ def test_config_and_help_are_readable() -> None:
 
     def run(*arguments: str) -> str:
         command = [sys.executable, "-P", "-m", "launch.train", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stderr == ""
+        return done.stdout
 
     help_text = run("--help")
     assert "model: llama3_1b" in help_text
@@ -220,7 +222,8 @@ def test_config_and_help_are_readable() -> None:
     job = run("--cfg", "job")
     assert "interval: 500" in job
     assert "n_kv_heads: 3" in job
-    assert "model/llama3_debug" in run("--info", "defaults")
+    defaults = run("--info", "defaults")
+    assert defaults.count("\n| model/llama3_debug ") == 1
 
 
 def test_settings_are_json() -> None:

@@ -1,7 +1,7 @@
 """A rank's batches, read ahead in a thread.
 
-Threads measured better than processes here: reading a batch is a few copies from mapped memory, less than
-handing it over between processes.
+A thread measured better than a process: reading a batch is a few copies from mapped memory, less work than handing it
+over (`python -m benchmarks.prefetch`, docs/benchmarks.md).
 """
 
 import queue

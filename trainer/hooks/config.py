@@ -35,7 +35,7 @@ class SampleConfig(HookConfig):
 
     SCHEMA: ClassVar[tuple[str, str]] = ("hook", "sample_schema")
     _target_: str = "trainer.hooks.sample.SampleHook"
-    prompts: list[str] = field(default_factory=lambda: ["The "])
+    prompts: list[str] = field(default_factory=lambda: ["The"])
     tokens: int = 64
     temperature: float = 0.7
 

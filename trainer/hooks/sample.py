@@ -33,13 +33,13 @@ class SampleHook(Hook):
             return
         tokenizer = trainer.resources.tokenizer
         with trainer.evaluating():
-            texts = [self._continue(trainer, tokenizer, prompt) for prompt in self._config.prompts]
+            texts = [self._continue(trainer, tokenizer, i, p) for i, p in enumerate(self._config.prompts)]
         if trainer.context.is_main:
             (trainer.resources.run_dir / "generated.txt").write_text("\n\n---\n\n".join(texts) + "\n")
             for text in texts:
                 log.info("sample: %s", text)
 
-    def _continue(self, trainer: Trainer, tokenizer: Tokenizer, prompt: str) -> str:
+    def _continue(self, trainer: Trainer, tokenizer: Tokenizer, index: int, prompt: str) -> str:
         ids = tokenizer.encode(prompt, add_special_tokens=False).ids
         new = generate(
             trainer.model,
@@ -47,7 +47,7 @@ class SampleHook(Hook):
             tokens=self._config.tokens,
             context=trainer.options.seq_len,
             temperature=self._config.temperature,
-            seed=trainer.options.seed,
+            seed=trainer.options.seed + index,
             device=trainer.context.device,
         )
         return str(tokenizer.decode(ids + new))

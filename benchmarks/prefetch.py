@@ -1,0 +1,66 @@
+"""Reading ahead in a thread or in a process: seconds a batch, from asking for it to having it.
+
+    python -m benchmarks.prefetch
+
+The default corpus; 16 sequences of 256 tokens a batch; the medians of 200 batches each, in turn. "read" is the work
+itself; "process" is what handing the finished tensors from another process adds to it.
+"""
+
+import statistics
+import time
+from typing import Any
+
+import torch.multiprocessing as mp
+
+from trainer.data.config import StdlibConfig
+from trainer.data.loader import step_batch
+from trainer.data.order import window_ids
+from trainer.data.prepare import prepare
+from trainer.data.stdlib import StdlibSource
+from trainer.data.token_store import TokenStore
+from trainer.data.windows import Windows
+
+__all__ = ["main"]
+
+
+def read(windows: Windows, index: int) -> Any:
+    """One batch."""
+    ids = window_ids(index * 16, 16, len(windows), 0)
+    return step_batch(windows, ids, rank=0, ranks=1, micro_batch_size=16, document_mask=False)
+
+
+def serve(folder: Any, requests: Any, answers: Any) -> None:
+    """The other process."""
+    windows = Windows(TokenStore(folder), 256, 0.05, validation=False)
+    while (index := requests.get()) is not None:
+        batch = read(windows, index)
+        answers.put((batch.micro_batches[0].tokens, batch.micro_batches[0].labels))
+
+
+def main() -> None:
+    """Prints the medians."""
+    folder = prepare(StdlibSource(StdlibConfig(seq_len=256)))
+    windows = Windows(TokenStore(folder), 256, 0.05, validation=False)
+    context = mp.get_context("spawn")
+    requests, answers = context.Queue(), context.Queue()
+    process = context.Process(target=serve, args=(folder, requests, answers), daemon=True)
+    process.start()
+    requests.put(0)
+    answers.get()
+    here, there = [], []
+    for index in range(200):
+        started = time.perf_counter()
+        read(windows, index)
+        here.append(time.perf_counter() - started)
+        started = time.perf_counter()
+        requests.put(index)
+        answers.get()
+        there.append(time.perf_counter() - started)
+    requests.put(None)
+    process.join()
+    direct, handed = (statistics.median(times) * 1e6 for times in (here, there))
+    print(f"read {direct:.0f} us, through a process {handed:.0f} us a batch")
+
+
+if __name__ == "__main__":
+    main()
