@@ -96,16 +96,25 @@ def log_to_files(run_dir: Path, rank: int, *, console: bool) -> logging.Handler:
     return handler
 
 
+class ConsoleHandler(logging.Handler):
+    """Writes to what standard error is at that moment: a progress bar puts itself in its place, below the lines."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            sys.stderr.write(self.format(record) + "\n")
+            sys.stderr.flush()
+        except Exception:
+            self.handleError(record)
+
+
 def log_to_console() -> None:
     """Plain lines on standard error, once."""
     root = logging.getLogger()
     root.setLevel(logging.INFO)
-    for handler in [h for h in root.handlers if h.name == "console"]:
-        root.removeHandler(handler)
-    console = logging.StreamHandler(sys.stderr)
-    console.name = "console"
-    console.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    root.addHandler(console)
+    if not any(isinstance(h, ConsoleHandler) for h in root.handlers):
+        console = ConsoleHandler()
+        console.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        root.addHandler(console)
     # torch's own launcher reports every child's end as a warning; the stop record says it better.
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
