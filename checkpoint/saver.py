@@ -78,6 +78,8 @@ class StepSaver:
         self._staged = threading.Event()
         self._staged.set()
         self._stage_error: Exception | None = None
+        # The event after a GPU's copies; the background thread has its own reference, since this one is dropped
+        # as soon as the training stream waits for it.
         self._copied: Any = None
 
     def begin(self, tensors: Mapping[str, Tensor], manifest: Manifest) -> list[SaveResult]:
@@ -96,12 +98,12 @@ class StepSaver:
         self._staged.clear()
         self._stage_error = None
         if self._device.type == "cuda":
-            self._queue_copies(image, tensors)
+            self._copied = self._queue_copies(image, tensors)
         elif self._mode is not AsyncMode.async_with_pinned_mem:
             image.copy_from(tensors)
             self._staged.set()
         held = dict(tensors)
-        self._running = self._thread.submit(self._save, image, held, manifest, started)
+        self._running = self._thread.submit(self._save, image, held, self._copied, manifest, started)
         if self._mode is AsyncMode.disabled:
             finished += self.wait()
         elif self._mode.value == "async":
@@ -139,20 +141,26 @@ class StepSaver:
             self._image = FileImage(plan, pinned=self._device.type == "cuda")
         return self._image
 
-    def _queue_copies(self, image: FileImage, tensors: Mapping[str, Tensor]) -> None:
-        """Copies on a side stream, after what is queued already."""
+    def _queue_copies(self, image: FileImage, tensors: Mapping[str, Tensor]) -> Any:
+        """Copies on a side stream, after what is queued already; returns the event at their end."""
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             image.copy_from(tensors)
-            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._copied.record(stream)
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied.record(stream)
+        return copied
 
     def _save(
-        self, image: FileImage, tensors: Mapping[str, Tensor], manifest: Manifest, started: float
+        self,
+        image: FileImage,
+        tensors: Mapping[str, Tensor],
+        copied: Any,
+        manifest: Manifest,
+        started: float,
     ) -> SaveResult:
         """The background part: stage where that is left to do, write, commit."""
-        problem = self._stage(image, tensors)
+        problem = self._stage(image, tensors, copied)
         partial = self._folder / f"{step_folder_name(manifest.step)}.partial-{self._token}"
         report: dict[str, Any] = {}
         if problem is None:
@@ -164,9 +172,8 @@ class StepSaver:
         path = None if verdict else self._folder / step_folder_name(manifest.step)
         return SaveResult(step=manifest.step, path=path, error=verdict, seconds=time.perf_counter() - started)
 
-    def _stage(self, image: FileImage, tensors: Mapping[str, Tensor]) -> str | None:
+    def _stage(self, image: FileImage, tensors: Mapping[str, Tensor], copied: Any) -> str | None:
         """Completes the snapshot; returns what went wrong."""
-        copied = self._copied
         try:
             if copied is not None:
                 copied.synchronize()
