@@ -1,11 +1,14 @@
 """What the trainer asks of a model."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from models.init import InitRule
+from models.plan import ShardingPlan
 
 __all__ = ["LanguageModel"]
 
@@ -18,13 +21,21 @@ class LanguageModel(nn.Module, ABC):
     """
 
     @abstractmethod
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Logits for every position.
+    def forward(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> Tensor:
+        """Logits for every position; of a part of the model, what its last layer gives.
 
         Args:
-            tokens: int64 `(batch, seq)`.
+            tokens: int64 `(batch, seq)`; for a part without the embedding `(batch, seq, dim)` from the part before.
             mask: bool, broadcastable to `(batch, heads, seq, seq)`, true where attention is allowed; None
                 means causal.
+            positions: int64 `(seq,)`, each token's place in its sequence; None means 0, 1, ….
+            valid: bool `(batch, seq)`, false for tokens that only fill up; None means that all count.
 
         Returns:
             `(batch, seq, vocab)` in the parameters' compute dtype.
@@ -41,6 +52,17 @@ class LanguageModel(nn.Module, ABC):
     @abstractmethod
     def blocks(self) -> list[nn.Module]:
         """The repeated layers, in order: the units of FSDP, compilation and activation checkpointing."""
+
+    @abstractmethod
+    def part(self, layers: Sequence[int], *, first: bool, last: bool) -> Self:
+        """A model of some of the layers, with the embedding (`first`) and the output (`last`) or without.
+
+        It shares its modules with this one, and its parameters keep the names they have in the whole.
+        """
+
+    @abstractmethod
+    def plan(self) -> ShardingPlan:
+        """How the model may be cut."""
 
     @abstractmethod
     def decays(self, name: str) -> bool:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
-__all__ = ["ModelConfig"]
+__all__ = ["DecoderConfig", "ModelConfig", "divisors"]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -27,3 +27,48 @@ class ModelConfig(ABC):
     @abstractmethod
     def check(self) -> None:
         """Raises ValueError, in one sentence, where the dimensions contradict each other."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DecoderConfig(ModelConfig):
+    """What the decoders here have in common: RMSNorm, RoPE, grouped-query attention, SwiGLU.
+
+    Attributes:
+        dim: width of the residual stream.
+        n_layers: transformer blocks.
+        n_heads: query heads.
+        n_kv_heads: key and value heads, a divisor of `n_heads`.
+        norm_eps: added to the mean square in RMSNorm.
+        rope_theta: RoPE's base.
+        tied_embeddings: the output layer is the embedding's matrix.
+    """
+
+    dim: int = MISSING
+    n_layers: int = MISSING
+    n_heads: int = MISSING
+    n_kv_heads: int = MISSING
+    norm_eps: float = 1e-5
+    rope_theta: float = 500_000.0
+    tied_embeddings: bool = False
+
+    @property
+    def head_width(self) -> int:
+        """Elements of one head."""
+        return self.dim // self.n_heads
+
+    def check_dimensions(self, *others: str) -> None:
+        """Raises ValueError where the shared dimensions, or one of the `others` below 1, are impossible."""
+        for name in ("vocab_size", "max_seq_len", "dim", "n_layers", "n_heads", "n_kv_heads", *others):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} must be at least 1, but is {getattr(self, name)}; set it higher")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(
+                f"model.n_kv_heads must divide model.n_heads ({self.n_heads}), but is {self.n_kv_heads}; "
+                f"use {divisors(self.n_heads, around=self.n_kv_heads)}"
+            )
+
+
+def divisors(n: int, around: int) -> str:
+    """The divisors of `n` nearest to `around`, as words for an error message."""
+    nearest = sorted((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - around))[:3]
+    return " or ".join(str(d) for d in sorted(nearest))

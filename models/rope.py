@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["apply_rope", "rope_frequencies", "rope_table"]
+__all__ = ["apply_rope", "apply_rope_halves", "rope_frequencies", "rope_table"]
 
 
 def rope_frequencies(
@@ -42,12 +42,19 @@ def rope_table(frequencies: Tensor, length: int) -> Tensor:
 
 
 def apply_rope(x_BTNH: Tensor, table_TR: Tensor) -> Tensor:
-    """Rotates each pair of `x_BTNH` by its position's angle, in float32; the result has x's dtype.
+    """Rotates each pair of `x_BTNH` by its position's angle, in float32 or better; the result has x's dtype.
 
     Args:
         x_BTNH: queries or keys, `(B, T, N, H)`.
         table_TR: complex64 `(T, H / 2)`, the rows of `rope_table` for these positions.
     """
-    halves: Tensor = x_BTNH.float().reshape(*x_BTNH.shape[:-1], -1, 2)
+    halves: Tensor = x_BTNH.to(torch.promote_types(x_BTNH.dtype, torch.float32)).reshape(*x_BTNH.shape[:-1], -1, 2)
     pairs = torch.view_as_complex(halves)
     return torch.view_as_real(pairs * table_TR[None, :, None, :]).flatten(-2).type_as(x_BTNH)
+
+
+def apply_rope_halves(x_BTNH: Tensor, table_TR: Tensor) -> Tensor:
+    """As `apply_rope`, but element i is rotated with element i + H/2."""
+    first, second = x_BTNH.to(torch.promote_types(x_BTNH.dtype, torch.float32)).chunk(2, dim=-1)
+    cos, sin = table_TR.real[None, :, None, :], table_TR.imag[None, :, None, :]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).type_as(x_BTNH)

@@ -1,1 +1,1 @@
-"""The Llama 3 family: `config`, `model`."""
+"""The Llama 3 family: `config`, `model`, `plan`."""

@@ -1,0 +1,199 @@
+"""The blocks of the decoders here, and the decoder itself, with Meta's parameter names (as in torchtitan).
+
+Shapes: B batch, T positions, D model width, N query heads, K key/value heads, H head width, V vocabulary, R = H / 2.
+"""
+
+import copy
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.base import LanguageModel
+from models.config import DecoderConfig
+from models.init import InitRule
+from models.rope import rope_table
+
+__all__ = ["Attention", "Decoder", "DecoderBlock", "FeedForward", "RMSNorm", "attend"]
+
+Rotation = Callable[[Tensor, Tensor], Tensor]
+
+
+def attend(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, mask: Tensor | None) -> Tensor:
+    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) by scaled_dot_product_attention."""
+    out_BNTH = F.scaled_dot_product_attention(
+        q_BTNH.transpose(1, 2),
+        k_BTKH.transpose(1, 2),
+        v_BTKH.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=mask is None,
+        enable_gqa=q_BTNH.shape[2] != k_BTKH.shape[2],
+    )
+    return out_BNTH.transpose(1, 2)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Projections, rotation and attention; queries and keys are normalised per head where `qk_norm` says so.
+
+    The number of heads is read from the projections' outputs, so that a rank may hold some of them.
+    """
+
+    def __init__(self, config: DecoderConfig, rotate: Rotation, *, qk_norm: bool) -> None:
+        super().__init__()
+        self.head_dim, self.rotate, self.attend = config.head_width, rotate, attend
+        q_dim, kv_dim = config.n_heads * self.head_dim, config.n_kv_heads * self.head_dim
+        self.wq = nn.Linear(config.dim, q_dim, bias=False)
+        self.wk = nn.Linear(config.dim, kv_dim, bias=False)
+        self.wv = nn.Linear(config.dim, kv_dim, bias=False)
+        self.wo = nn.Linear(q_dim, config.dim, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if qk_norm else None
+
+    def forward(self, x_BTD: Tensor, rope_TR: Tensor, mask: Tensor | None) -> Tensor:
+        q_BTNH = self.wq(x_BTD).unflatten(-1, (-1, self.head_dim))
+        k_BTKH = self.wk(x_BTD).unflatten(-1, (-1, self.head_dim))
+        v_BTKH = self.wv(x_BTD).unflatten(-1, (-1, self.head_dim))
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        out_BTNH = self.attend(self.rotate(q_BTNH, rope_TR), self.rotate(k_BTKH, rope_TR), v_BTKH, mask)
+        out: Tensor = self.wo(out_BTNH.flatten(2))
+        return out
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, dim: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(dim, ffn_dim, bias=False)
+        self.w2 = nn.Linear(ffn_dim, dim, bias=False)
+        self.w3 = nn.Linear(dim, ffn_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return out
+
+
+class DecoderBlock(nn.Module):
+    """One pre-norm layer with a dense feed-forward part."""
+
+    def __init__(self, config: DecoderConfig, ffn_dim: int, rotate: Rotation, *, qk_norm: bool) -> None:
+        super().__init__()
+        self.attention = Attention(config, rotate, qk_norm=qk_norm)
+        self.feed_forward = FeedForward(config.dim, ffn_dim)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+
+    def forward(self, x_BTD: Tensor, rope_TR: Tensor, mask: Tensor | None, valid_BT: Tensor | None) -> Tensor:
+        h_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope_TR, mask)
+        out: Tensor = h_BTD + self.feed_forward(self.ffn_norm(h_BTD))
+        return out
+
+
+class Decoder(LanguageModel):
+    """Embedding, blocks, norm and output; a family gives the block and the frequencies of RoPE."""
+
+    rope: Tensor
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        config.check()
+        self.dims = config
+        self.has_input = self.has_output = True
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleDict({str(i): self.make_block() for i in range(config.n_layers)})
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tied_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+        self.register_buffer("rope", torch.empty(0, dtype=torch.complex64), persistent=False)
+
+    @abstractmethod
+    def make_block(self) -> nn.Module:
+        """A layer, called as `block(x, rope, mask, valid)`."""
+
+    @abstractmethod
+    def frequencies(self) -> Tensor:
+        """RoPE's angles per position, float32 `(head_dim / 2,)`."""
+
+    @abstractmethod
+    def layer_weights(self) -> float:
+        """Weights of a layer's matrices that one token meets."""
+
+    def forward(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> Tensor:
+        h_BTD = self.tok_embeddings(tokens) if self.has_input else tokens
+        rope_TR = self.rope[: tokens.shape[1]] if positions is None else self.rope[positions]
+        for layer in self.layers.values():
+            h_BTD = layer(h_BTD, rope_TR, mask, valid)
+        if not self.has_output:
+            return h_BTD
+        logits_BTV: Tensor = self.output(self.norm(h_BTD))
+        return logits_BTV
+
+    def init_rules(self) -> dict[str, InitRule]:
+        """Normal with 0.02, residual outputs scaled by 1/sqrt(2 · layers) (GPT-2), the output by 1/sqrt(D)."""
+        residual = 0.02 / math.sqrt(2 * self.dims.n_layers)
+        rules: dict[str, InitRule] = {}
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1:
+                rules[name] = InitRule(mean=1.0)
+            elif name.endswith((".wo.weight", ".w2.weight", ".experts.w2")):
+                rules[name] = InitRule(std=residual)
+            elif name == "output.weight":
+                rules[name] = InitRule(std=self.dims.dim**-0.5)
+            else:
+                rules[name] = InitRule(std=0.02)
+        return rules
+
+    def init_buffers(self, device: torch.device, length: int) -> None:
+        self.rope = rope_table(self.frequencies(), length).to(device)
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.layers.values())
+
+    def part(self, layers: Sequence[int], *, first: bool, last: bool) -> Self:
+        part = copy.copy(self)
+        # What the copy registers (hooks, buffers, modules) is its own.
+        part.__dict__ |= {name: copy.copy(v) for name, v in self.__dict__.items() if isinstance(v, dict | set)}
+        part.has_input, part.has_output = first and self.has_input, last and self.has_output
+        part.layers = nn.ModuleDict({str(i): self.layers[str(i)] for i in layers})
+        # With tied embeddings the last part has the embedding too: its output layer is that matrix.
+        if not part.has_input and not (part.has_output and self.dims.tied_embeddings):
+            del part.tok_embeddings
+        if not part.has_output:
+            del part.norm, part.output
+        return part
+
+    def decays(self, name: str) -> bool:
+        is_embedding = name == "tok_embeddings.weight"
+        return not is_embedding and not name.endswith("norm.weight")
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """6 per matrix weight, plus 12 · layers · heads' width · T for attention (Chowdhery et al. 2022, app. B)."""
+        c = self.dims
+        heads = c.n_heads * c.head_width
+        attention = 2 * c.dim * heads + 2 * c.dim * c.n_kv_heads * c.head_width
+        matrices = c.n_layers * (attention + self.layer_weights()) + c.dim * c.vocab_size
+        return 6.0 * matrices + 12.0 * c.n_layers * heads * seq_len

@@ -1,0 +1,165 @@
+"""A mixture of experts without capacity limits: every token reaches the experts that its router chose.
+
+Shapes: B batch, T positions, D model width, S = B·T tokens, E experts, C experts per token, F an expert's width.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["Experts", "MixtureOfExperts", "Router", "add_loss"]
+
+
+class _AddLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
+        ctx.like = loss.detach()
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, torch.ones_like(ctx.like)
+
+
+def add_loss(x: Tensor, loss: Tensor) -> Tensor:
+    """`x` itself; the backward pass also goes through `loss`, as if it were added to the training loss."""
+    out: Tensor = _AddLoss.apply(x, loss)  # type: ignore[no-untyped-call]
+    return out
+
+
+class Router(nn.Module):
+    """Chooses each token's experts: softmax over all, the best C by score plus bias, weighted by score."""
+
+    def __init__(self, dim: int, n_experts: int, per_token: int, *, normalise: bool) -> None:
+        super().__init__()
+        self.per_token, self.normalise = per_token, normalise
+        self.gate = nn.Linear(dim, n_experts, bias=False)
+
+    def forward(self, x_SD: Tensor, bias_E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores of all experts `(S, E)`, and weights and numbers of the chosen ones `(S, C)`."""
+        logits_SE = self.gate(x_SD)
+        scores_SE = logits_SE.to(torch.promote_types(logits_SE.dtype, torch.float32)).softmax(-1)
+        chosen_SC = (scores_SE.detach() + bias_E).topk(self.per_token, dim=-1).indices
+        weights_SC = scores_SE.gather(1, chosen_SC)
+        if self.normalise:
+            weights_SC = weights_SC / weights_SC.sum(-1, keepdim=True)
+        return scores_SE, weights_SC, chosen_SC
+
+
+class Experts(nn.Module):
+    """SwiGLU experts, their weights stacked: `w1` and `w3` `(E, F, D)`, `w2` `(E, D, F)`."""
+
+    def __init__(self, dim: int, ffn_dim: int, n_experts: int) -> None:
+        super().__init__()
+        self.w1 = nn.Parameter(torch.empty(n_experts, ffn_dim, dim))
+        self.w2 = nn.Parameter(torch.empty(n_experts, dim, ffn_dim))
+        self.w3 = nn.Parameter(torch.empty(n_experts, ffn_dim, dim))
+
+    def forward(self, x_SD: Tensor, counts_E: Tensor) -> Tensor:
+        """Runs rows that are sorted by expert; `counts_E` says how many each expert has, all rows in sum."""
+        ends_E = counts_E.cumsum(0).to(torch.int32)
+        gate_SF = _grouped(x_SD, self.w1, ends_E)
+        return _grouped(F.silu(gate_SF) * _grouped(x_SD, self.w3, ends_E), self.w2, ends_E)
+
+
+def _grouped(x_SI: Tensor, w_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    if x_SI.shape[0] == 0:
+        # Nothing came: a result that still leads the gradient, a zero, to input and weights.
+        return x_SI @ w_EOI[0].T
+    return F.grouped_mm(x_SI, w_EOI.transpose(1, 2), offs=ends_E)
+
+
+# Rows, each row's expert and the experts' module to the experts' results, row by row.
+RunExperts = Callable[[Tensor, Tensor, nn.Module], Tensor]
+
+
+def run_experts(x_SD: Tensor, expert_S: Tensor, experts: nn.Module) -> Tensor:
+    """Sorts rows by expert, runs them, and puts the results back."""
+    order_S = expert_S.argsort(stable=True)
+    counts_E = torch.bincount(expert_S, minlength=experts.get_parameter("w1").shape[0])
+    out_SD = experts(x_SD[order_S], counts_E)
+    return torch.empty_like(out_SD).index_copy(0, order_S, out_SD)
+
+
+class MixtureOfExperts(nn.Module):
+    """Router and experts.
+
+    Args:
+        dim: D.
+        ffn_dim: F.
+        n_experts: E.
+        per_token: C.
+        normalise: whether a token's weights sum to 1.
+        auxiliary: coefficient of the balancing loss (DeepSeek-V3, arXiv:2412.19437, eq. 17 to 20), which is a mean
+            over sequences; 0 for none.
+
+    Attributes:
+        expert_bias: added to the scores where experts are chosen, float32 `(E,)`.
+        load: tokens that chose each expert in training since it was set to 0, float32 `(E,)`.
+        loss_scale: what the auxiliary loss of one sequence counts, 1 / sequences of a step.
+        sum_counts: sums counts over the ranks that share a sequence.
+    """
+
+    expert_bias: Tensor
+    load: Tensor
+
+    def __init__(
+        self, dim: int, ffn_dim: int, n_experts: int, per_token: int, *, normalise: bool, auxiliary: float
+    ) -> None:
+        super().__init__()
+        self.auxiliary, self.n_experts = auxiliary, n_experts
+        self.router = Router(dim, n_experts, per_token, normalise=normalise)
+        self.experts = Experts(dim, ffn_dim, n_experts)
+        self.register_buffer("expert_bias", torch.empty(n_experts, dtype=torch.float32))
+        self.register_buffer("load", torch.empty(n_experts, dtype=torch.float32), persistent=False)
+        self.loss_scale = 1.0
+        self.run_experts: RunExperts = run_experts
+        self.sum_counts: Callable[[Tensor], Tensor] = lambda counts: counts
+
+    def init_buffers(self, device: torch.device) -> None:
+        """Zeroes."""
+        self.expert_bias = torch.zeros(self.n_experts, dtype=torch.float32, device=device)
+        self.load = torch.zeros(self.n_experts, dtype=torch.float32, device=device)
+
+    def forward(self, x_BTD: Tensor, valid_BT: Tensor | None) -> Tensor:
+        x_SD = x_BTD.flatten(0, 1)
+        scores_SE, weights_SC, chosen_SC = self.router(x_SD, self.expert_bias)
+        per_token = chosen_SC.shape[1]
+        # A backward pass that computes the block again must not count a second time.
+        if self.training and torch._C._current_graph_task_id() == -1:
+            self._count(chosen_SC, valid_BT)
+        rows_SD = x_SD.repeat_interleave(per_token, dim=0)
+        out_SCD = self.run_experts(rows_SD, chosen_SC.flatten(), self.experts).view(-1, per_token, x_SD.shape[1])
+        out_SD = (out_SCD * weights_SC.to(out_SCD.dtype)[..., None]).sum(1)
+        out_BTD = out_SD.view(x_BTD.shape)
+        if self.auxiliary > 0 and self.training:
+            out_BTD = add_loss(out_BTD, self._balance_loss(scores_SE, chosen_SC, x_BTD.shape[:2], valid_BT))
+        return out_BTD
+
+    @torch.no_grad()
+    def _count(self, chosen_SC: Tensor, valid_BT: Tensor | None) -> None:
+        weights = torch.ones_like(chosen_SC, dtype=torch.float32)
+        if valid_BT is not None:
+            weights *= valid_BT.reshape(-1, 1)
+        self.load.scatter_add_(0, chosen_SC.flatten(), weights.flatten())
+
+    def _balance_loss(
+        self, scores_SE: Tensor, chosen_SC: Tensor, shape: torch.Size, valid_BT: Tensor | None
+    ) -> Tensor:
+        """This rank's part of the sequences' losses; counts of shared sequences are those of all their ranks."""
+        batch, length = shape
+        counted_BT = torch.ones(batch, length, dtype=scores_SE.dtype, device=scores_SE.device)
+        if valid_BT is not None:
+            counted_BT = counted_BT * valid_BT
+        chosen_BTE = torch.zeros_like(scores_SE).scatter_(1, chosen_SC, 1.0).view(batch, length, -1)
+        with torch.no_grad():
+            counts_BE = self.sum_counts((chosen_BTE * counted_BT[..., None]).sum(1))
+            # Without dividing by zero for a row that only fills up.
+            tokens_B1 = (counts_BE.sum(-1, keepdim=True) / chosen_SC.shape[1]).clamp(min=1.0)
+            fractions_BE = counts_BE * self.n_experts / (chosen_SC.shape[1] * tokens_B1)
+        shares_BTE = (scores_SE / scores_SE.sum(-1, keepdim=True)).view(batch, length, -1)
+        means_BE = (shares_BTE * counted_BT[..., None]).sum(1) / tokens_B1
+        return self.auxiliary * self.loss_scale * (fractions_BE * means_BE).sum()

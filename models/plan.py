@@ -1,0 +1,36 @@
+"""How a model may be cut, as data: module patterns and styles; what each style does is the trainer's business."""
+
+from enum import Enum
+
+__all__ = ["ShardingPlan", "Style"]
+
+
+class Style(Enum):
+    """What tensor and expert parallelism make of a module.
+
+    Attributes:
+        vocabulary: an embedding, split by rows; its output is summed over ranks.
+        enter: a module whose input must be whole on every rank, and whose linear layers are split.
+        columns: a linear layer, its output features split.
+        rows: a linear layer, its input features split; its output is summed over ranks.
+        sequence: computed for each token by itself with the same weights, on a part of the sequence where that is
+            split.
+        heads: the same weights for every head, of which a rank holds some.
+        output: a linear layer, its output features (the vocabulary) split; its input is made whole first.
+        tokens: each rank takes other tokens: a mixture of experts.
+        experts: stacked weights, split by expert.
+    """
+
+    vocabulary = "vocabulary"
+    enter = "enter"
+    columns = "columns"
+    rows = "rows"
+    sequence = "sequence"
+    heads = "heads"
+    output = "output"
+    tokens = "tokens"
+    experts = "experts"
+
+
+# Patterns as in `fnmatch`, over the names of modules; `*` stands for a layer's number.
+ShardingPlan = dict[str, Style]

@@ -1,0 +1,1 @@
+"""The Qwen3 family, dense and with experts: `config`, `model`, `plan`."""

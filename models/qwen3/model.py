@@ -1,0 +1,96 @@
+"""Qwen3, dense and with experts; parameter names as torchtitan's.
+
+RoPE rotates elements i and i + H/2 together, as in the published weights.
+"""
+
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from models.layers import Attention, Decoder, DecoderBlock, RMSNorm
+from models.moe import MixtureOfExperts
+from models.plan import ShardingPlan
+from models.qwen3.config import Balance, Qwen3Config, Qwen3MoeConfig
+from models.qwen3.plan import QWEN3_PLAN
+from models.rope import apply_rope_halves, rope_frequencies
+
+__all__ = ["Qwen3", "Qwen3Moe"]
+
+
+@final
+class Qwen3(Decoder):
+    """The dense Qwen3; see `Qwen3Config` for its dimensions."""
+
+    config: Qwen3Config
+
+    def __init__(self, config: Qwen3Config) -> None:
+        # Before nn.Module's own constructor: making the blocks asks for it.
+        self.__dict__["config"] = config
+        super().__init__(config)
+
+    def make_block(self) -> nn.Module:
+        return DecoderBlock(self.config, self.config.ffn_dim, apply_rope_halves, qk_norm=True)
+
+    def frequencies(self) -> Tensor:
+        return rope_frequencies(self.config.head_dim, self.config.rope_theta)
+
+    def layer_weights(self) -> float:
+        return 3.0 * self.config.dim * self.config.ffn_dim
+
+    def plan(self) -> ShardingPlan:
+        return QWEN3_PLAN
+
+
+class MoeBlock(nn.Module):
+    """One pre-norm layer whose feed-forward part is a mixture of experts."""
+
+    def __init__(self, config: Qwen3MoeConfig) -> None:
+        super().__init__()
+        self.attention = Attention(config, apply_rope_halves, qk_norm=True)
+        self.moe = MixtureOfExperts(
+            config.dim,
+            config.expert_ffn_dim,
+            config.n_experts,
+            config.experts_per_token,
+            normalise=config.norm_topk_prob,
+            auxiliary=config.auxiliary_coefficient if config.balance is Balance.auxiliary else 0.0,
+        )
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+
+    def forward(self, x_BTD: Tensor, rope_TR: Tensor, mask: Tensor | None, valid_BT: Tensor | None) -> Tensor:
+        h_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope_TR, mask)
+        out: Tensor = h_BTD + self.moe(self.ffn_norm(h_BTD), valid_BT)
+        return out
+
+
+@final
+class Qwen3Moe(Decoder):
+    """Qwen3 with experts; see `Qwen3MoeConfig` for its dimensions."""
+
+    config: Qwen3MoeConfig
+
+    def __init__(self, config: Qwen3MoeConfig) -> None:
+        # Before nn.Module's own constructor: making the blocks asks for it.
+        self.__dict__["config"] = config
+        super().__init__(config)
+
+    def make_block(self) -> nn.Module:
+        return MoeBlock(self.config)
+
+    def frequencies(self) -> Tensor:
+        return rope_frequencies(self.config.head_dim, self.config.rope_theta)
+
+    def layer_weights(self) -> float:
+        c = self.config
+        return c.dim * (c.n_experts + 3.0 * c.experts_per_token * c.expert_ffn_dim)
+
+    def init_buffers(self, device: torch.device, length: int) -> None:
+        super().init_buffers(device, length)
+        for module in self.modules():
+            if isinstance(module, MixtureOfExperts):
+                module.init_buffers(device)
+
+    def plan(self) -> ShardingPlan:
+        return QWEN3_PLAN

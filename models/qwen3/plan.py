@@ -1,0 +1,15 @@
+"""How Qwen3 may be cut, dense and with experts."""
+
+from models.llama3.plan import LLAMA3_PLAN
+from models.plan import ShardingPlan, Style
+
+__all__ = ["QWEN3_PLAN"]
+
+QWEN3_PLAN: ShardingPlan = {
+    **LLAMA3_PLAN,
+    "layers.*.attention.q_norm": Style.heads,
+    "layers.*.attention.k_norm": Style.heads,
+    "layers.*.moe": Style.tokens,
+    "layers.*.moe.router.gate": Style.sequence,
+    "layers.*.moe.experts": Style.experts,
+}
