@@ -5,16 +5,21 @@ same (torch's reader does not check the record's CRC), so it is made once and ke
 """
 
 import functools
+import os
 import struct
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import final
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 __all__ = ["Frame", "frame_of"]
 
 _RECORD = b"archive/data/0"
 _EDGE = 1 << 16
+_LARGE = 1 << 18
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,11 +62,32 @@ class _Edges:
         """Nothing is buffered."""
 
 
+def _save_without_data(dtype: torch.dtype, shape: tuple[int, ...]) -> _Edges:
+    """The edges of a stream whose data is a hole in a file: torch would copy and sum up every byte of zeros."""
+    edges = _Edges()
+    with tempfile.TemporaryDirectory() as folder:
+        # The archive's name inside the stream is the file's; a stream into memory is called `archive`.
+        path = Path(folder) / "archive"
+        with FakeTensorMode():
+            tensor = torch.empty(shape, dtype=dtype)
+        with torch.serialization.skip_data(materialize_fake_tensors=True):
+            torch.save(tensor, path)
+        edges.size = path.stat().st_size
+        with path.open("rb") as file:
+            edges.first = file.read(_EDGE)
+            file.seek(-min(_EDGE, edges.size), os.SEEK_END)
+            edges.last = file.read()
+    return edges
+
+
 @functools.lru_cache(maxsize=4096)
 def frame_of(dtype: torch.dtype, shape: tuple[int, ...]) -> Frame:
-    """The frame for a contiguous CPU tensor; costs one `torch.save` of zeros, whose pages are never touched."""
+    """The frame for a contiguous CPU tensor; costs one small `torch.save`."""
     edges = _Edges()
-    torch.save(torch.zeros(shape, dtype=dtype), edges)  # type: ignore[arg-type]
+    if torch.Size(shape).numel() > _LARGE:
+        edges = _save_without_data(dtype, shape)
+    else:
+        torch.save(torch.zeros(shape, dtype=dtype), edges)  # type: ignore[arg-type]
     name = edges.first.find(_RECORD)
     assert name >= 30, "torch.save's container has changed"
     # A zip local file header: 26 bytes to the lengths of the name and of the extra field, 30 to the name.
