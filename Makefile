@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# torchtune wants an older torchao than ours would be, so the tests find it in an environment of its own.
+TORCHTUNE := .venv-torchtune
 
 .PHONY: help demo test check lint clean install
 
@@ -18,6 +20,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	touch $@
 
+$(TORCHTUNE)/.installed: constraints-torchtune.txt
+	$(PYTHON) -m venv $(TORCHTUNE)
+	$(TORCHTUNE)/bin/python -m pip install --quiet --requirement constraints-torchtune.txt
+	touch $@
+
 demo: $(STAMP)  ## train the debug model on the standard library's own text, on the CPU
 	$(BIN)/regrow experiment=demo
 
@@ -29,7 +36,7 @@ lint: $(STAMP)  ## ruff and mypy --strict
 check: lint     ## lint and the fast tests
 	$(BIN)/pytest -q -m 'not slow and not gpu'
 
-test: $(STAMP)  ## every test
+test: $(STAMP) $(TORCHTUNE)/.installed  ## every test
 	$(BIN)/pytest
 
 clean:          ## remove caches and outputs, keep the virtual environment

@@ -24,7 +24,14 @@ from checkpoint.errors import CheckpointError, DamagedStepError
 from checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from checkpoint.reader import check_names, read_tensors
 
-__all__ = ["check_compatible", "is_verified", "load_tensors", "read_items", "resolve_foreign"]
+__all__ = [
+    "check_compatible",
+    "is_verified",
+    "load_tensors",
+    "read_foreign_metadata",
+    "read_items",
+    "resolve_foreign",
+]
 
 
 def is_verified(path: Path) -> bool:
@@ -130,6 +137,15 @@ class _SafeReader(FileSystemReader):
         if not isinstance(metadata, Metadata):
             raise CheckpointError(f"{path} holds no DCP metadata; give another checkpoint")
         return metadata
+
+
+def read_foreign_metadata(path: Path) -> Metadata:
+    """DCP's description of a folder that others wrote, read without running what a pickle can hold.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    return _SafeReader(path).read_metadata()
 
 
 def _check_against(path: Path, stored: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -18,7 +18,7 @@ from checkpoint.errors import CheckpointError, DamagedStepError
 from checkpoint.hashing import BLOCK_BYTES, item_hash
 from checkpoint.plan import Chunk, chunk_of, local_tensor
 
-__all__ = ["ReadPiece", "bytes_to_read", "check_names", "plan_reads", "read_tensors"]
+__all__ = ["ReadPiece", "bytes_to_read", "check_names", "plan_reads", "read_chunk", "read_tensors"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,7 +137,21 @@ def check_names(
 
 
 def _fill(folder: Path, files: Mapping[str, int], items: Sequence[StoredItem], name: str, tensor: Tensor) -> int:
-    target, local = chunk_of(name, tensor), local_tensor(tensor)
+    return read_chunk(folder, files, items, chunk_of(name, tensor), local_tensor(tensor))
+
+
+def read_chunk(
+    folder: Path, files: Mapping[str, int], items: Sequence[StoredItem], target: Chunk, local: Tensor
+) -> int:
+    """Fills one box of a tensor from its stored chunks, verified; returns the bytes read.
+
+    Args:
+        folder: the step's, for messages.
+        files: descriptors by name.
+        items: the tensor's stored chunks.
+        target: which box.
+        local: receives it.
+    """
     if local.numel() == 0:
         return 0
     read = 0

@@ -1,0 +1,88 @@
+"""Tensors that lie on a disk in some format, read box by box: what every reader and converter is written against."""
+
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+__all__ = ["Box", "TensorInfo", "TensorSource", "pieces_of", "whole"]
+
+# For each dimension (start, stop).
+Box = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorInfo:
+    """A stored tensor's element type and shape."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return self.dtype.itemsize * math.prod(self.shape)
+
+
+class TensorSource(ABC):
+    """Tensors by name. Methods may be called from several threads.
+
+    Attributes:
+        place: where they lie, for messages.
+        infos: what is there.
+    """
+
+    place: str
+    infos: Mapping[str, TensorInfo]
+
+    @abstractmethod
+    def read(self, name: str, box: Box) -> Tensor:
+        """A box of one tensor, contiguous, on the CPU, with the stored dtype.
+
+        Raises:
+            CheckpointError: the bytes are not there, or not those that were written.
+        """
+
+    def close(self) -> None:
+        """Gives back what is open."""
+        return
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def whole(shape: Sequence[int]) -> Box:
+    """The box of all of a tensor."""
+    return tuple((0, n) for n in shape)
+
+
+def pieces_of(box: Box, itemsize: int, limit: int) -> Iterator[Box]:
+    """Cuts a box into boxes of at most `limit` bytes each (or one row of the last dimension cut), in row-major order.
+
+    Concatenated, their elements are the box's: a writer may put one after another.
+    """
+    sizes = [stop - start for start, stop in box]
+    if math.prod(sizes) * itemsize <= limit or not box:
+        yield box
+        return
+    # The first dimension whose single index fits is cut into runs, those before it into single indices.
+    cut = 0
+    while cut < len(sizes) - 1 and math.prod(sizes[cut + 1 :]) * itemsize > limit:
+        cut += 1
+    run = max(1, limit // max(1, math.prod(sizes[cut + 1 :]) * itemsize))
+    outer = [[(i, i + 1) for i in range(*box[d])] for d in range(cut)]
+    start, stop = box[cut]
+    for prefix in itertools.product(*outer):
+        for low in range(start, stop, run):
+            yield (*prefix, (low, min(low + run, stop)), *box[cut + 1 :])

@@ -1,0 +1,252 @@
+"""Sources for our steps, for anybody's DCP folder, and for one `torch.save` file; and which of them a path is."""
+
+import io
+import os
+import pickle
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from checkpoint.contents import StoredItem
+from checkpoint.errors import CheckpointError
+from checkpoint.loading import is_verified, read_foreign_metadata, read_items, resolve_foreign
+from checkpoint.manifest import read_manifest
+from checkpoint.plan import Chunk
+from checkpoint.reader import read_chunk
+from checkpoint.safetensors_io import SafetensorsSource, rows_of
+from checkpoint.source import Box, TensorInfo, TensorSource, whole
+from checkpoint.stream import frame_of
+
+__all__ = ["DcpSource", "StepSource", "TorchFileSource", "is_hf_folder", "open_source", "read_whole"]
+
+_TORCH_FILES = (".pt", ".pth", ".bin", ".ckpt")
+
+
+def is_hf_folder(path: Path) -> bool:
+    """Whether the folder has weights with Hugging Face's names."""
+    return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+
+
+def open_source(path: Path) -> TensorSource:
+    """The source that a path is: a file, a step, a run (its newest step), or a folder of safetensors.
+
+    Raises:
+        CheckpointError: none of these.
+    """
+    path = path.expanduser()
+    if path.is_file():
+        if path.suffix == ".safetensors":
+            return SafetensorsSource(path)
+        if path.suffix in _TORCH_FILES:
+            return TorchFileSource(path)
+        raise CheckpointError(
+            f"{path} must be a .safetensors or {', '.join(_TORCH_FILES)} file or a folder, but is not; check the path"
+        )
+    if not path.is_dir():
+        raise CheckpointError(f"{path} must be a checkpoint, but does not exist; check the path")
+    if any(path.glob("*.safetensors")):
+        return SafetensorsSource(path)
+    step = resolve_foreign(path)
+    return StepSource(step) if is_verified(step) else DcpSource(step)
+
+
+@final
+class StepSource(TensorSource):
+    """One of our steps; every byte is verified.
+
+    Args:
+        path: the step's folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.place = str(path)
+        self.path = path
+        self.manifest = read_manifest(path)
+        self._items: dict[str, list[StoredItem]] = defaultdict(list)
+        for item in read_items(path, self.manifest):
+            self._items[item.name].append(item)
+        self.infos: Mapping[str, TensorInfo] = {
+            name: TensorInfo(dtype=items[0].torch_dtype, shape=items[0].global_shape)
+            for name, items in self._items.items()
+        }
+        names = sorted({i.file for items in self._items.values() for i in items})
+        self._open = {name: os.open(path / name, os.O_RDONLY) for name in names}
+
+    def read(self, name: str, box: Box) -> Tensor:
+        info = self.infos[name]
+        shape = tuple(stop - start for start, stop in box)
+        local = torch.empty(shape, dtype=info.dtype)
+        target = Chunk(
+            name=name,
+            dtype=info.dtype,
+            global_shape=info.shape,
+            offset=tuple(start for start, _ in box),
+            shape=shape,
+        )
+        read_chunk(self.path, self._open, self._items[name], target, local)
+        return local
+
+    def close(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open = {}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Stream:
+    """A stored chunk of a DCP folder: its box, and where its `torch.save` stream lies."""
+
+    box: Box
+    file: str
+    start: int
+    size: int
+
+
+@final
+class DcpSource(TensorSource):
+    """A DCP folder that others wrote: nothing is verified, and nothing in it is run.
+
+    Args:
+        path: holds `.metadata`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.place = str(path)
+        self._path = path
+        metadata = read_foreign_metadata(path)
+        self.infos: Mapping[str, TensorInfo] = {
+            name: TensorInfo(dtype=entry.properties.dtype, shape=tuple(entry.size))
+            for name, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+        self._streams = _streams_of(path, metadata)
+        self._open = {
+            file: _opened(path / file) for file in sorted({s.file for ss in self._streams.values() for s in ss})
+        }
+
+    def read(self, name: str, box: Box) -> Tensor:
+        info = self.infos[name]
+        out = torch.empty([stop - start for start, stop in box], dtype=info.dtype)
+        covered = 0
+        for stream in self._streams.get(name, []):
+            common = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, stream.box, strict=True))
+            if any(start >= stop for start, stop in common):
+                continue
+            part = self._chunk(stream, info, common, name)
+            target = out
+            for dim, ((start, stop), (origin, _)) in enumerate(zip(common, box, strict=True)):
+                target = target.narrow(dim, start - origin, stop - start)
+            target.copy_(part)
+            covered += part.numel()
+        if covered != out.numel():
+            raise CheckpointError(f"{name} is not whole in {self.place}; use another checkpoint")
+        return out
+
+    def _chunk(self, stream: _Stream, info: TensorInfo, box: Box, name: str) -> Tensor:
+        """A box (in the whole tensor) out of one stored chunk."""
+        shape = tuple(stop - start for start, stop in stream.box)
+        inner = tuple((a - o, b - o) for (a, b), (o, _) in zip(box, stream.box, strict=True))
+        descriptor, what = self._open[stream.file], f"{name} in {self._path / stream.file}"
+        frame = frame_of(info.dtype, shape)
+        if stream.size == frame.size and os.pread(descriptor, len(frame.head), stream.start) == frame.head:
+            stored = TensorInfo(dtype=info.dtype, shape=shape)
+            return rows_of(descriptor, stream.start + len(frame.head), stored, inner, what)
+        # Written by another version of torch, or from memory with strides: ask torch's own reader.
+        body = os.pread(descriptor, stream.size, stream.start)
+        try:
+            loaded = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            raise CheckpointError(f"{what} cannot be read ({error}); use another checkpoint") from error
+        return loaded.detach()[tuple(slice(*d) for d in inner)].contiguous()  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open = {}
+
+
+def _opened(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} must be there, but cannot be opened ({error.strerror}); copy it again"
+        ) from error
+
+
+def _streams_of(path: Path, metadata: Metadata) -> dict[str, list[_Stream]]:
+    streams: dict[str, list[_Stream]] = defaultdict(list)
+    storage: Mapping[Any, Any] = metadata.storage_data
+    for index, where in storage.items():
+        entry = metadata.state_dict_metadata.get(index.fqn)
+        if not isinstance(entry, TensorStorageMetadata) or index.offset is None:
+            continue
+        if getattr(where, "transform_descriptors", None):
+            raise CheckpointError(f"{index.fqn} in {path} is compressed; save it without DCP's extensions")
+        chunk = next(c for c in entry.chunks if c.offsets == index.offset)
+        box = tuple((o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))
+        streams[index.fqn].append(_Stream(box=box, file=where.relative_path, start=where.offset, size=where.length))
+    return streams
+
+
+@final
+class TorchFileSource(TensorSource):
+    """One file by `torch.save`, nested dictionaries flattened with dots; only tensors are read, no code is run.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.place = str(path)
+        try:
+            # Fake tensors know where their bytes lie in the file, and hold none.
+            with FakeTensorMode():
+                loaded = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+            raise CheckpointError(f"{path} must be a torch.save file of tensors, but is not ({error})") from error
+        self._tensors = dict(_flat(loaded))
+        self.infos: Mapping[str, TensorInfo] = {
+            name: TensorInfo(dtype=t.dtype, shape=tuple(t.shape)) for name, t in self._tensors.items()
+        }
+        self._file = os.open(path, os.O_RDONLY)
+
+    def start_of(self, name: str) -> int:
+        """Where a contiguous tensor's bytes begin in the file."""
+        tensor = self._tensors[name]
+        if not tensor.is_contiguous():
+            raise CheckpointError(
+                f"{name} in {self.place} must be contiguous, but is not; save it with .contiguous()"
+            )
+        begin = tensor.untyped_storage()._checkpoint_offset
+        assert begin is not None, "torch.load tells where bytes lie"
+        return int(begin) + int(tensor.storage_offset()) * tensor.dtype.itemsize
+
+    def read(self, name: str, box: Box) -> Tensor:
+        info = self.infos[name]
+        return rows_of(self._file, self.start_of(name), info, box, f"{name} in {self.place}")
+
+    def close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+def _flat(value: Any, prefix: str = "") -> list[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        return [(prefix.removesuffix("."), value)]
+    if isinstance(value, Mapping):
+        return [pair for k, v in value.items() for pair in _flat(v, f"{prefix}{k}.")]
+    return []
+
+
+def read_whole(source: TensorSource, name: str) -> Tensor:
+    """All of one tensor."""
+    return source.read(name, whole(source.infos[name].shape))
