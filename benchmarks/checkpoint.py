@@ -29,7 +29,7 @@ from checkpoint.config import AsyncMode
 from checkpoint.loading import load_tensors
 from checkpoint.manifest import Manifest
 from checkpoint.saver import StepSaver
-from checkpoint.writer import write_all
+from checkpoint.storage.local import write_all
 
 Tensors = dict[str, torch.Tensor]
 

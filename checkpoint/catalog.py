@@ -1,21 +1,21 @@
 """The steps of one checkpoint folder: finding, setting aside, removing."""
 
-import logging
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from checkpoint.commit import step_folder_name
 from checkpoint.errors import DamagedStepError
-from checkpoint.files import fsync_folder
+from checkpoint.lease import Watch
 from checkpoint.lineage import Lineage, is_visible
-from checkpoint.manifest import Manifest, read_manifest
+from checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from checkpoint.reading import held_by_readers
 from checkpoint.retention import RetentionRule, StoredStep, removable_steps
+from checkpoint.storage.base import Storage
+from checkpoint.storage.opening import as_storage
 
-__all__ = ["Catalog", "Entry", "step_folder_name"]
-
-log = logging.getLogger(__name__)
+__all__ = ["ASIDE", "PIN", "Catalog", "Entry"]
 
 _STEP = re.compile(r"step-(\d+)")
 _PARTIAL = re.compile(r"step-\d+\.(partial|removing)-.*")
@@ -23,39 +23,35 @@ PIN = "pinned"
 ASIDE = "set-aside"
 
 
-def step_folder_name(step: int) -> str:
-    """`step-N`."""
-    return f"step-{step}"
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
     """A committed step."""
 
     step: int
-    path: Path
+    place: Storage
     manifest: Manifest
 
 
 class Catalog:
-    """The committed steps in a folder. Only one process of a run calls what changes it.
+    """The committed steps in a folder. Only the holder of its lease calls what changes it.
 
     Args:
         folder: holds `step-N` folders; need not exist yet.
+        reader_timeout_s: after which a reader on another host whose lock stands still is taken for dead.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Storage | Path | str, reader_timeout_s: float = 60.0) -> None:
+        self.folder = as_storage(folder)
+        self._reader_timeout_s = reader_timeout_s
+        self._watch = Watch()
 
-    def step_path(self, step: int) -> Path:
+    def step_place(self, step: int) -> Storage:
         """Where the step lies or would lie."""
-        return self.folder / step_folder_name(step)
+        return self.folder.child(step_folder_name(step))
 
     def candidates(self) -> list[int]:
         """The numbers of all `step-N` folders, ascending, sound or not."""
-        if not self.folder.is_dir():
-            return []
-        matches = (_STEP.fullmatch(p.name) for p in self.folder.iterdir())
+        matches = (_STEP.fullmatch(name) for name in self.folder.names())
         return sorted(int(m.group(1)) for m in matches if m)
 
     def entries(self, lineages: Sequence[Lineage]) -> list[Entry]:
@@ -67,15 +63,15 @@ class Catalog:
             except (FileNotFoundError, DamagedStepError):
                 continue
             if is_visible(lineages, step, manifest.lineage):
-                found.append(Entry(step=step, path=self.step_path(step), manifest=manifest))
+                found.append(Entry(step=step, place=self.step_place(step), manifest=manifest))
         return found
 
     def _manifest(self, step: int) -> Manifest:
         """A step's manifest; one that was moved here from another step is damage."""
-        manifest = read_manifest(self.step_path(step))
+        manifest = read_manifest(self.step_place(step))
         if manifest.step != step:
             raise DamagedStepError(
-                f"{self.step_path(step)} must hold step {step}, but its manifest is of step {manifest.step}; "
+                f"{self.step_place(step).url} must hold step {step}, but its manifest is of step {manifest.step}; "
                 "the step is damaged, use another one"
             )
         return manifest
@@ -87,7 +83,7 @@ class Catalog:
             try:
                 self._manifest(step)
             except FileNotFoundError:
-                problems[step] = f"{self.step_path(step)} has no manifest"
+                problems[step] = f"{self.step_place(step).url} has no manifest"
             except DamagedStepError as error:
                 problems[step] = str(error)
         return problems
@@ -100,14 +96,17 @@ class Catalog:
         Returns:
             One line for each thing done.
         """
-        if not self.folder.is_dir():
-            return []
         done = []
-        for path in sorted(self.folder.iterdir()):
-            if _PARTIAL.fullmatch(path.name):
-                shutil.rmtree(path)
-                done.append(f"removed the incomplete {path.name}")
+        for name in self.folder.names():
+            if _PARTIAL.fullmatch(name):
+                self.folder.remove(name)
+                done.append(f"removed the incomplete {name}")
         for step, problem in self.damaged().items():
+            if not self.folder.renames and not self.step_place(step).exists(MANIFEST):
+                # Here a step is written under its own name, so this is a save that was cut short.
+                self.folder.remove(step_folder_name(step))
+                done.append(f"removed the incomplete {step_folder_name(step)}")
+                continue
             self.set_aside(step, "damaged")
             done.append(f"set step {step} aside: {problem}")
         for step in self.candidates():
@@ -119,29 +118,37 @@ class Catalog:
 
     def set_aside(self, step: int, reason: str) -> None:
         """Moves a step to `set-aside/<reason>/`, where nothing looks for it but a person."""
-        target = self.folder / ASIDE / reason
-        target.mkdir(parents=True, exist_ok=True)
-        name, n = step_folder_name(step), 1
-        while (target / name).exists():
+        target, n = f"{ASIDE}/{reason}/{step_folder_name(step)}", 1
+        name = target
+        while self.folder.exists(name):
             n += 1
-            name = f"{step_folder_name(step)}.{n}"
-        self.step_path(step).rename(target / name)
-        fsync_folder(self.folder)
+            name = f"{target}.{n}"
+        self.folder.move(step_folder_name(step), name)
 
     def prune(self, rules: Sequence[RetentionRule], lineages: Sequence[Lineage]) -> list[int]:
-        """Removes the steps that no rule protects; the newest always stays.
+        """Removes the steps that no rule protects and nobody reads; the newest always stays.
 
         Returns:
             The removed steps.
         """
-        entries = self.entries(lineages)
         stored = [
-            StoredStep(step=e.step, pinned=(e.path / PIN).exists(), metrics=e.manifest.metrics) for e in entries
+            StoredStep(step=e.step, pinned=e.place.exists(PIN), metrics=e.manifest.metrics)
+            for e in self.entries(lineages)
         ]
-        removed = removable_steps(rules, stored)
+        removed = [
+            step
+            for step in removable_steps(rules, stored)
+            if not held_by_readers(self.step_place(step), self._watch, self._reader_timeout_s)
+        ]
         for step in removed:
-            # Renamed first: a removal that is cut short must not leave half a step under its real name.
-            doomed = self.folder / f"{step_folder_name(step)}.removing-0"
-            self.step_path(step).rename(doomed)
-            shutil.rmtree(doomed)
+            self.remove(step)
         return removed
+
+    def remove(self, step: int) -> None:
+        """Removes a step, whatever it is."""
+        name = step_folder_name(step)
+        if self.folder.renames:
+            # Renamed first: a removal that is cut short must not leave half a step under its real name.
+            self.folder.move(name, f"{name}.removing-0")
+            name = f"{name}.removing-0"
+        self.folder.remove(name)

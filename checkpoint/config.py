@@ -10,6 +10,7 @@ __all__ = [
     "AsyncMode",
     "BestMetricConfig",
     "CheckpointConfig",
+    "DirectIo",
     "ExportDtype",
     "FinetuneConfig",
     "KeepBestConfig",
@@ -19,6 +20,7 @@ __all__ = [
     "OnSaveError",
     "RetentionRuleConfig",
     "SavePolicyConfig",
+    "WhenBusy",
 ]
 
 # `async` is a keyword, so the class syntax cannot spell these names.
@@ -33,6 +35,21 @@ class ExportDtype(Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+class DirectIo(Enum):
+    """Whether files are written past the page cache; `auto` tries it once."""
+
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+
+class WhenBusy(Enum):
+    """What becomes of a save that is due while the one before is still being written."""
+
+    wait = "wait"
+    skip = "skip"
 
 
 OnSaveError = Enum("OnSaveError", {"continue": "continue", "stop": "stop"})
@@ -102,7 +119,9 @@ class CheckpointConfig:
 
     Attributes:
         enable: save and resume at all.
-        folder: below the run's directory.
+        folder: below the run's directory, or a URL (`s3://bucket/prefix`, `gs://…`, whatever fsspec opens), below
+            which the run's steps lie in a folder of the run's name.
+        storage_options: for a URL: `endpoint`, `region` and the like; credentials come from the environment.
         interval: save every this many optimizer steps.
         enable_first_step_checkpoint: save after step 1 too, to find out early that saving works.
         last_save_model_only: the last step's save holds the weights alone.
@@ -112,6 +131,12 @@ class CheckpointConfig:
             `async_with_pinned_mem` at once: the copy runs beside the next forward and backward pass.
         on_save_error: `continue` warns and tries again when the next save is due, `stop` ends the run.
         max_save_errors: so many failed saves in a row end the run in any case.
+        when_busy: a save that is due while one is being written waits for it, or is left out (`skip`); the last
+            step and a requested stop always save.
+        direct_io: write past the page cache.
+        files_per_rank: a rank's share is written as so many files at once.
+        commit_timeout_s: a step whose ranks have not all reported by then has failed.
+        lease_timeout_s: a writer on another host whose lease has not moved for so long is taken for dead.
         keep_latest_k: newest steps to keep; 0 keeps all.
         load_only: resume, but never save.
         load_step: -1 for the newest, else the step to go back to; acts once.
@@ -128,6 +153,7 @@ class CheckpointConfig:
 
     enable: bool = True
     folder: str = "checkpoint"
+    storage_options: dict[str, str] = field(default_factory=dict)
     interval: int = 500
     enable_first_step_checkpoint: bool = False
     last_save_model_only: bool = False
@@ -136,6 +162,11 @@ class CheckpointConfig:
     async_mode: AsyncMode = AsyncMode.async_with_pinned_mem
     on_save_error: OnSaveError = OnSaveError["continue"]
     max_save_errors: int = 5
+    when_busy: WhenBusy = WhenBusy.wait
+    direct_io: DirectIo = DirectIo.auto
+    files_per_rank: int = 1
+    commit_timeout_s: float = 600.0
+    lease_timeout_s: float = 60.0
     keep_latest_k: int = 10
     load_only: bool = False
     load_step: int = -1

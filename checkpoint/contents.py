@@ -1,9 +1,9 @@
 """What a step holds, tensor by tensor: each rank's manifest, and the metadata that stock readers want."""
 
+import json
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +16,17 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from checkpoint.hashing import item_hash
+from checkpoint.hashing import block_bytes_for, item_hash
 from checkpoint.plan import SavePlan
 
-__all__ = ["StoredItem", "metadata_of", "rank_items", "stored_items", "write_metadata"]
+__all__ = [
+    "StoredItem",
+    "metadata_bytes",
+    "metadata_of",
+    "parse_rank_manifest",
+    "rank_manifest",
+    "rank_manifest_name",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +45,8 @@ class StoredItem:
         data: where its raw bytes begin.
         data_bytes: how many.
         hash: over its blocks' hashes.
-        blocks: xxh3-128 of each block of raw bytes.
+        block_bytes: the size of a block.
+        blocks: xxh3-128 of each block of raw bytes in hex, one behind the other.
     """
 
     name: str
@@ -52,7 +60,8 @@ class StoredItem:
     data: int
     data_bytes: int
     hash: str
-    blocks: tuple[str, ...]
+    block_bytes: int
+    blocks: str
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -62,36 +71,48 @@ class StoredItem:
         return found
 
 
-def rank_items(plan: SavePlan, file: str, hashes: Mapping[str, list[str]]) -> list[dict[str, Any]]:
-    """A rank's manifest as plain values."""
-    return [
-        asdict(
-            StoredItem(
-                name=item.chunk.name,
-                dtype=str(item.chunk.dtype).removeprefix("torch."),
-                global_shape=item.chunk.global_shape,
-                offset=item.chunk.offset,
-                shape=item.chunk.shape,
-                file=file,
-                start=item.start,
-                size=item.size,
-                data=item.data,
-                data_bytes=item.data_bytes,
-                hash=item_hash(hashes[item.chunk.name]),
-                blocks=tuple(hashes[item.chunk.name]),
-            )
+def rank_manifest_name(rank: int) -> str:
+    """The file's name in a step."""
+    return f"rank-{rank}.json"
+
+
+def rank_manifest(plan: SavePlan, names: Sequence[str], blocks: Mapping[str, str]) -> bytes:
+    """What a rank wrote, as the JSON file that is also its report of success.
+
+    Args:
+        plan: its layout.
+        names: of its files.
+        blocks: of each item, the blocks' hashes.
+    """
+    items = [
+        StoredItem(
+            name=item.chunk.name,
+            dtype=str(item.chunk.dtype).removeprefix("torch."),
+            global_shape=item.chunk.global_shape,
+            offset=item.chunk.offset,
+            shape=item.chunk.shape,
+            file=names[item.file],
+            start=item.start,
+            size=item.size,
+            data=item.data,
+            data_bytes=item.data_bytes,
+            hash=item_hash(blocks[item.chunk.name]),
+            block_bytes=block_bytes_for(item.data_bytes),
+            blocks=blocks[item.chunk.name],
         )
         for item in plan.items
     ]
+    files = dict(zip(names, plan.file_bytes, strict=True))
+    return json.dumps({"plan": plan.id, "files": files, "items": [asdict(i) for i in items]}).encode()
 
 
-def stored_items(rows: Iterable[Mapping[str, Any]]) -> list[StoredItem]:
-    """The inverse of `rank_items`."""
-    return [_item(dict(row)) for row in rows]
+def parse_rank_manifest(body: bytes) -> list[StoredItem]:
+    """The items of a rank's manifest."""
+    return [_item(row) for row in json.loads(body)["items"]]
 
 
 def _item(values: dict[str, Any]) -> StoredItem:
-    for name in ("global_shape", "offset", "shape", "blocks"):
+    for name in ("global_shape", "offset", "shape"):
         values[name] = tuple(values[name])
     return StoredItem(**values)
 
@@ -119,7 +140,6 @@ def metadata_of(items: Iterable[StoredItem]) -> Metadata:
     )
 
 
-def write_metadata(path: Path, metadata: Metadata) -> None:
-    """Writes `.metadata`; the caller flushes it."""
-    with path.open("wb") as out:
-        pickle.dump(metadata, out)
+def metadata_bytes(items: Iterable[StoredItem]) -> bytes:
+    """The file `.metadata`."""
+    return pickle.dumps(metadata_of(items))

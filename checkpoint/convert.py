@@ -21,7 +21,7 @@ from torch import Tensor
 
 from checkpoint.errors import CheckpointError
 from checkpoint.files import fsync_folder
-from checkpoint.hashing import BLOCK_BYTES, block_hashes
+from checkpoint.hashing import BlockHasher, block_bytes_for
 from checkpoint.outputs import OutputPlan, Placed
 from checkpoint.source import TensorInfo, TensorSource, pieces_of, whole
 from checkpoint.sources import open_source
@@ -209,7 +209,7 @@ class _Journal:
 
     def __init__(self, work: Path, identity: Mapping[str, Any], *, existed: bool) -> None:
         self._path = work / _JOURNAL
-        self.hashes: dict[str, list[str]] = {}
+        self.hashes: dict[str, str] = {}
         first = json.dumps(identity, sort_keys=True)
         lines = self._lines() if existed else []
         if existed and lines and lines[0] != first:
@@ -235,7 +235,7 @@ class _Journal:
         self._path.write_bytes(body)
         return body.decode().splitlines()
 
-    def add(self, hashes: Mapping[str, list[str]]) -> None:
+    def add(self, hashes: Mapping[str, str]) -> None:
         """Notes durable tensors, durably."""
         with self._lock:
             for name, blocks in hashes.items():
@@ -316,10 +316,10 @@ class _Writer:
         os.fdatasync(self._files[batch[0].file])
         self._journal.add(hashes)
 
-    def _tensor(self, placed: Placed) -> list[str]:
+    def _tensor(self, placed: Placed) -> str:
         """Copies one tensor; returns the hashes of its blocks."""
-        position, hashes, rest = placed.start, list[str](), b""
-        info = placed.info
+        position, info = placed.start, placed.info
+        hasher = BlockHasher(block_bytes_for(info.nbytes))
         for box in pieces_of(whole(info.shape), info.dtype.itemsize, PIECE_BYTES):
             if self._stop.is_set():
                 raise CancelledError
@@ -327,10 +327,9 @@ class _Writer:
             body = _raw(value)
             _pwrite(self._files[placed.file], body, position)
             position += len(body)
-            found, rest = _hash_on(rest, body)
-            hashes += found
+            hasher.update(body)
             self._advance(len(body))
-        return [*hashes, *block_hashes(memoryview(rest))]
+        return hasher.blocks()
 
     def _advance(self, nbytes: int) -> None:
         with self._lock:
@@ -346,19 +345,6 @@ def _raw(value: Tensor) -> memoryview:
     return memoryview(cast(Any, value.reshape(-1).view(torch.uint8).numpy()))
 
 
-def _hash_on(rest: bytes, body: memoryview) -> tuple[list[str], bytes]:
-    """Hashes of the blocks that are complete with `body`, and what is left of it; blocks go over pieces' ends."""
-    if not rest:
-        end = len(body) // BLOCK_BYTES * BLOCK_BYTES
-        return block_hashes(body[:end]), bytes(body[end:])
-    need = min(BLOCK_BYTES - len(rest), len(body))
-    first = rest + bytes(body[:need])
-    if len(first) < BLOCK_BYTES:
-        return [], first
-    found, left = _hash_on(b"", body[need:])
-    return [*block_hashes(memoryview(first)), *found], left
-
-
 def _pwrite(descriptor: int, data: memoryview, position: int) -> None:
     done = 0
     while done < len(data):
@@ -368,7 +354,7 @@ def _pwrite(descriptor: int, data: memoryview, position: int) -> None:
         done += written
 
 
-def _verify(plan: OutputPlan, work: Path, hashes: Mapping[str, list[str]], threads: int) -> None:
+def _verify(plan: OutputPlan, work: Path, hashes: Mapping[str, str], threads: int) -> None:
     """Reads the output with its format's own reader and compares every byte with what was meant.
 
     Raises:
@@ -389,9 +375,8 @@ def _verify(plan: OutputPlan, work: Path, hashes: Mapping[str, list[str]], threa
         raise CheckpointError(f"{wrong[0]} in {work} is not what was written; the disk may be failing, use another")
 
 
-def _hashes_of(source: TensorSource, placed: Placed) -> list[str]:
-    hashes, rest = list[str](), b""
+def _hashes_of(source: TensorSource, placed: Placed) -> str:
+    hasher = BlockHasher(block_bytes_for(placed.info.nbytes))
     for box in pieces_of(whole(placed.info.shape), placed.info.dtype.itemsize, PIECE_BYTES):
-        found, rest = _hash_on(rest, _raw(source.read(placed.name, box).contiguous()))
-        hashes += found
-    return [*hashes, *block_hashes(memoryview(rest))]
+        hasher.update(_raw(source.read(placed.name, box).contiguous()))
+    return hasher.blocks()

@@ -1,9 +1,10 @@
-"""A rank's file as it will lie on the disk, in warm memory that every save uses again.
+"""A rank's files as they will lie on the disk, in warm memory that every save uses again.
 
 Heads and tails are written once; a snapshot copies raw tensor bytes into their places. First-touch page faults cost
 several times the copy, so the memory stays.
 """
 
+import itertools
 import mmap
 from collections.abc import Mapping
 from typing import Any, cast, final
@@ -28,7 +29,7 @@ class FileImage:
 
     def __init__(self, plan: SavePlan, *, pinned: bool) -> None:
         self.plan = plan
-        size = max(plan.file_bytes, 1)
+        size = max(plan.total_bytes, 1)
         self._memory: mmap.mmap | None = None
         if pinned:
             # One page more than needed, so that the image can begin on a page.
@@ -38,12 +39,14 @@ class FileImage:
         else:
             self._memory = mmap.mmap(-1, size)
             self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
+        self._bases = [0, *itertools.accumulate(plan.file_bytes)]
         self._views: dict[str, Tensor] = {}
         for item in plan.items:
             frame = frame_of(item.chunk.dtype, item.chunk.shape)
-            self._write(item.start, frame.head)
-            self._write(item.data + item.data_bytes, frame.tail)
-            data = self._bytes[item.data : item.data + item.data_bytes]
+            base = self._bases[item.file]
+            self._write(base + item.start, frame.head)
+            self._write(base + item.data + item.data_bytes, frame.tail)
+            data = self._bytes[base + item.data : base + item.data + item.data_bytes]
             self._views[item.chunk.name] = data.view(item.chunk.dtype).view(item.chunk.shape)
 
     def _write(self, start: int, data: bytes) -> None:
@@ -55,11 +58,6 @@ class FileImage:
         for name, view in self._views.items():
             view.copy_(local_tensor(tensors[name]), non_blocking=True)
 
-    def memory(self) -> memoryview:
-        """The whole image, page-aligned."""
-        return memoryview(cast(Any, self._bytes.numpy()))
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return self.plan.file_bytes
+    def file(self, index: int) -> memoryview:
+        """One whole file, page-aligned."""
+        return memoryview(cast(Any, self._bytes[self._bases[index] : self._bases[index + 1]].numpy()))

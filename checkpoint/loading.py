@@ -4,9 +4,9 @@ Ours are read by their manifests, and every byte is verified before it is copied
 DCP, torchtitan's) go through the stock reader, without verification, and without running what a pickle holds.
 """
 
-import json
 import pickle
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,16 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from checkpoint.catalog import Catalog, step_folder_name
-from checkpoint.contents import StoredItem, stored_items
+from checkpoint.catalog import Catalog
+from checkpoint.commit import METADATA, step_folder_name
+from checkpoint.contents import StoredItem, parse_rank_manifest, rank_manifest_name
 from checkpoint.errors import CheckpointError, DamagedStepError
 from checkpoint.manifest import MANIFEST, Manifest, read_manifest
-from checkpoint.reader import check_names, read_tensors
+from checkpoint.plan import chunk_of, writer_of
+from checkpoint.reader import check_names, covered, read_tensors
+from checkpoint.storage.base import Storage
+from checkpoint.storage.local import LocalStorage
+from checkpoint.storage.opening import as_storage
 
 __all__ = [
     "check_compatible",
@@ -33,60 +38,112 @@ __all__ = [
     "resolve_foreign",
 ]
 
+Place = Storage | Path | str
 
-def is_verified(path: Path) -> bool:
+
+def is_verified(place: Place) -> bool:
     """Whether a step has a manifest, so that what is read from it can be verified."""
-    return (path / MANIFEST).exists()
+    return as_storage(place).exists(MANIFEST)
 
 
-def read_items(path: Path, manifest: Manifest) -> list[StoredItem]:
+def read_items(place: Place, manifest: Manifest) -> list[StoredItem]:
     """What all ranks wrote into a step.
 
     Raises:
         DamagedStepError: a small file does not match its hash.
     """
-    items: list[StoredItem] = []
-    for name, expected in manifest.hashes.items():
-        body = (path / name).read_bytes()
-        if xxhash.xxh3_128_hexdigest(body) != expected:
-            raise DamagedStepError(f"{path / name} does not match its hash; the step is damaged, use another one")
-        if name.startswith("rank-"):
-            items += stored_items(json.loads(body))
-    return items
+    storage = as_storage(place)
+    _check_hash(storage, METADATA, manifest)
+    return _items_of(storage, manifest, range(manifest.ranks))
 
 
-def load_tensors(path: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup) -> None:
+def _items_of(storage: Storage, manifest: Manifest, ranks: Iterable[int]) -> list[StoredItem]:
+    return [
+        item
+        for rank in ranks
+        for item in parse_rank_manifest(_check_hash(storage, rank_manifest_name(rank), manifest))
+    ]
+
+
+def _check_hash(storage: Storage, name: str, manifest: Manifest) -> bytes:
+    body = storage.read(name)
+    if xxhash.xxh3_128_hexdigest(body) != manifest.hashes.get(name):
+        raise DamagedStepError(f"{storage.url}/{name} does not match its hash; the step is damaged, use another one")
+    return body
+
+
+def _needed_items(
+    storage: Storage, manifest: Manifest, tensors: Mapping[str, Tensor], group: dist.ProcessGroup
+) -> list[StoredItem]:
+    """The items that a load reads; under the layout that wrote them, a few ranks' manifests hold them all."""
+    ranks = dist.get_world_size(group)
+    if ranks == manifest.ranks and ranks > 1:
+        writers = sorted({writer_of(name, tensor, ranks) for name, tensor in tensors.items()})
+        items = _items_of(storage, manifest, writers)
+        by_name: dict[str, list[StoredItem]] = defaultdict(list)
+        for item in items:
+            by_name[item.name].append(item)
+        if all(
+            by_name[name]
+            and by_name[name][0].global_shape == tuple(tensor.shape)
+            and covered(by_name[name], chunk_of(name, tensor))
+            for name, tensor in tensors.items()
+        ):
+            return items
+    return _items_of(storage, manifest, range(manifest.ranks))
+
+
+def load_tensors(place: Place, tensors: Mapping[str, Tensor], group: dist.ProcessGroup) -> int:
     """Reads a step into existing tensors, resharding to whatever layout they have.
 
     Args:
-        path: the step's folder.
+        place: the step's folder.
         tensors: by flat name; DTensors receive this rank's part.
-        group: on the CPU; used for checkpoints without a manifest alone.
+        group: of all ranks, on the CPU; communicates for checkpoints without a manifest alone.
+
+    Returns:
+        The bytes that this rank read.
 
     Raises:
         CheckpointError: a name is missing there, or has another shape or dtype.
         DamagedStepError: a byte is not what was written.
     """
-    if is_verified(path):
-        read_tensors(path, read_items(path, read_manifest(path)), tensors)
-        return
-    _check_against(path, _SafeReader(path).read_metadata().state_dict_metadata, tensors)
+    storage = as_storage(place)
+    if is_verified(storage):
+        manifest = read_manifest(storage)
+        if dist.get_rank(group) == 0:
+            _check_hash(storage, METADATA, manifest)
+        return read_tensors(storage, _needed_items(storage, manifest, tensors, group), tensors)
+    reader = _SafeReader(_local_path(storage))
+    metadata = reader.read_metadata()
+    _check_against(storage.url, metadata.state_dict_metadata, tensors)
     try:
-        dcp.load(dict(tensors), storage_reader=_SafeReader(path), process_group=group)
+        dcp.load(dict(tensors), storage_reader=reader, process_group=group)
     except CheckpointException as error:
-        raise CheckpointError(f"loading {path} failed: {_causes(error)}") from error
+        raise CheckpointError(f"loading {storage.url} failed: {_causes(error)}") from error
+    return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def check_compatible(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def check_compatible(place: Place, tensors: Mapping[str, Tensor]) -> None:
     """Whether a step holds these names with these shapes and dtypes; reads no tensor.
 
     Raises:
         CheckpointError: it does not.
     """
-    if is_verified(path):
-        check_names(path, read_items(path, read_manifest(path)), tensors)
+    storage = as_storage(place)
+    if is_verified(storage):
+        check_names(storage.url, read_items(storage, read_manifest(storage)), tensors)
     else:
-        _check_against(path, _SafeReader(path).read_metadata().state_dict_metadata, tensors)
+        stored = _SafeReader(_local_path(storage)).read_metadata().state_dict_metadata
+        _check_against(storage.url, stored, tensors)
+
+
+def _local_path(storage: Storage) -> Path:
+    if not isinstance(storage, LocalStorage):
+        raise CheckpointError(
+            f"a checkpoint without {MANIFEST} must lie in a local folder, but is {storage.url}; copy it first"
+        )
+    return storage.path
 
 
 # What a `.metadata` may name; anything else is refused before it is called.
@@ -148,7 +205,7 @@ def read_foreign_metadata(path: Path) -> Metadata:
     return _SafeReader(path).read_metadata()
 
 
-def _check_against(path: Path, stored: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def _check_against(path: str, stored: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     missing = [name for name in tensors if name not in stored]
     if missing:
         raise CheckpointError(
@@ -175,20 +232,20 @@ def _causes(error: CheckpointException) -> str:
     return "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in sorted(error.failures.items()))
 
 
-def resolve_foreign(path: Path) -> Path:
+def resolve_foreign(place: Place) -> Storage:
     """The checkpoint meant by `checkpoint.initial_load_path`: a step, or the newest step below a run.
 
     Raises:
         CheckpointError: there is none.
     """
-    path = path.expanduser()
-    for folder in (path, path / "checkpoint"):
-        if (folder / ".metadata").is_file():
+    storage = as_storage(place)
+    for folder in (storage, storage.child("checkpoint")):
+        if folder.exists(METADATA):
             return folder
         for step in reversed(Catalog(folder).candidates()):
-            if (folder / step_folder_name(step) / ".metadata").is_file():
-                return folder / step_folder_name(step)
+            if folder.exists(f"{step_folder_name(step)}/{METADATA}"):
+                return folder.child(step_folder_name(step))
     raise CheckpointError(
-        f"checkpoint.initial_load_path must be a checkpoint, or a folder with steps, but {path} holds no "
+        f"checkpoint.initial_load_path must be a checkpoint, or a folder with steps, but {storage.url} holds no "
         ".metadata; check the path"
     )

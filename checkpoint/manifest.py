@@ -1,7 +1,7 @@
 """A step's manifest: what is in it, who wrote it, and which files it consists of.
 
 A folder with a valid manifest is a complete checkpoint; the manifest is the last file written before the
-rename that commits.
+rename that commits, or, where folders cannot be renamed, the last file of all.
 """
 
 import dataclasses
@@ -13,11 +13,12 @@ from typing import Any
 import xxhash
 
 from checkpoint.errors import CheckpointError, DamagedStepError
-from checkpoint.files import write_json
+from checkpoint.storage.base import Storage
+from checkpoint.storage.opening import as_storage
 
 __all__ = ["FORMAT", "MANIFEST", "Manifest", "checksum", "read_manifest", "write_manifest"]
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 
 
@@ -31,7 +32,8 @@ class Manifest:
         kind: `full`, or `model` for weights alone.
         train_state: step, samples consumed and the like, as plain JSON.
         metrics: values measured at this step.
-        layout: degrees and number of ranks that wrote it.
+        layout: degrees that wrote it.
+        ranks: how many wrote it, `rank-0.json` and so on.
         data_fingerprint: identifies the data and the tokenizer.
         config_hash: hash of identity and hyperparameters.
         versions: of the software that wrote it.
@@ -45,6 +47,7 @@ class Manifest:
     train_state: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     layout: dict[str, int] = field(default_factory=dict)
+    ranks: int = 1
     data_fingerprint: str = ""
     config_hash: str = ""
     versions: dict[str, str] = field(default_factory=dict)
@@ -58,13 +61,14 @@ def checksum(body: dict[str, Any]) -> str:
     return str(xxhash.xxh3_128_hexdigest(canonical.encode()))
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes `folder/manifest.json`, durable when it returns."""
+def write_manifest(place: Storage | Path | str, manifest: Manifest) -> None:
+    """Writes `manifest.json` into a step's folder, durable when it returns."""
     body = {"format": FORMAT, **dataclasses.asdict(manifest)}
-    write_json(folder / MANIFEST, {"checksum": checksum(body), **body})
+    text = json.dumps({"checksum": checksum(body), **body}, indent=1)
+    as_storage(place).write(MANIFEST, text.encode())
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(place: Storage | Path | str) -> Manifest:
     """Reads and checks a step's manifest and the presence and size of its files.
 
     Raises:
@@ -72,9 +76,10 @@ def read_manifest(folder: Path) -> Manifest:
         DamagedStepError: the manifest or a file is not what was written.
         CheckpointError: another version wrote it.
     """
-    path = folder / MANIFEST
+    storage = as_storage(place)
+    path = f"{storage.url}/{MANIFEST}"
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(storage.read(MANIFEST))
         given = document.pop("checksum")
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
         raise DamagedStepError(f"{path} is not a manifest; the step is damaged, use another one") from error
@@ -86,13 +91,17 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path} has format {found}, but this version reads {FORMAT}; use that version of regrow"
         )
     manifest = Manifest(**document)
-    for name, size in manifest.files.items():
-        try:
-            actual = (folder / name).stat().st_size
-        except FileNotFoundError as error:
-            raise DamagedStepError(f"{folder / name} is missing; the step is damaged, use another one") from error
-        if actual != size:
-            raise DamagedStepError(
-                f"{folder / name} must have {size} bytes, but has {actual}; the step is damaged, use another one"
-            )
+    _check_files(storage, manifest)
     return manifest
+
+
+def _check_files(storage: Storage, manifest: Manifest) -> None:
+    there = storage.sizes()
+    for name, size in manifest.files.items():
+        if name not in there:
+            raise DamagedStepError(f"{storage.url}/{name} is missing; the step is damaged, use another one")
+        if there[name] != size:
+            raise DamagedStepError(
+                f"{storage.url}/{name} must have {size} bytes, but has {there[name]}; the step is damaged, use "
+                "another one"
+            )

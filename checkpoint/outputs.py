@@ -5,7 +5,6 @@ where each tensor's raw bytes go, so that a converter can write them in any orde
 after a kill.
 """
 
-import dataclasses
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -13,22 +12,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import xxhash
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from checkpoint.contents import metadata_of, rank_items, stored_items, write_metadata
+from checkpoint.commit import complete_step
+from checkpoint.contents import rank_manifest, rank_manifest_name
 from checkpoint.errors import CheckpointError
+from checkpoint.exchange import report_of
 from checkpoint.files import fsync_path
-from checkpoint.manifest import Manifest, write_manifest
-from checkpoint.plan import PAGE, Chunk, Item, SavePlan
+from checkpoint.manifest import Manifest
+from checkpoint.plan import Chunk, SavePlan, place_chunks
 from checkpoint.safetensors_io import INDEX, SINGLE, header_bytes
 from checkpoint.source import TensorInfo
 from checkpoint.sources import TorchFileSource
+from checkpoint.storage.local import LocalStorage
 from checkpoint.stream import frame_of
+from checkpoint.writer import file_name
 
 __all__ = ["OutputPlan", "Placed", "plan_safetensors", "plan_step", "plan_torch", "size_in_bytes"]
 
-_ALIGN = 64
 _STEP_FILE_BYTES = 4 << 30
 
 
@@ -57,7 +58,7 @@ class OutputPlan:
     files: Mapping[str, int]
     fixed: Sequence[tuple[str, int, bytes]]
     placed: Sequence[Placed]
-    finish: Callable[[Path, Mapping[str, list[str]]], None]
+    finish: Callable[[Path, Mapping[str, str]], None]
     single: bool = False
     prepared: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
 
@@ -106,7 +107,7 @@ def plan_safetensors(
             position += info.nbytes
         files[file] = position
 
-    def finish(folder: Path, _hashes: Mapping[str, list[str]]) -> None:
+    def finish(folder: Path, _hashes: Mapping[str, str]) -> None:
         if max_shard_bytes is None:
             return
         index = {
@@ -152,69 +153,48 @@ def plan_step(
     infos: Mapping[str, TensorInfo], manifest: Manifest, *, file_bytes: int = _STEP_FILE_BYTES
 ) -> OutputPlan:
     """One of our own steps, in files of about `file_bytes` as if so many ranks had written it."""
-    groups: list[list[Item]] = [[]]
-    position = 0
+    groups: list[list[Chunk]] = [[]]
+    filled = 0
     for name, info in infos.items():
         if 0 in info.shape:
             raise CheckpointError(f"{name} must have elements, but its shape is {info.shape}; remove it")
-        if groups[-1] and position + info.nbytes > file_bytes:
+        if groups[-1] and filled + info.nbytes > file_bytes:
             groups.append([])
-            position = 0
-        frame = frame_of(info.dtype, info.shape)
-        chunk = Chunk(
-            name=name, dtype=info.dtype, global_shape=info.shape, offset=(0,) * len(info.shape), shape=info.shape
-        )
+            filled = 0
         groups[-1].append(
-            Item(
-                chunk=chunk,
-                start=position,
-                size=frame.size,
-                data=position + len(frame.head),
-                data_bytes=frame.data_bytes,
+            Chunk(
+                name=name, dtype=info.dtype, global_shape=info.shape, offset=(0,) * len(info.shape), shape=info.shape
             )
         )
-        position += -(-frame.size // _ALIGN) * _ALIGN
+        filled += info.nbytes
+    plans = [place_chunks(chunks) for chunks in groups]
     files: dict[str, int] = {}
-    fixed, placed, plans = [], [], {}
-    for rank, items in enumerate(groups):
-        file = f"__{rank}_0.distcp"
-        end = items[-1].start + items[-1].size if items else 0
-        files[file] = -(-end // PAGE) * PAGE
-        plans[rank] = SavePlan(items=tuple(items), file_bytes=files[file], key=tuple(i.chunk for i in items))
-        for item in items:
+    fixed, placed = [], []
+    for rank, plan in enumerate(plans):
+        file = file_name(rank, 0)
+        files[file] = plan.total_bytes
+        for item in plan.items:
             frame = frame_of(item.chunk.dtype, item.chunk.shape)
             fixed.append((file, item.start, frame.head))
             fixed.append((file, item.data + item.data_bytes, frame.tail))
             placed.append(Placed(name=item.chunk.name, info=infos[item.chunk.name], file=file, start=item.data))
 
-    def finish(folder: Path, hashes: Mapping[str, list[str]]) -> None:
-        _finish_step(folder, hashes, plans, files, manifest)
+    def finish(folder: Path, hashes: Mapping[str, str]) -> None:
+        _finish_step(folder, hashes, plans, manifest)
 
     return OutputPlan(files=files, fixed=fixed, placed=placed, finish=finish)
 
 
-def _finish_step(
-    folder: Path,
-    hashes: Mapping[str, list[str]],
-    plans: Mapping[int, SavePlan],
-    files: Mapping[str, int],
-    manifest: Manifest,
-) -> None:
-    """The ranks' manifests, DCP's metadata, and last the root manifest."""
-    sizes, small = dict(files), {}
-    items = []
-    for rank, plan in plans.items():
-        rows = rank_items(plan, f"__{rank}_0.distcp", hashes)
-        small[f"rank-{rank}.json"] = json.dumps(rows).encode()
-        items += stored_items(json.loads(small[f"rank-{rank}.json"]))
-    for name, body in small.items():
-        _write(folder / name, body)
-    write_metadata(folder / ".metadata", metadata_of(items))
-    fsync_path(folder / ".metadata")
-    small[".metadata"] = (folder / ".metadata").read_bytes()
-    sizes |= {name: len(body) for name, body in small.items()}
-    digests = {name: xxhash.xxh3_128_hexdigest(body) for name, body in small.items()}
-    write_manifest(folder, dataclasses.replace(manifest, files=sizes, hashes=digests))
+def _finish_step(folder: Path, hashes: Mapping[str, str], plans: Sequence[SavePlan], manifest: Manifest) -> None:
+    """The ranks' manifests, and what makes a step of them."""
+    place = LocalStorage(folder)
+    reports = []
+    for rank, plan in enumerate(plans):
+        names = [file_name(rank, 0)][: len(plan.file_bytes)]
+        body = rank_manifest(plan, names, hashes)
+        place.write(rank_manifest_name(rank), body, flush=False)
+        reports.append(report_of(body))
+    complete_step(place, manifest, reports)
 
 
 def _write(path: Path, body: bytes) -> None:

@@ -1,13 +1,13 @@
-"""Saves steps: snapshot into the file image, write behind training, commit by rename.
+"""Saves steps: snapshot into the file image, write behind training, commit.
 
-Nothing here uses the training's process group, and nothing but the snapshot happens on the training thread.
+Nothing here uses the training's process group once it is set up, and nothing but the snapshot happens on the
+training thread.
 """
 
 import dataclasses
-import json
+import errno
 import logging
 import os
-import shutil
 import threading
 import time
 import uuid
@@ -18,20 +18,22 @@ from typing import Any, final
 
 import torch
 import torch.distributed as dist
-import xxhash
 from torch import Tensor
 
-from checkpoint.catalog import step_folder_name
+from checkpoint.commit import Committer, step_folder_name
 from checkpoint.config import AsyncMode
-from checkpoint.contents import metadata_of, rank_items, stored_items, write_metadata
+from checkpoint.contents import rank_manifest, rank_manifest_name
 from checkpoint.errors import CheckpointError
-from checkpoint.files import fsync_folder, fsync_path
+from checkpoint.exchange import Exchange, Report, own_store, report_of
 from checkpoint.image import FileImage
-from checkpoint.manifest import Manifest, write_manifest
-from checkpoint.plan import make_plan
-from checkpoint.writer import takes_direct_io, write_image
+from checkpoint.lease import LeaseLostError, Ticket
+from checkpoint.manifest import Manifest
+from checkpoint.plan import LayoutKey, SavePlan, layout_key, make_plan
+from checkpoint.storage.base import Storage
+from checkpoint.storage.opening import as_storage
+from checkpoint.writer import file_name, write_image, write_tensors
 
-__all__ = ["SaveResult", "StepSaver"]
+__all__ = ["SaveResult", "SaverOptions", "StepSaver"]
 
 log = logging.getLogger(__name__)
 
@@ -42,15 +44,34 @@ class SaveResult:
 
     Attributes:
         step: which.
-        path: the committed folder, None where it failed.
+        url: of the committed folder, None where it failed.
         error: why it failed.
+        final: no later save can succeed either: another writer has taken over.
         seconds: from the call to the commit.
     """
 
     step: int
-    path: Path | None
+    url: str | None
     error: str | None
     seconds: float
+    final: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SaverOptions:
+    """How saves are made.
+
+    Attributes:
+        files_per_rank: a rank's share is written as so many files at once.
+        commit_timeout_s: a step whose ranks have not all reported by then has failed.
+        ticket: of the lease on the folder; None where nobody else can write there.
+        use_store: reports go through the ranks' store; else through files alone.
+    """
+
+    files_per_rank: int = 1
+    commit_timeout_s: float = 600.0
+    ticket: Ticket | None = None
+    use_store: bool = True
 
 
 @final
@@ -61,17 +82,30 @@ class StepSaver:
         folder: the checkpoint folder.
         mode: `disabled` returns when durable, `async` when copied, `async_with_pinned_mem` at once.
         device: where the tensors live.
-        group: a gloo group of this saver's own; its background thread uses it.
+        group: of all ranks, on the CPU; used while this is constructed and not later.
+        options: see `SaverOptions`.
     """
 
-    def __init__(self, folder: Path, mode: AsyncMode, device: torch.device, group: dist.ProcessGroup) -> None:
-        self._folder, self._mode, self._device, self._group = folder, mode, device, group
+    def __init__(
+        self,
+        folder: Storage | Path | str,
+        mode: AsyncMode,
+        device: torch.device,
+        group: dist.ProcessGroup,
+        options: SaverOptions | None = None,
+    ) -> None:
+        self._folder, self._mode, self._device = as_storage(folder), mode, device
+        self._options = options or SaverOptions()
         self._rank, self._ranks = dist.get_rank(group), dist.get_world_size(group)
         token = [uuid.uuid4().hex[:8]]
         dist.broadcast_object_list(token, group=group, group_src=0)
-        self._token = str(token[0])
+        self._committer = Committer(self._folder, str(token[0]), self._options.ticket)
+        store = own_store() if self._options.use_store else None
+        timeout_s = self._options.commit_timeout_s
+        self._exchange = Exchange(self._rank, self._ranks, store, str(token[0]), timeout_s)
+        self._saves = 0
+        self._planned: tuple[LayoutKey, SavePlan] | None = None
         self._image: FileImage | None = None
-        self._direct: bool | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="hash")
         self._running: Future[SaveResult] | None = None
@@ -82,28 +116,35 @@ class StepSaver:
         # as soon as the training stream waits for it.
         self._copied: Any = None
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a save of this rank's is still being written."""
+        return self._running is not None and not self._running.done()
+
     def begin(self, tensors: Mapping[str, Tensor], manifest: Manifest) -> list[SaveResult]:
         """Starts saving a step, after the save before it has ended.
 
         Args:
             tensors: by flat name; must not change before `wait_staged` returns.
-            manifest: what to write, without `files` and `hashes`.
+            manifest: what to write, without `ranks`, `files` and `hashes`.
 
         Returns:
             The results that had not been asked for yet; with `disabled` this step's too.
         """
         started = time.perf_counter()
         finished = self.wait()
-        image = self._image_for(tensors)
+        held = dict(tensors)
+        plan = self._plan_for(held)
         self._staged.clear()
         self._stage_error = None
-        if self._device.type == "cuda":
-            self._copied = self._queue_copies(image, tensors)
-        elif self._mode is not AsyncMode.async_with_pinned_mem:
-            image.copy_from(tensors)
+        image = None if self._mode is AsyncMode.disabled else self._image_for(plan)
+        if image is not None and self._device.type == "cuda":
+            self._copied = self._queue_copies(image, held)
+        elif image is not None and self._mode is not AsyncMode.async_with_pinned_mem:
+            image.copy_from(held)
             self._staged.set()
-        held = dict(tensors)
-        self._running = self._thread.submit(self._save, image, held, self._copied, manifest, started)
+        self._saves += 1
+        self._running = self._thread.submit(self._save, plan, image, held, self._copied, manifest, started)
         if self._mode is AsyncMode.disabled:
             finished += self.wait()
         elif self._mode.value == "async":
@@ -134,10 +175,17 @@ class StepSaver:
         self._thread.shutdown()
         self._pool.shutdown()
 
-    def _image_for(self, tensors: Mapping[str, Tensor]) -> FileImage:
-        """The warm image, made anew only when the layout changed."""
-        plan = make_plan(tensors, self._rank, self._ranks)
-        if self._image is None or self._image.plan.key != plan.key:
+    def _plan_for(self, tensors: Mapping[str, Tensor]) -> SavePlan:
+        """This rank's plan, made anew only when the layout changed."""
+        key = layout_key(tensors)
+        if self._planned is None or self._planned[0] != key:
+            self._planned = (key, make_plan(tensors, self._rank, self._ranks, self._options.files_per_rank))
+        return self._planned[1]
+
+    def _image_for(self, plan: SavePlan) -> FileImage:
+        """The warm image of a plan."""
+        if self._image is None or self._image.plan is not plan:
+            self._image = None  # the old memory goes before the new is asked for
             self._image = FileImage(plan, pinned=self._device.type == "cuda")
         return self._image
 
@@ -153,93 +201,93 @@ class StepSaver:
 
     def _save(
         self,
-        image: FileImage,
+        plan: SavePlan,
+        image: FileImage | None,
         tensors: Mapping[str, Tensor],
         copied: Any,
         manifest: Manifest,
         started: float,
     ) -> SaveResult:
         """The background part: stage where that is left to do, write, commit."""
-        problem = self._stage(image, tensors, copied)
-        partial = self._folder / f"{step_folder_name(manifest.step)}.partial-{self._token}"
-        report: dict[str, Any] = {}
-        if problem is None:
-            try:
-                report = self._write_own(partial, image)
-            except OSError as error:
-                problem = f"{error.strerror or error} ({partial})"
-        verdict = self._commit(partial, manifest, report, problem)
-        path = None if verdict else self._folder / step_folder_name(manifest.step)
-        return SaveResult(step=manifest.step, path=path, error=verdict, seconds=time.perf_counter() - started)
+        key = f"{manifest.step}-{self._saves}"
+        report = self._write_own(plan, image, tensors, copied, manifest.step)
+        self._exchange.report(key, report)
+        final = False
+        if self._rank == 0:
+            error, final = self._commit(key, manifest)
+            self._exchange.announce(key, error)
+        else:
+            error = self._exchange.verdict(key, lambda: self._committer.is_committed(manifest.step))
+        url = None if error else self._folder.child(step_folder_name(manifest.step)).url
+        seconds = time.perf_counter() - started
+        return SaveResult(step=manifest.step, url=url, error=error, seconds=seconds, final=final)
 
-    def _stage(self, image: FileImage, tensors: Mapping[str, Tensor], copied: Any) -> str | None:
-        """Completes the snapshot; returns what went wrong."""
+    def _write_own(
+        self, plan: SavePlan, image: FileImage | None, tensors: Mapping[str, Tensor], copied: Any, step: int
+    ) -> Report:
+        """Makes this rank's files durable, its manifest last."""
+        try:
+            self._stage(image, tensors, copied)
+            place = self._committer.working_place(step)
+            self._committer.check_lease()
+            place.make()
+            _check_room(place, plan.total_bytes)
+            names = [file_name(self._rank, index) for index in range(len(plan.file_bytes))]
+            if image is None:
+                hashes = write_tensors(place, names, plan, tensors)
+            else:
+                hashes = write_image(place, names, image, self._pool)
+            body = rank_manifest(plan, names, hashes)
+            place.write(rank_manifest_name(self._rank), body, flush=self._rank != 0)
+        except OSError as error:
+            return {"error": f"{error.strerror or error} ({self._folder.url})"}
+        except Exception as error:
+            log.exception("saving step %d failed", step)
+            return {"error": str(error)}
+        return report_of(body)
+
+    def _stage(self, image: FileImage | None, tensors: Mapping[str, Tensor], copied: Any) -> None:
+        """Completes the snapshot."""
         try:
             if copied is not None:
                 copied.synchronize()
-            elif not self._staged.is_set():
+            elif image is not None and not self._staged.is_set():
                 image.copy_from(tensors)
         except Exception as error:
             self._stage_error = error
-            return f"copying the state failed: {error}"
+            raise
         finally:
             self._staged.set()
-        return None
 
-    def _write_own(self, partial: Path, image: FileImage) -> dict[str, Any]:
-        """This rank's file and manifest, durable; returns what the root manifest says of them."""
-        partial.mkdir(parents=True, exist_ok=True)
-        if self._direct is None:
-            self._direct = takes_direct_io(partial)
-            log.info("checkpoints are written %s the page cache", "past" if self._direct else "through")
-        file = f"__{self._rank}_0.distcp"
-        hashes: dict[str, list[str]] = {}
-        sizes: dict[str, int] = {}
-        if image.plan.items:
-            hashes = write_image(partial / file, image, direct=self._direct, pool=self._pool)
-            sizes[file] = image.size
-        name = f"rank-{self._rank}.json"
-        body = json.dumps(rank_items(image.plan, file, hashes)).encode()
-        with (partial / name).open("wb") as out:
-            out.write(body)
-            out.flush()
-            os.fsync(out.fileno())
-        sizes[name] = len(body)
-        return {"files": sizes, "hashes": {name: xxhash.xxh3_128_hexdigest(body)}}
-
-    def _commit(self, partial: Path, manifest: Manifest, report: dict[str, Any], error: str | None) -> str | None:
-        """Rank 0 makes the step valid when every rank has reported; returns the error that all ranks see."""
-        reports: list[Any] | None = [None] * self._ranks if self._rank == 0 else None
-        verdict: list[str | None] = [None]
-        try:
-            dist.gather_object((report, error), reports, group=self._group, group_dst=0)
-            if reports is not None:
-                verdict[0] = self._make_valid(partial, manifest, reports)
-            dist.broadcast_object_list(verdict, group=self._group, group_src=0)
-        except RuntimeError as failure:
-            return f"another rank is gone ({failure})"
-        return verdict[0]
-
-    def _make_valid(self, partial: Path, manifest: Manifest, reports: list[Any]) -> str | None:
-        errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(reports) if error is not None]
+    def _commit(self, key: str, manifest: Manifest) -> tuple[str | None, bool]:
+        """On rank 0: makes the step valid when every rank has reported; the error, and whether it is final."""
+        reports = self._exchange.collect(key, self._committer.working_place(manifest.step))
+        errors = [f"rank {rank}: {r['error']}" for rank, r in enumerate(reports) if r["error"] is not None]
+        final = False
         try:
             if not errors:
-                self._rename(partial, manifest, [report for report, _ in reports])
-                return None
+                self._committer.commit(manifest, reports)
+                return None, False
+            # A lost lease shows as an error of this rank's, too.
+            self._committer.check_lease()
+        except LeaseLostError as lost:
+            errors, final = [str(lost)], True
         except OSError as failure:
-            errors.append(f"rank 0: {failure.strerror or failure} ({partial})")
-        shutil.rmtree(partial, ignore_errors=True)
-        return "; ".join(errors)
+            errors.append(f"rank 0: {failure.strerror or failure} ({self._folder.url})")
+        except Exception as failure:
+            log.exception("committing step %d failed", manifest.step)
+            errors.append(f"rank 0: {failure}")
+        try:
+            if not final:
+                self._committer.discard(manifest.step)
+        except OSError as failure:
+            log.warning("the incomplete step %d cannot be removed yet: %s", manifest.step, failure)
+        return "; ".join(errors), final
 
-    def _rename(self, partial: Path, manifest: Manifest, reports: list[dict[str, Any]]) -> None:
-        files = {name: size for report in reports for name, size in report["files"].items()}
-        hashes = {name: value for report in reports for name, value in report["hashes"].items()}
-        items = [i for name in hashes for i in stored_items(json.loads((partial / name).read_bytes()))]
-        write_metadata(partial / ".metadata", metadata_of(items))
-        fsync_path(partial / ".metadata")
-        metadata = (partial / ".metadata").read_bytes()
-        files[".metadata"], hashes[".metadata"] = len(metadata), xxhash.xxh3_128_hexdigest(metadata)
-        write_manifest(partial, dataclasses.replace(manifest, files=files, hashes=hashes))
-        fsync_folder(partial)
-        partial.rename(self._folder / step_folder_name(manifest.step))
-        fsync_folder(self._folder)
+
+def _check_room(place: Storage, needed: int) -> None:
+    """Raises OSError before anything is written to a disk that cannot hold it."""
+    free = place.free_bytes()
+    needed *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if free is not None and free < needed:
+        raise OSError(errno.ENOSPC, f"No space left on device: {needed >> 20} MiB are needed, {free >> 20} are free")

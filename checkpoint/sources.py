@@ -5,6 +5,7 @@ import os
 import pickle
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -22,6 +23,7 @@ from checkpoint.plan import Chunk
 from checkpoint.reader import read_chunk
 from checkpoint.safetensors_io import SafetensorsSource, rows_of
 from checkpoint.source import Box, TensorInfo, TensorSource, whole
+from checkpoint.storage.opening import as_storage
 from checkpoint.stream import frame_of
 
 __all__ = ["DcpSource", "StepSource", "TorchFileSource", "is_hf_folder", "open_source", "read_whole"]
@@ -53,7 +55,7 @@ def open_source(path: Path) -> TensorSource:
         raise CheckpointError(f"{path} must be a checkpoint, but does not exist; check the path")
     if any(path.glob("*.safetensors")):
         return SafetensorsSource(path)
-    step = resolve_foreign(path)
+    step = Path(resolve_foreign(path).url)
     return StepSource(step) if is_verified(step) else DcpSource(step)
 
 
@@ -77,7 +79,9 @@ class StepSource(TensorSource):
             for name, items in self._items.items()
         }
         names = sorted({i.file for items in self._items.values() for i in items})
-        self._open = {name: os.open(path / name, os.O_RDONLY) for name in names}
+        self._opened = ExitStack()
+        storage = as_storage(path)
+        self._files = {name: self._opened.enter_context(storage.open(name)) for name in names}
 
     def read(self, name: str, box: Box) -> Tensor:
         info = self.infos[name]
@@ -90,13 +94,11 @@ class StepSource(TensorSource):
             offset=tuple(start for start, _ in box),
             shape=shape,
         )
-        read_chunk(self.path, self._open, self._items[name], target, local)
+        read_chunk(self.place, self._files, self._items[name], target, local)
         return local
 
     def close(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
-        self._open = {}
+        self._opened.close()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

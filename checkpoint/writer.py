@@ -1,81 +1,186 @@
-"""Streams a file image to the disk: large aligned writes past the page cache where the file system takes them."""
+"""Sends a rank's files to the storage and hashes them meanwhile: from a file image, or straight from the tensors."""
 
-import errno
-import logging
-import os
+import mmap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any, cast
 
-from checkpoint.hashing import block_hashes
+import torch
+from torch import Tensor
+
+from checkpoint.hashing import BlockHasher, block_bytes_for, block_hashes
 from checkpoint.image import FileImage
-from checkpoint.plan import PAGE
+from checkpoint.plan import Item, SavePlan, local_tensor
+from checkpoint.storage.base import Storage
+from checkpoint.stream import frame_of
 
-__all__ = ["takes_direct_io", "write_all", "write_image"]
+__all__ = ["Hashes", "file_name", "write_image", "write_tensors"]
 
-log = logging.getLogger(__name__)
+_WINDOW = 8 << 20
+# Windows in turn: one is filled while the other is written.
+_WINDOWS = 2
 
-_WRITE_BYTES = 8 << 20
-
-
-def takes_direct_io(folder: Path) -> bool:
-    """Whether files below `folder` can be written past the page cache; found out by writing one page."""
-    import mmap
-
-    probe = folder / f".direct-{os.getpid()}"
-    page = mmap.mmap(-1, PAGE)
-    try:
-        descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_DIRECT, 0o644)
-        try:
-            return os.pwrite(descriptor, page, 0) == PAGE
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
-            return False
-        raise
-    finally:
-        probe.unlink(missing_ok=True)
+# Of each item's blocks, by name.
+Hashes = dict[str, str]
 
 
-def write_image(path: Path, image: FileImage, *, direct: bool, pool: ThreadPoolExecutor) -> dict[str, list[str]]:
-    """Writes the image, durable when this returns, and hashes it meanwhile.
+def file_name(rank: int, index: int) -> str:
+    """As stock DCP names them."""
+    return f"__{rank}_{index}.distcp"
+
+
+def write_image(place: Storage, names: Sequence[str], image: FileImage, pool: ThreadPoolExecutor) -> Hashes:
+    """Writes the image's files, durable when this returns.
 
     Args:
-        path: the new file.
+        place: the step's folder.
+        names: of the files, none of which may be there.
         image: must not change before this returns.
-        direct: past the page cache.
-        pool: hashes while this thread writes.
-
-    Returns:
-        The block hashes of each item, by name.
+        pool: hashes, and writes all files but the first, while this thread writes that one.
 
     Raises:
-        OSError: the disk is full or fails.
+        OSError: the storage is full or fails.
     """
-    memory = image.memory()
     hashes = {
-        item.chunk.name: pool.submit(block_hashes, memory[item.data : item.data + item.data_bytes])
+        item.chunk.name: pool.submit(
+            block_hashes,
+            image.file(item.file)[item.data : item.data + item.data_bytes],
+            block_bytes_for(item.data_bytes),
+        )
         for item in image.plan.items
     }
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | (os.O_DIRECT if direct else 0)
-    descriptor = os.open(path, flags, 0o644)
+
+    def write(index: int) -> None:
+        memory = image.file(index)
+        windows = (memory[s : s + _WINDOW] for s in range(0, len(memory), _WINDOW))
+        place.stream(names[index], len(memory), windows)
+
     try:
-        for start in range(0, image.size, _WRITE_BYTES):
-            write_all(descriptor, memory[start : min(start + _WRITE_BYTES, image.size)], start)
-        os.fsync(descriptor)
+        _all_files(write, len(image.plan.file_bytes))
     finally:
-        os.close(descriptor)
         # The image may be used again only when nobody reads it any more.
         found = {name: future.result() for name, future in hashes.items()}
     return found
 
 
-def write_all(descriptor: int, data: memoryview, offset: int) -> None:
-    """Writes all of `data`, however much the file system takes at a time; raises OSError where it takes nothing."""
-    done = 0
-    while done < len(data):
-        written = os.pwrite(descriptor, data[done:], offset + done)
-        # A short write past the page cache may end within a page; what follows must be aligned again.
-        done += written - written % PAGE if written < len(data) - done else written
-        if written == 0:
-            raise OSError(errno.EIO, "the file system wrote nothing")
+def write_tensors(place: Storage, names: Sequence[str], plan: SavePlan, tensors: Mapping[str, Tensor]) -> Hashes:
+    """Writes the files without an image of them: a few windows of memory, whatever the size of the state.
+
+    Args:
+        place: the step's folder.
+        names: of the files, none of which may be there.
+        plan: the layout.
+        tensors: must not change before this returns.
+
+    Raises:
+        OSError: the storage is full or fails.
+    """
+    found: Hashes = {}
+
+    def write(index: int) -> None:
+        items = [item for item in plan.items if item.file == index]
+        hashers = {item.chunk.name: BlockHasher(block_bytes_for(item.data_bytes)) for item in items}
+        with ThreadPoolExecutor(1, thread_name_prefix="fill") as filler:
+            windows = _filled_windows(plan.file_bytes[index], items, tensors, hashers, filler)
+            place.stream(names[index], plan.file_bytes[index], windows)
+        found.update({name: hasher.blocks() for name, hasher in hashers.items()})
+
+    _all_files(write, len(plan.file_bytes))
+    return found
+
+
+def _all_files(write: Callable[[int], None], files: int) -> None:
+    """Runs `write` for every file at once, one of them in this thread."""
+    if files < 2:
+        for index in range(files):
+            write(index)
+        return
+    with ThreadPoolExecutor(files, thread_name_prefix="write") as pool:
+        for job in [pool.submit(write, index) for index in range(files)]:
+            job.result()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Piece:
+    """Bytes that follow each other in the file: of a tensor, or constant ones around it."""
+
+    start: int
+    stop: int
+    item: Item | None
+    constant: bytes = b""
+
+
+def _pieces(items: Sequence[Item], size: int) -> Iterator[_Piece]:
+    """The whole file, without gaps."""
+    position = 0
+    for item in items:
+        frame = frame_of(item.chunk.dtype, item.chunk.shape)
+        head = bytes(item.start - position) + frame.head
+        yield _Piece(start=position, stop=item.data, item=None, constant=head)
+        stop = item.data + item.data_bytes
+        yield _Piece(start=item.data, stop=stop, item=item)
+        yield _Piece(start=stop, stop=stop + len(frame.tail), item=None, constant=frame.tail)
+        position = stop + len(frame.tail)
+    yield _Piece(start=position, stop=size, item=None, constant=bytes(size - position))
+
+
+def _filled_windows(
+    size: int,
+    items: Sequence[Item],
+    tensors: Mapping[str, Tensor],
+    hashers: Mapping[str, BlockHasher],
+    filler: ThreadPoolExecutor,
+) -> Iterator[memoryview]:
+    """The file's bytes in order; a window is filled and hashed while the one before is written."""
+    pinned = any(local_tensor(tensors[i.chunk.name]).device.type == "cuda" for i in items)
+    buffers = [_buffer(min(_WINDOW, size), pinned=pinned) for _ in range(_WINDOWS)]
+    flat: dict[str, Tensor] = {}
+    pieces = _pieces(items, size)
+    current = next(pieces)
+
+    def fill(buffer: Tensor, start: int) -> memoryview:
+        nonlocal current
+        stop = min(start + _WINDOW, size)
+        memory = memoryview(cast(Any, buffer.numpy()))[: stop - start]
+        position = start
+        while position < stop:
+            while position == current.stop:
+                current = next(pieces)
+            end = min(stop, current.stop)
+            part = buffer[position - start : end - start]
+            if current.item is None:
+                memory[position - start : end - start] = current.constant[
+                    position - current.start : end - current.start
+                ]
+            else:
+                source = _flat_bytes(current.item, tensors, flat)
+                part.copy_(source[position - current.start : end - current.start])
+                hashers[current.item.chunk.name].update(memory[position - start : end - start])
+            position = end
+        return memory
+
+    starts = list(range(0, size, _WINDOW))
+    ahead = filler.submit(fill, buffers[0], 0)
+    for index in range(len(starts)):
+        window = ahead.result()
+        if index + 1 < len(starts):
+            ahead = filler.submit(fill, buffers[(index + 1) % _WINDOWS], starts[index + 1])
+        yield window
+
+
+def _flat_bytes(item: Item, tensors: Mapping[str, Tensor], flat: dict[str, Tensor]) -> Tensor:
+    """The item's raw bytes; only the newest stays, since a tensor that is not contiguous is copied for it."""
+    name = item.chunk.name
+    if name not in flat:
+        flat.clear()
+        flat[name] = local_tensor(tensors[name]).contiguous().reshape(-1).view(torch.uint8)
+    return flat[name]
+
+
+def _buffer(size: int, *, pinned: bool) -> Tensor:
+    if pinned:
+        raw = torch.empty(size + mmap.PAGESIZE, dtype=torch.uint8, pin_memory=True)
+        skip = -raw.data_ptr() % mmap.PAGESIZE
+        return raw[skip : skip + size]
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)

@@ -1,5 +1,6 @@
 """What happens between Hydra's config and the ranks."""
 
+import dataclasses
 import logging
 import os
 import sys
@@ -14,6 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from checkpoint.lease import Ticket
 from launch.errors import UserError, check_arguments, describe
 from launch.run_name import register_resolver
 from launch.schema import Config, register_schemas
@@ -103,12 +105,13 @@ class Application:
     def _train_here(self, spec: RankSpec, overrides: list[str]) -> Outcome:
         from launch.run_dir import leave_unused, own_run
 
-        with own_run(spec.run_dir):
+        with own_run(spec.config, spec.run_dir) as ticket:
+            spec = dataclasses.replace(spec, ticket=ticket)
             try:
                 with refusing():
                     finished = _open(spec, overrides)
             except Refused:
-                leave_unused(spec.run_dir)
+                leave_unused(spec.config, spec.run_dir)
                 raise
             if finished:
                 return _already_finished(spec)
@@ -212,9 +215,11 @@ def _train_external(spec: RankSpec, flag: StopFlag, overrides: list[str]) -> Out
     from launch.run_dir import own_run
 
     with ExitStack() as held:
+        ticket: Ticket | None = None
 
         def open_here() -> bool:
-            held.enter_context(own_run(spec.run_dir))
+            nonlocal ticket
+            ticket = held.enter_context(own_run(spec.config, spec.run_dir))
             with refusing():
                 return _open(spec, overrides)
 
@@ -225,6 +230,7 @@ def _train_external(spec: RankSpec, flag: StopFlag, overrides: list[str]) -> Out
             return _already_finished(spec)
         flag.defer(deferring=True)
         try:
-            return run_rank(spec, flag)
+            # Rank 0 makes steps valid, and it is the one that holds the lease.
+            return run_rank(dataclasses.replace(spec, ticket=ticket), flag)
         finally:
             flag.defer(deferring=False)

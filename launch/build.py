@@ -7,6 +7,8 @@ from typing import Any
 from checkpoint.config import CheckpointConfig
 from checkpoint.policy import EveryNSteps, FirstStep, LastStep, OnStop, SavePolicy
 from checkpoint.retention import KeepLatest, RetentionRule
+from checkpoint.storage.base import Storage
+from checkpoint.storage.opening import is_url, open_storage
 from launch.schema import Config, Logger
 from launch.targets import resolve_target
 from models.base import LanguageModel
@@ -94,6 +96,14 @@ def uses_wandb(config: Config) -> bool:
     return config.logger is Logger.wandb
 
 
-def checkpoint_folder(config: Config, run_dir: Path) -> Path:
-    """Where the run's steps lie."""
-    return run_dir / config.checkpoint.folder
+def checkpoint_folder(config: Config, run_dir: Path) -> Storage:
+    """Where the run's steps lie: below its directory, or below a URL in a folder of its name.
+
+    Raises:
+        ValueError: the URL cannot be opened.
+        OSError: the place cannot be reached.
+    """
+    checkpoint = config.checkpoint
+    if is_url(checkpoint.folder):
+        return open_storage(f"{checkpoint.folder.rstrip('/')}/{config.run.name}", checkpoint.storage_options)
+    return open_storage(run_dir / checkpoint.folder, direct_io=checkpoint.direct_io)

@@ -10,6 +10,7 @@ from checkpoint.config import CheckpointConfig, ExportDtype, FinetuneConfig
 from checkpoint.errors import CheckpointError
 from checkpoint.lineage import LoadRequest
 from checkpoint.loading import check_compatible, is_verified, resolve_foreign
+from checkpoint.storage.opening import is_url, open_storage
 from launch.build import (
     build_hooks,
     build_model,
@@ -94,12 +95,17 @@ def _check_checkpoint(config: CheckpointConfig) -> None:
     if config.load_step < -1:
         raise ValueError(f"checkpoint.load_step must be -1 or a step, but is {config.load_step}; use -1")
     folder = Path(config.folder)
-    if folder.is_absolute() or ".." in folder.parts or not folder.parts:
-        raise ValueError(f"checkpoint.folder must be below the run, but is {config.folder!r}; use checkpoint")
+    if not is_url(config.folder) and (folder.is_absolute() or ".." in folder.parts or not folder.parts):
+        raise ValueError(
+            f"checkpoint.folder must be below the run or a URL, but is {config.folder!r}; use checkpoint"
+        )
     LoadRequest.from_config(config)
     policies(config)
     rules(config)
     _at_least(config.max_save_errors, 1, "checkpoint.max_save_errors", "5")
+    _at_least(config.files_per_rank, 1, "checkpoint.files_per_rank", "1")
+    _at_least(config.commit_timeout_s, 1, "checkpoint.commit_timeout_s", "600")
+    _at_least(config.lease_timeout_s, 1, "checkpoint.lease_timeout_s", "60")
     if isinstance(config, FinetuneConfig) and config.initial_load_path is None:
         raise ValueError(
             "checkpoint.initial_load_path must be set with checkpoint=finetune, but is null; "
@@ -127,12 +133,12 @@ def check_initial_load(config: Config) -> None:
         CheckpointError: it is not, or does not.
     """
     assert config.checkpoint.initial_load_path is not None
-    path = resolve_foreign(Path(config.checkpoint.initial_load_path))
+    path = resolve_foreign(open_storage(config.checkpoint.initial_load_path, config.checkpoint.storage_options))
     with torch.device("meta"):
         check_compatible(path, dict(build_model(config).named_parameters()))
     if not config.checkpoint.initial_load_model_only and not is_verified(path):
         raise CheckpointError(
-            f"checkpoint.initial_load_model_only must be true for {path}, which has no manifest and so no train "
+            f"checkpoint.initial_load_model_only must be true for {path.url}, which has no manifest and so no train "
             "state, but is false; leave it out"
         )
 
@@ -181,7 +187,7 @@ def check_disk(config: Config, run_dir: Path) -> None:
     probe = run_dir / f".probe-{os.getpid()}"
     probe.touch()
     probe.unlink()
-    if not config.checkpoint.enable or config.checkpoint.load_only:
+    if not config.checkpoint.enable or config.checkpoint.load_only or is_url(config.checkpoint.folder):
         return
     with torch.device("meta"):
         parameters = sum(p.numel() for p in build_model(config).parameters())

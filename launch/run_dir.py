@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from checkpoint.catalog import Catalog, Entry
 from checkpoint.files import fsync_folder, fsync_path
+from checkpoint.lease import Ticket, acquire_lease, forget_lease
 from checkpoint.lineage import (
     Lineage,
     LoadRequest,
@@ -23,6 +24,8 @@ from checkpoint.lineage import (
     choose_lineage,
     start_point,
 )
+from checkpoint.storage.base import Storage
+from checkpoint.storage.local import LocalStorage
 from launch.build import checkpoint_folder
 from launch.errors import UserError
 from launch.identity import Difference, compare
@@ -37,51 +40,54 @@ __all__ = ["leave_unused", "open_run", "own_run", "share_run"]
 log = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"
-_LAUNCHER_LOCK = ".launcher.lock"
 _RANKS_LOCK = ".ranks.lock"
 _WAIT_S = 8.0
 
 
+def _lease_place(config: Config, run_dir: Path) -> Storage:
+    """Beside the bytes that the lease protects."""
+    return checkpoint_folder(config, run_dir) if config.checkpoint.enable else LocalStorage(run_dir)
+
+
 @contextmanager
-def own_run(run_dir: Path) -> Iterator[None]:
-    """Keeps a second launcher out of the run, and waits for a dead one's ranks to be gone.
+def own_run(config: Config, run_dir: Path) -> Iterator[Ticket]:
+    """Keeps every other launcher out of the run by the lease in its checkpoint folder.
+
+    A dead launcher's ranks, which end with it, are waited for.
 
     Raises:
-        UserError: another process holds the run.
+        LeaseHeldError: another process holds the run.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / _LAUNCHER_LOCK).open("a+") as lock, (run_dir / _RANKS_LOCK).open("a+") as ranks:
-        _lock(lock.fileno(), run_dir, lock.name)
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        _lock(ranks.fileno(), run_dir, ranks.name)
-        fcntl.flock(ranks, fcntl.LOCK_UN)
-        yield
+    lease = acquire_lease(_lease_place(config, run_dir), config.checkpoint.lease_timeout_s, str(run_dir))
+    try:
+        _await_ranks(run_dir)
+        yield lease.ticket
+    finally:
+        lease.release()
 
 
-def leave_unused(run_dir: Path) -> None:
-    """Removes the locks of a run that was refused before it began, and with them its empty folder."""
+def leave_unused(config: Config, run_dir: Path) -> None:
+    """Removes what owning it left in the folder of a run that was refused before it began."""
     if not (run_dir / FILE).exists():
-        (run_dir / _LAUNCHER_LOCK).unlink()
-        (run_dir / _RANKS_LOCK).unlink()
-        with suppress(OSError):
-            run_dir.rmdir()
+        (run_dir / _RANKS_LOCK).unlink(missing_ok=True)
+        forget_lease(_lease_place(config, run_dir))
+        for folder in (run_dir / config.checkpoint.folder, run_dir):
+            with suppress(OSError):
+                folder.rmdir()
 
 
-def _lock(descriptor: int, run_dir: Path, path: str) -> None:
+def _await_ranks(run_dir: Path) -> None:
+    """Waits a little for a dead launcher's ranks on this host; stopped ones can commit nothing any more."""
     deadline = time.monotonic() + _WAIT_S
-    while True:
-        try:
-            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                holder = Path(path).read_text().strip() or "unknown"
-                raise UserError(
-                    f"run.name must not name a run that is being trained, but {run_dir} is held by process "
-                    f"{holder}; stop it or choose another run.name"
-                ) from None
-            time.sleep(0.1)
+    with (run_dir / _RANKS_LOCK).open("a+") as ranks:
+        while time.monotonic() < deadline:
+            with suppress(BlockingIOError):
+                fcntl.flock(ranks, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(ranks, fcntl.LOCK_UN)
+                return
+            time.sleep(0.05)
+    log.warning("ranks of an earlier start of %s are still there; they can save nothing any more", run_dir)
 
 
 @contextmanager
@@ -125,8 +131,8 @@ def open_run(
     entries = catalog.entries(record.lineages)
     if not config.checkpoint.enable and entries:
         raise UserError(
-            f"checkpoint.enable must not be false for a run that has checkpoints, but {catalog.folder} holds step "
-            f"{entries[-1].step}; choose another run.name or leave checkpoint.enable true"
+            f"checkpoint.enable must not be false for a run that has checkpoints, but {catalog.folder.url} holds "
+            f"step {entries[-1].step}; choose another run.name or leave checkpoint.enable true"
         )
     again = _is_restart(os.environ)
     lineage = choose_lineage(
@@ -137,7 +143,7 @@ def open_run(
         resume=Resume.auto if again and config.run.resume is Resume.never else config.run.resume,
         rewind=config.run.rewind and not again,
         new_id=_lineage_id(record.lineages),
-        folder=str(catalog.folder),
+        folder=catalog.folder.url,
     )
     if lineage is not None:
         if record.lineages:
@@ -145,7 +151,7 @@ def open_run(
         record.lineages.append(lineage)
         entries = catalog.entries(record.lineages)
     start = start_point(record.lineages, [(e.step, e.manifest.lineage) for e in entries])
-    _check_start(config, start, record, catalog.folder)
+    _check_start(config, start, record, catalog.folder.url)
     for change in changes:
         log.warning("%s, from step %d on", change, start.step)
         record.changes.append(
@@ -161,7 +167,7 @@ def _is_restart(environ: Mapping[str, str]) -> bool:
     return any(environ.get(n, "0") != "0" for n in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
-def _check_start(config: Config, start: StartPoint, record: RunRecord, folder: Path) -> None:
+def _check_start(config: Config, start: StartPoint, record: RunRecord, folder: str) -> None:
     """Refuses a start that cannot work, or that would lose what was trained."""
     if start.kind is StartKind.initial:
         check_initial_load(config)

@@ -17,6 +17,7 @@ from launch.signals import StopFlag
 from trainer.process import PARENT_VARIABLE, die_with_parent
 
 if TYPE_CHECKING:
+    from checkpoint.lease import Ticket
     from launch.schema import Config
     from trainer.loop import StopReason, Trainer
     from trainer.parallel.context import ParallelContext
@@ -42,6 +43,7 @@ class RankSpec:
         run_dir: the run's directory.
         data_folder: the token store.
         sweep: the sweep's name, if any.
+        ticket: of the lease that the launcher holds for this run.
     """
 
     config: "Config"
@@ -51,6 +53,7 @@ class RankSpec:
     run_dir: Path
     data_folder: Path
     sweep: str | None
+    ticket: "Ticket | None" = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -263,6 +266,7 @@ def _git_revision() -> str | None:
 
 
 def _checkpoint_hook(spec: RankSpec, fingerprint: str) -> Any:
+    from checkpoint.saver import SaverOptions
     from launch.build import checkpoint_folder, policies, rules, tracked_metrics
     from launch.identity import config_hash
     from trainer.hooks.checkpoint import CheckpointHook, CheckpointPlan
@@ -285,6 +289,14 @@ def _checkpoint_hook(spec: RankSpec, fingerprint: str) -> Any:
                 "versions": software_versions(),
             },
             mode=config.checkpoint.async_mode,
+            saver=SaverOptions(
+                files_per_rank=config.checkpoint.files_per_rank,
+                commit_timeout_s=config.checkpoint.commit_timeout_s,
+                ticket=spec.ticket,
+            ),
+            when_busy=config.checkpoint.when_busy,
+            reader_timeout_s=config.checkpoint.lease_timeout_s,
+            storage_options=config.checkpoint.storage_options,
             stop_on_error=config.checkpoint.on_save_error.value == "stop",
             max_failures=config.checkpoint.max_save_errors,
         )

@@ -128,9 +128,9 @@ class _Pending:
     ids: Sequence[int] = field(default_factory=list)
 
 
-# What ranks agree on with one reduction a step: the loss' sum, requests to stop, and rank 0's clock. The gradient
-# norm is the same on all ranks already and only travels along to the host.
-_AGREED = ("loss_sum", "terminate", "preempt", "seconds_since_save", "grad_norm")
+# What ranks agree on with one reduction a step: the loss' sum, requests to stop, rank 0's clock, and how many ranks
+# are still writing a checkpoint. The gradient norm is the same on all ranks already and only travels along.
+_AGREED = ("loss_sum", "terminate", "preempt", "seconds_since_save", "saving", "grad_norm")
 
 
 @final
@@ -174,6 +174,8 @@ class Trainer:
         self.state = state
         self.stop: StopReason | None = None
         self.seconds_since_save = 0.0
+        # This rank's own word, and what the ranks agreed one step ago.
+        self.saving = self.anyone_saving = False
         self.last_save_clock = time.monotonic()
         self.batch: StepBatch | None = None
         self.measured: dict[str, float] = {}
@@ -285,7 +287,12 @@ class Trainer:
         """Starts the step's one small reduction."""
         wish = self._stop_requested()
         clock = time.monotonic() - self.last_save_clock if self.context.is_main else 0.0
-        wishes = [float(wish is StopReason.terminated), float(wish is StopReason.preempted), clock]
+        wishes = [
+            float(wish is StopReason.terminated),
+            float(wish is StopReason.preempted),
+            clock,
+            float(self.saving),
+        ]
         others = torch.tensor(wishes, dtype=torch.float64).to(loss_sum.device, non_blocking=True)
         agreed = torch.cat([loss_sum.reshape(1), others])
         if self.context.world_size > 1:
@@ -328,6 +335,7 @@ class Trainer:
             ids = ", ".join(str(i) for i in pending.ids)
             raise NonFiniteLossError(f"the loss of step {pending.step} is {loss}; its sample ids were {ids}")
         self.seconds_since_save = values["seconds_since_save"]
+        self.anyone_saving = values["saving"] > 0
         self.stop = self.stop or _stop_of(values)
         norm = values["grad_norm"] if math.isfinite(values["grad_norm"]) else None
         if norm is None and self.context.is_main:

@@ -16,7 +16,7 @@ from checkpoint.catalog import Catalog
 from checkpoint.config import AsyncMode
 from checkpoint.lineage import Lineage
 from checkpoint.loading import read_items
-from checkpoint.manifest import Manifest, read_manifest
+from checkpoint.manifest import Manifest
 from checkpoint.reader import read_tensors
 from checkpoint.saver import StepSaver
 from tests.pool import run_distributed
@@ -86,9 +86,9 @@ def check(folder: Path) -> list[int]:
     catalog.tidy(LINE)
     entries = catalog.entries(LINE)
     for entry in entries:
-        items = read_items(entry.path, read_manifest(entry.path))
+        items = read_items(entry.place, entry.manifest)
         tensors = {i.name: torch.zeros(i.global_shape, dtype=i.torch_dtype) for i in items}
-        read_tensors(entry.path, items, tensors)
+        read_tensors(entry.place, items, tensors)
         assert len(tensors) == 6
         for name, tensor in tensors.items():
             assert bool((tensor == float(entry.step)).all()), name

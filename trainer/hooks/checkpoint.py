@@ -4,7 +4,6 @@ import dataclasses
 import logging
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -12,14 +11,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from checkpoint.catalog import Catalog
-from checkpoint.config import AsyncMode
+from checkpoint.config import AsyncMode, WhenBusy
 from checkpoint.errors import CheckpointError, DamagedStepError
 from checkpoint.lineage import Lineage, StartKind, StartPoint, start_point
 from checkpoint.loading import is_verified, load_tensors, resolve_foreign
 from checkpoint.manifest import Manifest, read_manifest
 from checkpoint.policy import SaveContext, SavePolicy, save_reasons
+from checkpoint.reading import reading
 from checkpoint.retention import RetentionRule
-from checkpoint.saver import SaveResult, StepSaver
+from checkpoint.saver import SaveResult, SaverOptions, StepSaver
+from checkpoint.storage.base import Storage
+from checkpoint.storage.opening import open_storage
 from trainer.hook import Hook
 from trainer.loop import Trainer
 from trainer.state import TrainState
@@ -36,17 +38,22 @@ class CheckpointPlan:
     Attributes:
         folder: holds the steps.
         policies: reasons to save; none of them: never save.
+        storage_options: for a URL to start from.
         rules: reasons to keep a step.
         lineages: the run's, the newest last.
         tracked: metrics whose best value is remembered, and whether lower is better.
         schedule_total: the steps of a schedule that begins on resume; None: up to the run's end.
         labels: written into each manifest: `data_fingerprint`, `config_hash`, `versions`.
         mode: how a save overlaps training.
+        saver: how saves are made.
+        when_busy: what becomes of a save that is due during another.
+        reader_timeout_s: after which a silent reader of a step does not keep it any more.
         stop_on_error: a save that fails ends the run.
         max_failures: so many in a row end it in any case.
     """
 
-    folder: Path
+    folder: Storage
+    storage_options: dict[str, str]
     policies: Sequence[SavePolicy]
     rules: Sequence[RetentionRule]
     lineages: Sequence[Lineage]
@@ -54,6 +61,9 @@ class CheckpointPlan:
     schedule_total: int | None
     labels: dict[str, Any]
     mode: AsyncMode
+    saver: SaverOptions
+    when_busy: WhenBusy
+    reader_timeout_s: float
     stop_on_error: bool
     max_failures: int
 
@@ -64,14 +74,15 @@ class CheckpointHook(Hook):
 
     def __init__(self, plan: CheckpointPlan) -> None:
         self._plan = plan
-        self._catalog = Catalog(plan.folder)
+        self._catalog = Catalog(plan.folder, plan.reader_timeout_s)
         self._saver: StepSaver | None = None
         self._failures = 0
 
     def restore(self, trainer: Trainer) -> None:
         context = trainer.context
-        group = dist.new_group(backend="gloo")
-        self._saver = StepSaver(self._plan.folder, self._plan.mode, context.device, group)
+        self._saver = StepSaver(
+            self._plan.folder, self._plan.mode, context.device, context.save_group, self._plan.saver
+        )
         tried: list[int] = []
         while True:
             choice: list[StartPoint | None] = [self._choose_start(tried) if context.is_main else None]
@@ -97,7 +108,7 @@ class CheckpointHook(Hook):
     def _choose_start(self, damaged: Sequence[int]) -> StartPoint:
         """Rank 0's choice, after it has cleared away what cannot be used."""
         for step in damaged:
-            if self._catalog.step_path(step).exists():
+            if step in self._catalog.candidates():
                 self._catalog.set_aside(step, "damaged")
         for line in self._catalog.tidy(self._plan.lineages):
             log.warning("%s", line)
@@ -105,13 +116,16 @@ class CheckpointHook(Hook):
         start = start_point(self._plan.lineages, [(e.step, e.manifest.lineage) for e in entries])
         if damaged and start.kind is not StartKind.step:
             raise CheckpointError(
-                f"{self._plan.folder} must hold a sound step, but the steps {damaged} are damaged and no other is "
-                "left; use run.resume=never to start afresh"
+                f"{self._plan.folder.url} must hold a sound step, but the steps {damaged} are damaged and no other "
+                "is left; use run.resume=never to start afresh"
             )
         if start.path is not None:
             # Once, for all ranks: a run that is still saving would give each another step.
-            return dataclasses.replace(start, path=str(resolve_foreign(Path(start.path))))
+            return dataclasses.replace(start, path=resolve_foreign(self._foreign(start.path)).url)
         return start
+
+    def _foreign(self, path: str) -> Storage:
+        return open_storage(path, self._plan.storage_options)
 
     def _may_fall_back(self, start: StartPoint) -> bool:
         """Whether another step may be taken instead: only where the user did not name this one."""
@@ -124,29 +138,30 @@ class CheckpointHook(Hook):
         if start.kind is StartKind.fresh:
             return "fresh weights", None
         if start.kind is StartKind.step:
-            path, source = self._catalog.step_path(start.step), f"step {start.step} of"
+            place, source = self._catalog.step_place(start.step), f"step {start.step} of"
         else:
             assert start.path is not None
-            path, source = Path(start.path), "initial load from"
-        source = f"{source} {path}, {'verified' if is_verified(path) else 'unverified'}"
+            place, source = self._foreign(start.path), "initial load from"
+        source = f"{source} {place.url}, {'verified' if is_verified(place) else 'unverified'}"
         source += ", model only" if start.model_only else ""
         try:
-            self._load(trainer, path, start)
+            with reading(place):
+                self._load(trainer, place, start)
         except DamagedStepError as error:
             return source, str(error)
         return source, None
 
-    def _load(self, trainer: Trainer, path: Path, start: StartPoint) -> None:
+    def _load(self, trainer: Trainer, place: Storage, start: StartPoint) -> None:
         tensors = model_tensors(trainer)
         if not start.model_only:
             if "optimizer" not in start.exclude:
                 tensors |= optimizer_tensors(trainer)
-            saved = TrainState.from_json(_train_state(path))
+            saved = TrainState.from_json(_train_state(place))
             total = self._plan.schedule_total or max(1, trainer.options.steps - saved.step)
             trainer.state = saved.without(start.exclude, schedule_total=total)
             if self._plan.schedule_total is not None:
                 trainer.state.schedule_total = self._plan.schedule_total
-        load_tensors(path, tensors, trainer.context.save_group)
+        load_tensors(place, tensors, trainer.context.save_group)
 
     def fit_start(self, trainer: Trainer) -> None:
         trainer.last_save_clock = time.monotonic()
@@ -169,9 +184,14 @@ class CheckpointHook(Hook):
             best=best,
         )
         reasons = save_reasons(self._plan.policies, context)
-        if reasons:
+        ending = context.stopping or state.step >= trainer.options.steps
+        if reasons and trainer.anyone_saving and self._plan.when_busy is WhenBusy.skip and not ending:
+            if trainer.context.is_main:
+                log.info("step %d is not saved: the save before it is still being written", state.step)
+        elif reasons:
             self._save(trainer, self._saver, reasons)
-        if context.stopping or state.step >= trainer.options.steps:
+        trainer.saving = self._saver.is_busy
+        if ending:
             self._settle(trainer, self._saver.wait())
 
     def fit_end(self, trainer: Trainer) -> None:
@@ -217,7 +237,7 @@ class CheckpointHook(Hook):
         dist.all_gather_object(problems, problem, group=trainer.context.save_group)
         found = next((p for p in problems if p is not None), None)
         if found is not None:
-            self._settle(trainer, [SaveResult(step=step, path=None, error=found, seconds=0.0)])
+            self._settle(trainer, [SaveResult(step=step, url=None, error=found, seconds=0.0)])
         return found is None
 
     def _settle(self, trainer: Trainer, results: Sequence[SaveResult]) -> None:
@@ -229,7 +249,7 @@ class CheckpointHook(Hook):
                 continue
             self._failures = 0
             if trainer.context.is_main:
-                log.info("saved %s, durable after %.2f s", result.path, result.seconds)
+                log.info("saved %s, durable after %.2f s", result.url, result.seconds)
                 removed = self._catalog.prune(self._plan.rules, self._plan.lineages)
                 if removed:
                     log.info("removed steps %s", ", ".join(str(s) for s in removed))
@@ -238,6 +258,8 @@ class CheckpointHook(Hook):
 
     def _complain(self, trainer: Trainer, result: SaveResult) -> None:
         message = f"step {result.step} was not saved: {result.error}"
+        if result.final:
+            raise CheckpointError(message)
         if self._plan.stop_on_error or self._failures >= self._plan.max_failures:
             raise CheckpointError(f"{message}; {self._failures} saves in a row have failed")
         if trainer.context.is_main:
@@ -265,10 +287,10 @@ def _state_tensors(state: TrainState) -> dict[str, Tensor]:
     return {f"train_state.{name}": torch.tensor(value) for name, value in counters.items()}
 
 
-def _train_state(path: Path) -> dict[str, Any]:
+def _train_state(place: Storage) -> dict[str, Any]:
     try:
-        return read_manifest(path).train_state
+        return read_manifest(place).train_state
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{path} has no manifest and so no train state; use checkpoint.initial_load_model_only=true"
+            f"{place.url} has no manifest and so no train state; use checkpoint.initial_load_model_only=true"
         ) from error

@@ -1,0 +1,111 @@
+"""Making a step valid: rank 0's part of a save, after all ranks' files are durable."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import final
+
+import xxhash
+
+from checkpoint.contents import metadata_bytes, parse_rank_manifest, rank_manifest_name
+from checkpoint.exchange import Report
+from checkpoint.lease import LeaseLostError, Ticket
+from checkpoint.manifest import Manifest, write_manifest
+from checkpoint.storage.base import Storage
+
+__all__ = ["METADATA", "Committer", "assemble_metadata", "complete_step", "step_folder_name"]
+
+METADATA = ".metadata"
+
+
+def step_folder_name(step: int) -> str:
+    """`step-N`."""
+    return f"step-{step}"
+
+
+def assemble_metadata(place: Storage, ranks: int) -> bytes:
+    """DCP's description of a step, from the ranks' manifests: costs time in ranks × tensors."""
+    return metadata_bytes(
+        item for rank in range(ranks) for item in parse_rank_manifest(place.read(rank_manifest_name(rank)))
+    )
+
+
+def complete_step(
+    place: Storage, manifest: Manifest, reports: Sequence[Report], metadata: bytes | None = None
+) -> None:
+    """Writes what makes a folder of ranks' files a step; durable on return.
+
+    Args:
+        place: the folder.
+        manifest: without `ranks`, `files` and `hashes`.
+        reports: the ranks'.
+        metadata: what `assemble_metadata` gave, where that is known.
+    """
+    files: dict[str, int] = {}
+    hashes: dict[str, str] = {}
+    for rank, report in enumerate(reports):
+        files |= report["files"]
+        files[rank_manifest_name(rank)] = report["bytes"]
+        hashes[rank_manifest_name(rank)] = report["hash"]
+    metadata = assemble_metadata(place, len(reports)) if metadata is None else metadata
+    place.write(METADATA, metadata, flush=False)
+    files[METADATA], hashes[METADATA] = len(metadata), xxhash.xxh3_128_hexdigest(metadata)
+    # Flushes the folder: all names in it are durable before the step's own is.
+    write_manifest(place, dataclasses.replace(manifest, ranks=len(reports), files=files, hashes=hashes))
+
+
+@final
+class Committer:
+    """Where a step is written, and how it becomes valid.
+
+    Args:
+        folder: the checkpoint folder.
+        token: of this attempt.
+        ticket: proves that this attempt is the folder's one writer; None where nobody else can write.
+    """
+
+    def __init__(self, folder: Storage, token: str, ticket: Ticket | None) -> None:
+        self._folder, self._token, self._ticket = folder, token, ticket
+        # `.metadata` of the newest layout, which is the same for every step saved under it.
+        self._metadata: tuple[tuple[str, ...], bytes] | None = None
+
+    def working_name(self, step: int) -> str:
+        """The folder that a step is written into."""
+        name = step_folder_name(step)
+        return f"{name}.partial-{self._token}" if self._folder.renames else name
+
+    def working_place(self, step: int) -> Storage:
+        """The same as a storage."""
+        return self._folder.child(self.working_name(step))
+
+    def check_lease(self) -> None:
+        """Raises LeaseLostError where another writer has taken the folder over."""
+        if self._ticket is not None and not self._ticket.is_held(self._folder):
+            raise LeaseLostError(f"another writer has taken over {self._folder.url}; this one must stop")
+
+    def commit(self, manifest: Manifest, reports: Sequence[Report]) -> None:
+        """Makes the step valid.
+
+        Raises:
+            OSError: the storage fails.
+            LeaseLostError: this writer may not any more.
+        """
+        place = self.working_place(manifest.step)
+        plans = tuple(report["plan"] for report in reports)
+        if self._metadata is None or self._metadata[0] != plans:
+            self._metadata = (plans, assemble_metadata(place, len(reports)))
+        self.check_lease()
+        complete_step(place, manifest, reports, self._metadata[1])
+        if self._folder.renames:
+            self.check_lease()
+            self._folder.move(self.working_name(manifest.step), step_folder_name(manifest.step))
+
+    def is_committed(self, step: int) -> bool:
+        """Whether this attempt's step has become valid, as far as the storage shows."""
+        name = step_folder_name(step)
+        if self._folder.renames:
+            return self._folder.exists(name) and not self._folder.exists(self.working_name(step))
+        return self._folder.exists(f"{name}/manifest.json")
+
+    def discard(self, step: int) -> None:
+        """Removes what was written of a step that did not become valid."""
+        self._folder.remove(self.working_name(step))

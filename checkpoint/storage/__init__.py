@@ -1,0 +1,1 @@
+"""Where checkpoints lie: local folders, object stores, and whatever fsspec opens."""

@@ -1,0 +1,98 @@
+"""What the engine asks of a place for checkpoints."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+
+__all__ = ["RangeReader", "Storage"]
+
+
+class RangeReader(ABC):
+    """An open file."""
+
+    @abstractmethod
+    def read_into(self, offset: int, memory: memoryview) -> int:
+        """Fills memory from the file's bytes at `offset`; returns how many there were, fewer only at its end."""
+
+
+class Storage(ABC):
+    """A folder. Names are relative to it, with `/` between.
+
+    All methods raise OSError where the place fails, and FileNotFoundError where a name is not there.
+
+    Attributes:
+        url: what a person would type.
+        renames: whether `move` of a folder is one atomic step. Where it is not, a step is written under its final
+            name and its manifest, written last, makes it valid.
+    """
+
+    url: str
+    renames: bool
+
+    @abstractmethod
+    def child(self, name: str) -> "Storage":
+        """A folder below this one; need not exist."""
+
+    @abstractmethod
+    def make(self) -> None:
+        """Makes the folder and those above it."""
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """What lies right below, sorted; empty where the folder is not there."""
+
+    @abstractmethod
+    def sizes(self) -> dict[str, int]:
+        """The files right below, with their bytes; empty where the folder is not there."""
+
+    @abstractmethod
+    def exists(self, name: str) -> bool:
+        """Whether there is such a file or folder."""
+
+    @abstractmethod
+    def read(self, name: str) -> bytes:
+        """A small file."""
+
+    @abstractmethod
+    def open(self, name: str) -> AbstractContextManager[RangeReader]:
+        """A file to read ranges of."""
+
+    @abstractmethod
+    def write(self, name: str, data: bytes, *, flush: bool = True) -> None:
+        """Replaces a small file as a whole; its bytes are durable on return.
+
+        Args:
+            name: the file.
+            data: all of it.
+            flush: make its name durable too; without it, a later `flush` of the folder does.
+        """
+
+    @abstractmethod
+    def create(self, name: str, data: bytes) -> bool:
+        """Writes a small file unless it is there; says whether it was written. Of several that try, one can."""
+
+    @abstractmethod
+    def stream(self, name: str, size: int, windows: Iterator[memoryview]) -> None:
+        """Writes a new file; durable on return.
+
+        Args:
+            name: must not be there.
+            size: bytes in all.
+            windows: the bytes in order, page-aligned in memory and file; each is read before the next is asked for.
+        """
+
+    @abstractmethod
+    def flush(self) -> None:
+        """Makes the names right below durable."""
+
+    @abstractmethod
+    def move(self, name: str, target: str) -> None:
+        """Renames a file or folder; `target` must not be there."""
+
+    @abstractmethod
+    def remove(self, name: str) -> None:
+        """Removes a file or a folder with all below it, if it is there."""
+
+    @abstractmethod
+    def free_bytes(self) -> int | None:
+        """Room that is left; None where nobody can say."""

@@ -1,0 +1,193 @@
+"""Folders of a file system: large aligned writes past the page cache where it takes them, flushes, atomic renames."""
+
+import errno
+import logging
+import mmap
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import final
+
+from checkpoint.config import DirectIo
+from checkpoint.files import fsync_folder
+from checkpoint.plan import PAGE
+from checkpoint.storage.base import RangeReader, Storage
+
+__all__ = ["LocalStorage", "takes_direct_io", "write_all"]
+
+log = logging.getLogger(__name__)
+
+
+def takes_direct_io(folder: Path) -> bool:
+    """Whether files below `folder` can be written past the page cache; found out by writing one page."""
+    probe = folder / f".direct-{uuid.uuid4().hex[:8]}"
+    page = mmap.mmap(-1, PAGE)
+    try:
+        descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_DIRECT, 0o644)
+        try:
+            return os.pwrite(descriptor, page, 0) == PAGE
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+            return False
+        raise
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def write_all(descriptor: int, data: memoryview, offset: int) -> None:
+    """Writes all of `data`, however much the file system takes at a time; raises OSError where it takes nothing."""
+    done = 0
+    while done < len(data):
+        written = os.pwrite(descriptor, data[done:], offset + done)
+        # A short write past the page cache may end within a page; what follows must be aligned again.
+        done += written - written % PAGE if written < len(data) - done else written
+        if written == 0:
+            raise OSError(errno.EIO, "the file system wrote nothing")
+
+
+@final
+class _Descriptor(RangeReader):
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def read_into(self, offset: int, memory: memoryview) -> int:
+        done = 0
+        while done < len(memory):
+            got = os.preadv(self._descriptor, [memory[done:]], offset + done)
+            if got == 0:
+                break
+            done += got
+        return done
+
+
+@final
+class LocalStorage(Storage):
+    """A folder on a disk or a shared file system.
+
+    Args:
+        path: need not exist.
+        direct_io: whether large writes go past the page cache; `auto` tries it once, where the first one goes.
+    """
+
+    renames = True
+
+    def __init__(self, path: Path, direct_io: DirectIo = DirectIo.auto) -> None:
+        self.path = path
+        self.url = str(path)
+        self._direct_io = direct_io
+        # Shared with the folders below: decided once.
+        self._decided: list[bool] = [] if direct_io is DirectIo.auto else [direct_io is DirectIo.on]
+
+    def child(self, name: str) -> "LocalStorage":
+        below = LocalStorage(self.path / name, self._direct_io)
+        below._decided = self._decided
+        return below
+
+    def make(self) -> None:
+        missing = self.path
+        while not missing.parent.exists():
+            missing = missing.parent
+        self.path.mkdir(parents=True, exist_ok=True)
+        fsync_folder(missing.parent)
+
+    def names(self) -> list[str]:
+        try:
+            return sorted(p.name for p in self.path.iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def sizes(self) -> dict[str, int]:
+        try:
+            with os.scandir(self.path) as entries:
+                return {e.name: e.stat().st_size for e in entries if e.is_file()}
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+
+    def exists(self, name: str) -> bool:
+        return (self.path / name).exists()
+
+    def read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[RangeReader]:
+        descriptor = os.open(self.path / name, os.O_RDONLY)
+        try:
+            yield _Descriptor(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def write(self, name: str, data: bytes, *, flush: bool = True) -> None:
+        temporary = self._temporary(name, data)
+        try:
+            temporary.rename(self.path / name)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        if flush:
+            self.flush()
+
+    def create(self, name: str, data: bytes) -> bool:
+        temporary = self._temporary(name, data)
+        try:
+            # A link, unlike a rename, fails where the name is taken; on NFS too.
+            os.link(temporary, self.path / name)
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink()
+        self.flush()
+        return True
+
+    def _temporary(self, name: str, data: bytes) -> Path:
+        """A durable file beside `name`, for a rename or a link."""
+        path = self.path / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        try:
+            write_all(descriptor, memoryview(data), 0)
+            os.fsync(descriptor)
+        except OSError:
+            path.unlink()
+            raise
+        finally:
+            os.close(descriptor)
+        return path
+
+    def stream(self, name: str, size: int, windows: Iterator[memoryview]) -> None:
+        if not self._decided:
+            self._decided.append(takes_direct_io(self.path))
+            log.info("checkpoints are written %s the page cache", "past" if self._decided[0] else "through")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | (os.O_DIRECT if self._decided[0] else 0)
+        descriptor = os.open(self.path / name, flags, 0o644)
+        try:
+            position = 0
+            for window in windows:
+                write_all(descriptor, window, position)
+                position += len(window)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def flush(self) -> None:
+        fsync_folder(self.path)
+
+    def move(self, name: str, target: str) -> None:
+        goal = self.path / target
+        goal.parent.mkdir(parents=True, exist_ok=True)
+        (self.path / name).rename(goal)
+        self.flush()
+
+    def remove(self, name: str) -> None:
+        path = self.path / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+    def free_bytes(self) -> int | None:
+        return shutil.disk_usage(self.path).free

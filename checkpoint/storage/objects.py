@@ -1,0 +1,198 @@
+"""Object stores (S3, Google, Azure) through obstore: multipart uploads, retries with back-off, exclusive creation."""
+
+import errno
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, cast, final
+
+from checkpoint.storage.base import RangeReader, Storage
+
+__all__ = ["OBJECT_SCHEMES", "ObjectStorage"]
+
+log = logging.getLogger(__name__)
+
+OBJECT_SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss")
+_PART_BYTES = 8 << 20
+_PARTS_AT_ONCE = 4
+_RETRY = {"max_retries": 5, "retry_timeout": timedelta(seconds=60)}
+
+
+@contextmanager
+def _as_os_error(what: str) -> Iterator[None]:
+    """The store's own errors as the OSError that a disk would raise."""
+    from obstore.exceptions import BaseError
+
+    try:
+        yield
+    except BaseError as error:
+        # The first line says it; what follows is the request.
+        raise OSError(errno.EIO, f"{what}: {str(error).strip().splitlines()[0][:300]}") from error
+
+
+@final
+class _Object(RangeReader):
+    def __init__(self, storage: "ObjectStorage", name: str) -> None:
+        self._storage, self._name = storage, name
+
+    def read_into(self, offset: int, memory: memoryview) -> int:
+        data = self._storage.read_range(self._name, offset, len(memory))
+        memory[: len(data)] = data
+        return len(data)
+
+
+@final
+class ObjectStorage(Storage):
+    """A prefix in a bucket.
+
+    Args:
+        url: for instance `s3://bucket/prefix`.
+        options: for obstore's store of that kind (`endpoint`, `region`, …); credentials come from the environment.
+        prefix: below the URL's own.
+    """
+
+    renames = False
+
+    def __init__(self, url: str, options: Mapping[str, Any], *, _store: Any = None, _prefix: str = "") -> None:
+        try:
+            from obstore.store import from_url
+        except ImportError as error:
+            raise ValueError(
+                f"checkpoint.folder must be a local folder where obstore is not installed, but is {url!r}; "
+                'install it with pip install "regrow[cloud]"'
+            ) from error
+        self.url = url.rstrip("/")
+        self._options = options
+        self._prefix = _prefix
+        self._store = _store
+        if _store is None:
+            given = dict(options)
+            plain_http = str(given.get("endpoint", "")).startswith("http://")
+            with _as_os_error(url):
+                # Which options there are depends on the URL, which mypy cannot know.
+                self._store = cast(Any, from_url)(
+                    self.url, retry_config=_RETRY, client_options={"allow_http": plain_http}, **given
+                )
+
+    def child(self, name: str) -> "ObjectStorage":
+        return ObjectStorage(
+            f"{self.url}/{name}", self._options, _store=self._store, _prefix=f"{self._prefix}{name}/"
+        )
+
+    def make(self) -> None:
+        """Prefixes need not be made."""
+
+    def names(self) -> list[str]:
+        import obstore
+
+        with _as_os_error(self.url):
+            found = obstore.list_with_delimiter(self._store, self._prefix or None)
+        paths = [*found["common_prefixes"], *(o["path"] for o in found["objects"])]
+        return sorted({p.rstrip("/").rsplit("/", 1)[-1] for p in paths})
+
+    def sizes(self) -> dict[str, int]:
+        import obstore
+
+        with _as_os_error(self.url):
+            found = obstore.list_with_delimiter(self._store, self._prefix or None)
+        return {str(o["path"]).rsplit("/", 1)[-1]: int(o["size"]) for o in found["objects"]}
+
+    def exists(self, name: str) -> bool:
+        import obstore
+
+        try:
+            with _as_os_error(f"{self.url}/{name}"):
+                obstore.head(self._store, self._prefix + name)
+        except FileNotFoundError:
+            return bool(self.child(name).names())
+        return True
+
+    def read(self, name: str) -> bytes:
+        import obstore
+
+        with _as_os_error(f"{self.url}/{name}"):
+            return bytes(obstore.get(self._store, self._prefix + name).bytes())
+
+    def read_range(self, name: str, offset: int, length: int) -> memoryview:
+        """A part of an object; shorter at its end."""
+        import obstore
+
+        if length == 0:
+            return memoryview(b"")
+        with _as_os_error(f"{self.url}/{name}"):
+            return memoryview(obstore.get_range(self._store, self._prefix + name, start=offset, length=length))
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[RangeReader]:
+        yield _Object(self, name)
+
+    def write(self, name: str, data: bytes, *, flush: bool = True) -> None:
+        import obstore
+
+        with _as_os_error(f"{self.url}/{name}"):
+            obstore.put(self._store, self._prefix + name, data, use_multipart=False)
+
+    def create(self, name: str, data: bytes) -> bool:
+        import obstore
+        from obstore.exceptions import AlreadyExistsError, NotSupportedError
+
+        try:
+            with _as_os_error(f"{self.url}/{name}"):
+                obstore.put(self._store, self._prefix + name, data, mode="create")
+        except OSError as error:
+            if isinstance(error.__cause__, AlreadyExistsError):
+                return False
+            if not isinstance(error.__cause__, NotSupportedError) and "501" not in str(error):
+                raise
+            # A server without conditional writes: what remains is to look first.
+            if self.exists(name):
+                return False
+            self.write(name, data)
+        return True
+
+    def stream(self, name: str, size: int, windows: Iterator[memoryview]) -> None:
+        import obstore
+
+        # Parts are uploaded while the next window is filled, so each has its own copy.
+        parts = (bytes(window) for window in windows)
+        with _as_os_error(f"{self.url}/{name}"):
+            obstore.put(
+                self._store, self._prefix + name, parts, chunk_size=_PART_BYTES, max_concurrency=_PARTS_AT_ONCE
+            )
+
+    def flush(self) -> None:
+        """What was put is durable."""
+
+    def _below(self, name: str) -> list[str]:
+        import obstore
+
+        with _as_os_error(f"{self.url}/{name}"):
+            pages = obstore.list(self._store, f"{self._prefix}{name}/")
+            found = [entry["path"] for page in pages for entry in page]
+        return sorted(str(path) for path in found)
+
+    def move(self, name: str, target: str) -> None:
+        import obstore
+
+        source, goal = self._prefix + name, self._prefix + target
+        paths = self._below(name) or [source]
+        with _as_os_error(f"{self.url}/{name}"):
+            for path in paths:
+                obstore.copy(self._store, path, goal + path[len(source) :])
+        self.remove(name)
+
+    def remove(self, name: str) -> None:
+        import obstore
+
+        # What makes a step valid goes first, so that a removal that is cut short leaves no step that looks whole.
+        paths = sorted(self._below(name), key=lambda p: not p.endswith("manifest.json"))
+        with _as_os_error(f"{self.url}/{name}"):
+            for path in paths or [self._prefix + name]:
+                try:
+                    obstore.delete(self._store, path)
+                except FileNotFoundError:
+                    continue
+
+    def free_bytes(self) -> int | None:
+        return None
