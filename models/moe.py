@@ -134,7 +134,7 @@ class MixtureOfExperts(nn.Module):
         rows_SD = x_SD.repeat_interleave(per_token, dim=0)
         out_SCD = self.run_experts(rows_SD, chosen_SC.flatten(), self.experts).view(-1, per_token, x_SD.shape[1])
         out_SD = (out_SCD * weights_SC.to(out_SCD.dtype)[..., None]).sum(1)
-        out_BTD = out_SD.view(x_BTD.shape)
+        out_BTD: Tensor = out_SD.view(x_BTD.shape)
         if self.auxiliary > 0 and self.training:
             out_BTD = add_loss(out_BTD, self._balance_loss(scores_SE, chosen_SC, x_BTD.shape[:2], valid_BT))
         return out_BTD
