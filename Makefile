@@ -36,7 +36,8 @@ lint: $(STAMP)  ## ruff and mypy --strict
 check: lint     ## lint and the fast tests
 	$(BIN)/pytest -q -m 'not slow and not gpu'
 
-test: $(STAMP) $(TORCHTUNE)/.installed  ## every test
+test: $(STAMP) $(TORCHTUNE)/.installed  ## every test; installs Debian's Slurm for tests/slurm where it is missing
+	tests/slurm/setup.sh
 	$(BIN)/pytest
 
 clean:          ## remove caches and outputs, keep the virtual environment

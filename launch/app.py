@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -19,7 +19,8 @@ from checkpoint.lease import Ticket
 from launch.errors import UserError, check_arguments, describe
 from launch.run_name import register_resolver
 from launch.schema import Config, register_schemas
-from launch.signals import StopFlag
+from launch.signals import STOP_NOTE_VARIABLE, StopFlag
+from launch.sweep import RunFailed, result_of
 from launch.typed import plain, to_config
 from launch.worker import Outcome, RankSpec, log_to_console, run_rank
 
@@ -28,6 +29,8 @@ __all__ = ["Application"]
 log = logging.getLogger(__name__)
 
 EXIT_RESUMABLE = 3
+# Set by launchers that start a sweep's runs one by one.
+SWEEP_VARIABLE = "REGROW_SWEEP"
 
 
 @final
@@ -43,6 +46,14 @@ class Application:
         self._flag = flag
         self._full_error = full_error
         self._codes: list[int] = []
+        self._home = os.getpid()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In a process that joblib or submitit started for a run of a sweep."""
+        self.__dict__.update(state)
+        register_resolver()
+        register_schemas()
+        log_to_console()
 
     def run(self, arguments: list[str]) -> None:
         """Hands the command line to Hydra.
@@ -53,6 +64,10 @@ class Application:
         check_arguments(arguments)
         register_resolver()
         register_schemas()
+        if any(a.startswith("hydra/launcher=") for a in arguments):
+            from launch.launchers import register_launchers
+
+            register_launchers()
         if not any(a.startswith(("--info", "--cfg", "--help", "--hydra-help")) for a in arguments):
             # Hydra prints these itself, through loggers that would reach our console a second time.
             log_to_console()
@@ -61,23 +76,43 @@ class Application:
         # argparse takes overrides on one side of a flag only.
         sweeping = [a for a in arguments if a in ("-m", "--multirun")]
         sys.argv[1:] = [*sweeping[:1], *(a for a in arguments if a not in ("-m", "--multirun"))]
-        hydra.main(config_path="pkg://conf", config_name="config", version_base="1.3")(self._task)()
+        try:
+            hydra.main(config_path="pkg://conf", config_name="config", version_base="1.3")(self._task)()
+        except RunFailed as error:
+            print(f"error: {error}", file=sys.stderr)
+            self._codes.append(error.exit_code)
 
     def exit_code(self) -> int:
         """That of the run, or the gravest of the sweep's: failed, bad input, resumable, done."""
         gravity = (1, 2, 3, 0)
         return min(self._codes, key=gravity.index, default=0)
 
-    def _task(self, config: DictConfig) -> None:
+    def _task(self, config: DictConfig) -> float | None:
+        """One run; returns its result, for sweepers that optimise."""
         if EXIT_RESUMABLE in self._codes:
-            return  # a sweep that was asked to stop starts no further run
+            return None  # a sweep that was asked to stop starts no further run
+        away = os.getpid() != self._home
+        if away:
+            self._flag.install()
+        run_dir = Path(HydraConfig.get().runtime.output_dir)
+        self._run_once(config)
+        if away and self._codes[-1]:
+            raise RunFailed(f"{run_dir.name} ended with exit code {self._codes[-1]}", exit_code=self._codes[-1])
+        return result_of(run_dir)
+
+    def _run_once(self, config: DictConfig) -> None:
         try:
             outcome, external = self._train(config)
             if outcome.message:
                 print(f"error: {outcome.message}", file=sys.stderr)
-            # An elastic agent would start again what ends with anything but 0; the stop record tells the rest.
-            elastic = external and "TORCHELASTIC_RUN_ID" in os.environ
-            self._codes.append(0 if elastic else outcome.exit_code)
+            # An elastic agent would start again what ends with anything but 0, and srun would kill the ranks that are
+            # a moment slower; the stop record tells the rest.
+            recorded = external and ("TORCHELASTIC_RUN_ID" in os.environ or STOP_NOTE_VARIABLE in os.environ)
+            self._codes.append(0 if recorded else outcome.exit_code)
+            if "SUBMITIT_EXECUTOR" in os.environ and outcome.exit_code == EXIT_RESUMABLE:
+                from launch.submitit import stay_until_killed
+
+                stay_until_killed(requeue=outcome.kind == "preempted")
         except UserError as error:
             if self._full_error:
                 traceback.print_exc()
@@ -91,6 +126,7 @@ class Application:
         hydra_config = HydraConfig.get()
         run_dir = Path(hydra_config.runtime.output_dir)
         sweep = Path(config.run.root).name if hydra_config.mode is RunMode.MULTIRUN else None
+        sweep = os.environ.get(SWEEP_VARIABLE, sweep)
         overrides = list(hydra_config.overrides.task)
         try:
             with refusing():
@@ -120,7 +156,6 @@ class Application:
 
                 outcome = run_local(spec)
             else:
-                self._flag.defer(deferring=True)
                 try:
                     outcome = run_rank(spec, self._flag)
                 finally:
@@ -228,7 +263,6 @@ def _train_external(spec: RankSpec, flag: StopFlag, overrides: list[str]) -> Out
             raise Refused(opened)
         if opened:
             return _already_finished(spec)
-        flag.defer(deferring=True)
         try:
             # Rank 0 makes steps valid, and it is the one that holds the lease.
             return run_rank(dataclasses.replace(spec, ticket=ticket), flag)

@@ -47,15 +47,24 @@ def detect_ranks(environ: Mapping[str, str], degrees: int | None) -> Ranks | Non
         rank=int(environ["SLURM_PROCID"]),
         world_size=tasks,
         local_rank=int(environ["SLURM_LOCALID"]),
-        local_world_size=max(1, tasks // int(environ.get("SLURM_NNODES", "1"))),
+        # A step may have fewer nodes than its job.
+        local_world_size=max(1, tasks // int(environ.get("SLURM_STEP_NUM_NODES", environ.get("SLURM_NNODES", "1")))),
         master=environ.get("MASTER_ADDR", ""),
-        port=int(environ.get("MASTER_PORT", 20000 + int(environ.get("SLURM_JOB_ID", "0")) % 20000)),
+        port=int(environ.get("MASTER_PORT", _port(environ))),
     )
+
+
+def _port(environ: Mapping[str, str]) -> int:
+    """Below the ports that systems give out by themselves. Every job uses two; neighbours in an array share nodes,
+    and a requeued job may overlap with what is left of its predecessor.
+    """
+    job, restart = int(environ.get("SLURM_JOB_ID", "0")), int(environ.get("SLURM_RESTART_COUNT", "0"))
+    return 20000 + 2 * ((job + 101 * restart) % 6000)
 
 
 def export_ranks(ranks: Ranks) -> None:
     """Sets torchrun's variables, which torch.distributed reads."""
-    master = ranks.master or _first_host(os.environ["SLURM_JOB_NODELIST"])
+    master = ranks.master or _first_host(os.environ.get("SLURM_STEP_NODELIST", os.environ["SLURM_JOB_NODELIST"]))
     os.environ |= {
         "RANK": str(ranks.rank),
         "WORLD_SIZE": str(ranks.world_size),

@@ -81,12 +81,14 @@ class LaunchConfig:
         threads_per_rank: CPU threads; 0 shares the cores. Results are bitwise the same only with the same
             number.
         timeout_s: seconds after which a collective that hangs is an error.
+        elastic: with `parallel.dp_shard=-1` under Slurm, the numbers of ranks that a run may go on with.
     """
 
     device: Device = Device.auto
     max_restarts: int = 0
     threads_per_rank: int = 0
     timeout_s: float = 600.0
+    elastic: list[int] = field(default_factory=list)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,26 +1,23 @@
 """Requests to stop. Standard library only: the handlers stand before torch is imported.
 
-Before training there is nothing to save, so a signal ends the program at once; during training it sets a flag
-that the loop looks at once a step.
+Before the first step there is nothing to save, so a signal ends the program at once, whatever it is loading or
+compiling; from then on it sets a flag that the loop looks at once a step.
 """
 
+import contextlib
 import os
 import signal
 from types import FrameType
 from typing import final
 
-__all__ = ["SIGNALS", "Interrupted", "StopFlag"]
+from trainer.process import Interrupted
+
+__all__ = ["SIGNALS", "STOP_NOTE_VARIABLE", "Interrupted", "StopFlag", "write_note"]
 
 # USR2 is a preemption or a time limit, announced by the scheduler; TERM and INT are somebody's wish.
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
-
-
-class Interrupted(BaseException):
-    """A signal came while there was nothing to save."""
-
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(signal.Signals(signal_number).name)
-        self.signal_number = signal_number
+# Names a file in which the batch script reads what its ranks were stopped by.
+STOP_NOTE_VARIABLE = "REGROW_STOP_NOTE"
 
 
 @final
@@ -41,13 +38,25 @@ class StopFlag:
             signal.signal(number, self._handle)
 
     def defer(self, *, deferring: bool) -> None:
-        """Whether a signal sets the flag (training) or raises `Interrupted` (before and after)."""
+        """Whether a signal sets the flag (steps are done) or raises `Interrupted` (before and after)."""
         self._deferring = deferring
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self.received is None:
+            write_note(signal.Signals(number).name.removeprefix("SIG"))
         if not self._deferring:
             raise Interrupted(number)
         if self.received is not None and number == signal.SIGINT:
             # The second Ctrl-C means it.
             os._exit(130)
         self.received = self.received or number
+
+
+def write_note(text: str) -> None:
+    """One line for the batch script, if there is one: a signal's name, or `REFUSED`."""
+    path = os.environ.get(STOP_NOTE_VARIABLE)
+    if path:
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            os.write(descriptor, f"{text}\n".encode())
+            os.close(descriptor)

@@ -4,7 +4,8 @@ import os
 import sys
 import traceback
 
-from launch.signals import Interrupted, StopFlag
+from launch.signals import Interrupted, StopFlag, write_note
+from trainer.process import PARENT_VARIABLE, die_with_parent
 
 __all__ = ["main"]
 
@@ -15,11 +16,16 @@ def main() -> None:
     """The command's entry. Exit codes: 0 done, 1 failed, 2 bad input, 3 stopped and resumable."""
     flag = StopFlag()
     flag.install()
+    if PARENT_VARIABLE in os.environ:
+        die_with_parent(int(os.environ.pop(PARENT_VARIABLE)))
     try:
         code = _run(sys.argv[1:], flag)
     except Interrupted as stop:
         print(f"stopped by {stop}; nothing was lost, give the same command again", file=sys.stderr)
         code = EXIT_RESUMABLE
+    if code == EXIT_BAD_INPUT:
+        # srun's own exit code may be that of a rank that it killed because another one had ended.
+        write_note("REFUSED")
     sys.stdout.flush()
     sys.stderr.flush()
     # torch's threads can abort the interpreter's ordinary shutdown.

@@ -188,8 +188,28 @@ def build_trainer(spec: RankSpec, context: "ParallelContext", flag: StopFlag, th
         make_batches=make_batches,
         hooks=_hooks(spec, context, threads, store.index.fingerprint),
         state=TrainState(schedule_total=config.scheduler.total_steps or config.train.steps),
-        stop_requested=lambda: _reason(flag),
+        stop_requested=_Wish(flag, compiles=config.train.compile),
     )
+
+
+class _Wish:
+    """This rank's wish to stop. Before the first step nothing would be lost, so until the loop first asks a signal
+    ends the rank at once, and where that step compiles, until it has.
+
+    Args:
+        flag: the signal handler.
+        compiles: whether the first step may take minutes.
+    """
+
+    def __init__(self, flag: StopFlag, *, compiles: bool) -> None:
+        self._flag = flag
+        self._early = 1 if compiles else 0
+
+    def __call__(self) -> "StopReason | None":
+        if self._early == 0:
+            self._flag.defer(deferring=True)
+        self._early = max(0, self._early - 1)
+        return _reason(self._flag)
 
 
 def _reason(flag: StopFlag) -> "StopReason | None":
@@ -299,6 +319,7 @@ def _checkpoint_hook(spec: RankSpec, fingerprint: str) -> Any:
             storage_options=config.checkpoint.storage_options,
             stop_on_error=config.checkpoint.on_save_error.value == "stop",
             max_failures=config.checkpoint.max_save_errors,
+            grace_s=float(os.environ.get("REGROW_GRACE_S", "inf")),
         )
     )
 

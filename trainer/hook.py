@@ -21,6 +21,9 @@ class Hook:
     def fit_start(self, trainer: "Trainer") -> None:
         """The state is what training continues from."""
 
+    def stopped(self, trainer: "Trainer") -> None:
+        """Asked to stop before the next step began, while it had no data; the step before has ended."""
+
     def step_start(self, trainer: "Trainer") -> None:
         """Before the first forward pass of a step."""
 

@@ -3,6 +3,7 @@
 restore                          # CheckpointHook: resume, load_step, initial load, or fresh; said in one banner
 fit_start
 for step in steps:
+    stopped                      # only when asked to stop while waiting for data: CheckpointHook saves the last step
     step_start
     for microbatch: forward, backward
     before_optimizer_step        # CheckpointHook: waits until the last snapshot is copied
@@ -128,9 +129,10 @@ class _Pending:
     ids: Sequence[int] = field(default_factory=list)
 
 
-# What ranks agree on with one reduction a step: the loss' sum, requests to stop, rank 0's clock, and how many ranks
-# are still writing a checkpoint. The gradient norm is the same on all ranks already and only travels along.
-_AGREED = ("loss_sum", "terminate", "preempt", "seconds_since_save", "saving", "grad_norm")
+# What ranks agree on with one reduction a step: the loss' sum, requests to stop, rank 0's clock, how many ranks are
+# still writing a checkpoint, and how many had no batch ready. The gradient norm is the same on all ranks already and
+# only travels along.
+_AGREED = ("loss_sum", "terminate", "preempt", "seconds_since_save", "saving", "waiting", "grad_norm")
 
 
 @final
@@ -182,6 +184,7 @@ class Trainer:
         self._make_batches = make_batches
         self._stop_requested = stop_requested
         self._pending: _Pending | None = None
+        self._waiting, self._starved = False, True
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._peak = peak_flops(context.device)
         self._flops = model.flops_per_token(options.seq_len)
@@ -199,7 +202,11 @@ class Trainer:
             self.stop = self.agree_on_stop()
             batches = self._make_batches(self.state.samples_consumed)
             while self.state.step < self.options.steps and self.stop is None:
-                self._step(batches)
+                waited = time.perf_counter()
+                if not self._wait_for_data(batches):
+                    self._call("stopped")
+                    break
+                self._step(batches, waited)
             self.flush()
             self._call("fit_end")
         except BaseException as error:
@@ -217,9 +224,33 @@ class Trainer:
         for hook in self.hooks:
             getattr(hook, event)(self)
 
-    def _step(self, batches: Prefetcher) -> None:
-        """One optimizer step, after which the row of the step before is complete."""
-        started = time.perf_counter()
+    def _wait_for_data(self, batches: Prefetcher) -> bool:
+        """Waits until every rank has its batch; false when a stop was agreed on meanwhile.
+
+        Ranks ask each other only where one of them had to wait at the last step known to all, or at the start.
+        """
+        if not self._starved:
+            return True
+        while True:
+            wish, ready = self._stop_requested(), batches.ready(0.2)
+            asked = [wish is StopReason.terminated, wish is StopReason.preempted, ready]
+            flags = torch.tensor(asked, dtype=torch.float64)
+            if self.context.world_size > 1:
+                dist.all_reduce(flags, group=self.context.save_group)
+            if flags[2] == self.context.world_size:
+                return True
+            self.stop = _stop_of({"terminate": float(flags[0]), "preempt": float(flags[1])})
+            if self.stop is not None:
+                return False
+
+    def _step(self, batches: Prefetcher, started: float) -> None:
+        """One optimizer step, after which the row of the step before is complete.
+
+        Args:
+            batches: the next one is this step's.
+            started: when waiting for it began.
+        """
+        self._waiting = not batches.ready(0.0)
         self.batch = next(batches)
         data_wait_s = time.perf_counter() - started
         self.measured = {}
@@ -292,6 +323,7 @@ class Trainer:
             float(wish is StopReason.preempted),
             clock,
             float(self.saving),
+            float(self._waiting),
         ]
         others = torch.tensor(wishes, dtype=torch.float64).to(loss_sum.device, non_blocking=True)
         agreed = torch.cat([loss_sum.reshape(1), others])
@@ -336,6 +368,7 @@ class Trainer:
             raise NonFiniteLossError(f"the loss of step {pending.step} is {loss}; its sample ids were {ids}")
         self.seconds_since_save = values["seconds_since_save"]
         self.anyone_saving = values["saving"] > 0
+        self._starved = values["waiting"] > 0
         self.stop = self.stop or _stop_of(values)
         norm = values["grad_norm"] if math.isfinite(values["grad_norm"]) else None
         if norm is None and self.context.is_main:

@@ -5,11 +5,19 @@ import os
 import signal
 import sys
 
-__all__ = ["PARENT_VARIABLE", "die_with_parent"]
+__all__ = ["PARENT_VARIABLE", "Interrupted", "die_with_parent"]
 
 # The starter's pid: if it died before the request below took effect, nobody would send the signal.
 PARENT_VARIABLE = "REGROW_PARENT_PID"
 _PR_SET_PDEATHSIG = 1
+
+
+class Interrupted(BaseException):
+    """A signal came while there was nothing to save."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal.Signals(signal_number).name)
+        self.signal_number = signal_number
 
 
 def die_with_parent(parent_pid: int) -> None:

@@ -4,6 +4,7 @@ A thread measured better than a process: reading a batch is a few copies from ma
 over (`python -m benchmarks.prefetch`, docs/benchmarks.md).
 """
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -140,6 +141,7 @@ class Prefetcher:
             )
 
         self._queue: queue.Queue[StepBatch | BaseException] = queue.Queue(maxsize=max(1, depth))
+        self._ahead: StepBatch | BaseException | None = None
         self._stopped = threading.Event()
         self._thread = threading.Thread(
             target=self._fill, args=(read, samples_consumed, global_batch_size), name="prefetch", daemon=True
@@ -165,8 +167,16 @@ class Prefetcher:
     def __iter__(self) -> Iterator[StepBatch]:
         return self
 
+    def ready(self, timeout_s: float) -> bool:
+        """Whether the next batch is there, or comes within the time; an error counts as one."""
+        if self._ahead is None and timeout_s > 0:
+            with contextlib.suppress(queue.Empty):
+                self._ahead = self._queue.get(timeout=timeout_s)
+        return self._ahead is not None or not self._queue.empty()
+
     def __next__(self) -> StepBatch:
-        item = self._queue.get()
+        item = self._ahead if self._ahead is not None else self._queue.get()
+        self._ahead = None
         if isinstance(item, BaseException):
             raise item
         return item

@@ -2,8 +2,10 @@
 
 import dataclasses
 import logging
+import math
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -26,7 +28,7 @@ from trainer.hook import Hook
 from trainer.loop import Trainer
 from trainer.state import TrainState
 
-__all__ = ["CheckpointHook", "CheckpointPlan"]
+__all__ = ["CheckpointHook", "CheckpointPlan", "stop_seconds"]
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ class CheckpointPlan:
         reader_timeout_s: after which a silent reader of a step does not keep it any more.
         stop_on_error: a save that fails ends the run.
         max_failures: so many in a row end it in any case.
+        grace_s: between a request to stop and the kill; infinite where nobody kills.
     """
 
     folder: Storage
@@ -66,6 +69,7 @@ class CheckpointPlan:
     reader_timeout_s: float
     stop_on_error: bool
     max_failures: int
+    grace_s: float = math.inf
 
 
 @final
@@ -77,6 +81,9 @@ class CheckpointHook(Hook):
         self._catalog = Catalog(plan.folder, plan.reader_timeout_s)
         self._saver: StepSaver | None = None
         self._failures = 0
+        self._saved_from = 0
+        self._step_s = 0.0
+        self._save_seconds: deque[float] = deque(maxlen=5)
 
     def restore(self, trainer: Trainer) -> None:
         context = trainer.context
@@ -164,6 +171,7 @@ class CheckpointHook(Hook):
         load_tensors(place, tensors, trainer.context.save_group)
 
     def fit_start(self, trainer: Trainer) -> None:
+        self._saved_from = trainer.state.step
         trainer.last_save_clock = time.monotonic()
 
     def before_optimizer_step(self, trainer: Trainer) -> None:
@@ -192,6 +200,13 @@ class CheckpointHook(Hook):
             self._save(trainer, self._saver, reasons)
         trainer.saving = self._saver.is_busy
         if ending:
+            self._settle(trainer, self._saver.wait())
+
+    def stopped(self, trainer: Trainer) -> None:
+        assert self._saver is not None
+        if trainer.state.step > self._saved_from:
+            self.step_end(trainer)
+        else:
             self._settle(trainer, self._saver.wait())
 
     def fit_end(self, trainer: Trainer) -> None:
@@ -223,7 +238,25 @@ class CheckpointHook(Hook):
         if trainer.context.is_main:
             log.info("saving step %d (%s): %.1f ms", step, ", ".join(reasons), (time.perf_counter() - started) * 1e3)
         trainer.last_save_clock, trainer.seconds_since_save = time.monotonic(), 0.0
+        self._saved_from = step
         self._settle(trainer, results)
+
+    def on_metrics(self, trainer: Trainer, row: Mapping[str, Any]) -> None:
+        self._step_s = float(row.get("step_time_s", 0.0))
+
+    def _check_grace(self, trainer: Trainer, seconds: float) -> None:
+        """Says beforehand that a stop will not fit into its grace time, the first time that it is so."""
+        fitted = stop_seconds(self._save_seconds, self._step_s) <= self._plan.grace_s
+        self._save_seconds.append(seconds)
+        needed = stop_seconds(self._save_seconds, self._step_s)
+        if fitted and needed > self._plan.grace_s and trainer.context.is_main:
+            log.warning(
+                "a requested stop takes about %.0f s (two steps and a save), but is killed after %.0f s: up to "
+                "checkpoint.interval steps would be lost; raise hydra.launcher.grace_s and the partition's grace "
+                "time, or lower checkpoint.interval",
+                needed,
+                self._plan.grace_s,
+            )
 
     def _rows_are_durable(self, trainer: Trainer, step: int) -> bool:
         """A commit waits for the rows up to its step; where the disk does not take them, nothing is saved."""
@@ -250,6 +283,7 @@ class CheckpointHook(Hook):
             self._failures = 0
             if trainer.context.is_main:
                 log.info("saved %s, durable after %.2f s", result.url, result.seconds)
+                self._check_grace(trainer, result.seconds)
                 removed = self._catalog.prune(self._plan.rules, self._plan.lineages)
                 if removed:
                     log.info("removed steps %s", ", ".join(str(s) for s in removed))
@@ -264,6 +298,13 @@ class CheckpointHook(Hook):
             raise CheckpointError(f"{message}; {self._failures} saves in a row have failed")
         if trainer.context.is_main:
             log.warning("%s; training goes on and the next due save is tried", message)
+
+
+def stop_seconds(save_seconds: Iterable[float], step_s: float) -> float:
+    """How long a requested stop takes: the step under way, the one in which ranks agree, and the slowest of
+    the last saves.
+    """
+    return 2 * step_s + max(save_seconds, default=0.0)
 
 
 def model_tensors(trainer: Trainer) -> dict[str, Tensor]:

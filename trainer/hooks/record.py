@@ -1,11 +1,13 @@
 """Keeps the run's own history in `run.json`, one attempt per start of the ranks."""
 
 import logging
+import signal
 from collections.abc import Mapping
 from typing import Any, final
 
 from trainer.hook import Hook
 from trainer.loop import Trainer
+from trainer.process import Interrupted
 from trainer.run_record import Attempt, RunRecord
 
 __all__ = ["RecordHook"]
@@ -57,6 +59,9 @@ class RecordHook(Hook):
     def on_exception(self, trainer: Trainer, error: BaseException) -> None:
         if trainer.context.is_main:
             self._attempt.end, self._attempt.error = "failed", f"{type(error).__name__}: {error}"
+            if isinstance(error, Interrupted):
+                preempted = error.signal_number == signal.SIGUSR2
+                self._attempt.end, self._attempt.error = "preempted" if preempted else "terminated", None
             self._write(trainer)
 
     def _write(self, trainer: Trainer) -> None:

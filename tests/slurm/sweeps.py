@@ -1,0 +1,157 @@
+"""What the tests do with sweeps: give the command, look at runs, disturb them, compare them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from launch.sweep import Sweep, SweepRun
+from tests.slurm.cluster import Cluster
+from tests.support import assert_same_tensors, curve, metrics, record, regrow, samples, wait_until
+
+__all__ = ["Runs", "assert_same_runs", "base", "ranks_of", "status"]
+
+
+def base(corpus: Path, steps: int, *more: str, interval: int = 20) -> list[str]:
+    """A run whose steps take some tens of milliseconds on an idle core."""
+    wide = ["model.dim=128", "model.ffn_dim=512", "model.n_layers=4", "model.n_heads=4", "model.n_kv_heads=2"]
+    data = ["data=text", "data.tokenizer_vocab_size=300", "data.seq_len=64", "data.micro_batch_size=8",
+            "data.global_batch_size=16", "data.log_samples=true", f"data.files=[{corpus}]"]  # fmt: skip
+    how = ["launch.device=cpu", "launch.threads_per_rank=1", "launch.timeout_s=60", "hooks=none",
+           f"checkpoint.interval={interval}", "checkpoint.keep_latest_k=0", "model.vocab_size=320"]  # fmt: skip
+    return [*wide, *data, *how, f"train.steps={steps}", *more]
+
+
+SLURM = ["hydra/launcher=slurm", "hydra.launcher.partition=low", "hydra.launcher.grace_s=60"]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The runs of one sweep directory, by the value of the swept override that tells them apart.
+
+    Attributes:
+        folder: the sweep's.
+    """
+
+    folder: Path
+
+    def all(self) -> dict[str, SweepRun]:
+        """From `sweep.json`."""
+        sweep = Sweep.load(self.folder)
+        assert sweep is not None
+        return sweep.runs
+
+    def find(self, override: str) -> Path:
+        """The directory of the run whose arguments hold an override."""
+        (run,) = [r for r in self.all().values() if override in r.arguments]
+        return Path(run.run_dir)
+
+    def job(self, override: str) -> str:
+        """Its newest job."""
+        (run,) = [r for r in self.all().values() if override in r.arguments]
+        return run.jobs[-1]
+
+
+def give(cluster: Cluster, cwd: Path, arguments: Sequence[str], **environ: str) -> str:
+    """Gives a command that must succeed; returns its output."""
+    code, out = regrow(arguments, cwd, timeout_s=300.0, **{**cluster.environ, **environ})
+    assert code == 0, out
+    return out
+
+
+def status(cluster: Cluster, folder: Path) -> list[dict[str, Any]]:
+    """`regrow-sweep status --json`."""
+    found: list[dict[str, Any]] = json.loads(sweep_command(cluster, "status", str(folder), "--json"))
+    return found
+
+
+def sweep_command(cluster: Cluster, *arguments: str) -> str:
+    """Runs `regrow-sweep`."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "launch.sweep_command", *arguments],
+        env={**os.environ, **cluster.environ}, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def ranks_of(run_dir: Path) -> list[psutil.Process]:
+    """The living processes that train a run, lowest rank first."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            environ = process.environ()
+            command = process.cmdline()
+        except (psutil.AccessDenied, psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+        trains = "SLURM_PROCID" in environ and any(f"hydra.run.dir='{run_dir}'" in a for a in command)
+        if trains and "srun" not in command[0] and process.status() != psutil.STATUS_ZOMBIE:
+            found.append((int(environ["SLURM_PROCID"]), process))
+    return [p for _, p in sorted(found, key=lambda pair: pair[0])]
+
+
+def wait_for_step(run_dir: Path, step: int, timeout_s: float = 180.0) -> None:
+    """Until a run has done so many steps."""
+    wait_until(lambda: last_step(run_dir) >= step, timeout_s, 0.1)
+
+
+def last_step(run_dir: Path) -> int:
+    """As `metrics.jsonl` has it."""
+    rows = metrics(run_dir)
+    return int(rows[-1]["step"]) if rows else 0
+
+
+def is_finished(run_dir: Path, steps: int) -> bool:
+    """Whether its record says so."""
+    if not (run_dir / "run.json").exists():
+        return False
+    attempts = record(run_dir)["attempts"]
+    return bool(attempts) and attempts[-1]["end"] == "finished" and attempts[-1]["to_step"] >= steps
+
+
+def wait_finished(
+    cluster: Cluster, runs: Mapping[str, Path] | Sequence[Path], steps: int, timeout_s: float = 400.0
+) -> None:
+    """Until all have finished and left the queue; tells what their logs say when they do not."""
+    folders = list(runs.values()) if isinstance(runs, Mapping) else list(runs)
+    deadline = time.monotonic() + timeout_s
+    while not all(is_finished(f, steps) for f in folders):
+        if time.monotonic() > deadline:
+            raise AssertionError(
+                "\n".join(tell(f) for f in folders if not is_finished(f, steps)) + str(cluster.jobs())
+            )
+        time.sleep(0.5)
+
+
+def tell(run_dir: Path) -> str:
+    """What is known of a run, for messages."""
+    history = (run_dir / "slurm.jsonl").read_text() if (run_dir / "slurm.jsonl").exists() else ""
+    logs = [p.read_text()[-2000:] for p in sorted(run_dir.parent.glob("slurm/*.log"))]
+    return "\n".join([str(run_dir), f"step {last_step(run_dir)}", history, *logs])
+
+
+def history(run_dir: Path) -> list[dict[str, Any]]:
+    """The batch script's own lines."""
+    return [json.loads(line) for line in (run_dir / "slurm.jsonl").read_text().splitlines()]
+
+
+def kill_rank(run_dir: Path, rank: int) -> None:
+    """With SIGKILL."""
+    os.kill(ranks_of(run_dir)[rank].pid, signal.SIGKILL)
+
+
+def assert_same_runs(disturbed: Path, undisturbed: Path, steps: int) -> None:
+    """Bitwise the same losses, samples and final state."""
+    assert [r["step"] for r in metrics(disturbed)] == list(range(1, steps + 1))
+    assert curve(disturbed) == curve(undisturbed)
+    assert samples(disturbed) == samples(undisturbed)
+    assert_same_tensors(disturbed / f"checkpoint/step-{steps}", undisturbed / f"checkpoint/step-{steps}")
+    assert not list((disturbed / "checkpoint").glob("*.partial-*"))

@@ -1,0 +1,117 @@
+"""Runs on a real Slurm, stopped in every way that it has: each ends as it would have undisturbed."""
+
+import os
+import signal
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster
+from tests.slurm.sweeps import (
+    SLURM,
+    Runs,
+    assert_same_runs,
+    base,
+    give,
+    history,
+    is_finished,
+    kill_rank,
+    last_step,
+    wait_finished,
+    wait_for_step,
+)
+from tests.support import record, start, wait_until
+
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(600)]
+
+STEPS = 120
+SEEDS = "seed=1,2,3,4"
+
+
+def test_a_sweep_outlives_its_login_and_every_kind_of_stop(cluster: Cluster, corpus: Path, tmp_path: Path) -> None:
+    """Four runs of two ranks on two nodes each, and one that reaches its wall limit."""
+    grid = [*base(corpus, STEPS, "parallel.dp_shard=2"), "-m", SEEDS]
+    began = time.monotonic()
+    login = start([*grid, *SLURM, "hydra.launcher.nodes=2", "run.root=sweep"], tmp_path, **cluster.environ)
+    wait_until(lambda: len(cluster.jobs()) >= 4, 20.0, 0.05)
+    submitted_s = time.monotonic() - began
+    os.killpg(login.pid, signal.SIGKILL)
+    login.communicate()
+    print(f"submitted in {submitted_s:.2f} s")
+    limited = [*SLURM, "hydra.launcher.time=2", "run.root=limited"]
+    give(cluster, tmp_path, [*base(corpus, 700, interval=500), *limited])
+    runs = Runs(tmp_path / "sweep")
+    dirs = {seed: runs.find(f"seed={seed}") for seed in (1, 2, 3, 4)}
+    (limited_dir,) = [Path(r.run_dir) for r in Runs(tmp_path / "limited").all().values()]
+
+    wait_for_step(dirs[1], 25)
+    cluster.command("scancel", "--signal=USR2", runs.job("seed=1"))
+    wait_for_step(dirs[2], 25)
+    at_kill = last_step(dirs[2])
+    kill_rank(dirs[2], 1)
+    wait_for_step(dirs[3], 25)
+    cluster.stop_node("n2")
+    time.sleep(3.0)
+    cluster.start_node("n2")
+    wait_finished(cluster, {str(k): d for k, d in dirs.items()}, STEPS)
+    wait_finished(cluster, [limited_dir], 700)
+
+    attempts = {seed: record(d)["attempts"] for seed, d in dirs.items()}
+    # Nothing is lost on a signal, at most an interval on a kill.
+    assert attempts[1][0]["end"] == "preempted"
+    assert attempts[1][1]["from_step"] == attempts[1][0]["to_step"] >= 25
+    assert len(attempts[2]) == 2
+    assert at_kill - 20 <= attempts[2][1]["from_step"]
+    assert len(attempts[4]) == 1
+    ends = [a["end"] for a in record(limited_dir)["attempts"]]
+    assert ends[-1] == "finished"
+    assert set(ends[:-1]) == {"preempted"}, "the wall limit was not reached"
+    assert [h["event"] for h in history(limited_dir)][:3] == ["start", "preempted", "start"]
+    assert_no_step_lost(limited_dir)
+
+    # The same grid here, two runs at a time, gives the same.
+    here = ["hydra/launcher=local", "hydra.launcher.n_jobs=2", "run.root=here"]
+    give(cluster, tmp_path, [*grid, *here])
+    give(cluster, tmp_path, [*base(corpus, 700, interval=500), "run.root=whole"])
+    for seed, run_dir in dirs.items():
+        assert_same_runs(run_dir, Runs(tmp_path / "here").find(f"seed={seed}"), STEPS)
+    (whole,) = (tmp_path / "whole").iterdir()
+    assert_same_runs(limited_dir, whole, 700)
+    assert submitted_s < 3.0
+
+
+def assert_no_step_lost(run_dir: Path) -> None:
+    """Every start goes on where the one before had stopped."""
+    attempts = record(run_dir)["attempts"]
+    for before, after in pairwise(attempts):
+        assert after["from_step"] == before["to_step"], attempts
+
+
+def test_scancel_saves_and_only_the_preempted_task_comes_back(cluster: Cluster, corpus: Path, tmp_path: Path) -> None:
+    """An array of two; each run takes a node's GPUs, so a job in the higher partition preempts one of them."""
+    grid = [*base(corpus, STEPS), *SLURM, "hydra.launcher.gpus_per_node=2", "run.root=sweep", "-m", "seed=1,2"]
+    give(cluster, tmp_path, grid)
+    runs = Runs(tmp_path / "sweep")
+    kept, last = runs.find("seed=1"), runs.find("seed=2")
+    wait_for_step(kept, 5)
+    wait_for_step(last, 5)
+    node = next(j.nodes for j in cluster.jobs() if j.id == runs.job("seed=2"))
+    high = cluster.command(
+        "sbatch", "--parsable", "-p", "high", "-w", node, "--gpus-per-node=2", "-o", "/dev/null", "--wrap", "sleep 2"
+    ).strip()
+    wait_until(lambda: [h["event"] for h in history(last)].count("start") == 2, 120.0, 0.2)
+    assert cluster.state(high) in ("GONE", "RUNNING", "COMPLETING")
+    # The other one is cancelled by its user while it runs.
+    assert [h["event"] for h in history(kept)] == ["start"]
+    if not is_finished(kept, STEPS):
+        cluster.command("scancel", runs.job("seed=1"))
+        wait_until(lambda: cluster.state(runs.job("seed=1")) == "GONE", 60.0, 0.2)
+        attempt = record(kept)["attempts"][-1]
+        assert attempt["end"] == "terminated"
+        assert (kept / f"checkpoint/step-{attempt['to_step']}").exists()
+        assert attempt["to_step"] == last_step(kept)
+    wait_finished(cluster, [last], STEPS)
+    assert_no_step_lost(last)
+    assert [h["event"] for h in history(kept)].count("start") == 1
