@@ -78,7 +78,7 @@ def _needed_items(
     """The items that a load reads; under the layout that wrote them, a few ranks' manifests hold them all."""
     ranks = dist.get_world_size(group)
     if ranks == manifest.ranks and ranks > 1:
-        writers = sorted({writer_of(name, tensor, ranks) for name, tensor in tensors.items()})
+        writers = sorted({writer_of(name, tensor, range(ranks)) for name, tensor in tensors.items()})
         items = _items_of(storage, manifest, writers)
         by_name: dict[str, list[StoredItem]] = defaultdict(list)
         for item in items:

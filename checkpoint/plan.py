@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
 
 from checkpoint.stream import frame_of
 
@@ -19,6 +20,7 @@ __all__ = [
     "SavePlan",
     "chunk_of",
     "layout_key",
+    "local_box",
     "local_tensor",
     "make_plan",
     "place_chunks",
@@ -94,26 +96,49 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
+def local_box(
+    shape: Sequence[int], mesh: DeviceMesh, placements: Sequence[Placement]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and offset of this rank's part.
+
+    torch's own function is wrong where FSDP cuts what tensor parallelism has cut unevenly. Each axis cuts what is
+    left into pieces of the same size, the last ones smaller or empty; FSDP's (strided) cuts come last.
+    """
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None, "a rank outside of the mesh holds no part"
+    size, offset = list(shape), [0] * len(shape)
+    # In torch 2.11 strided shards are shards, too; in 2.13 they are not.
+    strided = [axis for axis, p in enumerate(placements) if isinstance(p, _StridedShard)]
+    plain = [axis for axis, p in enumerate(placements) if isinstance(p, Shard) and axis not in strided]
+    for axis in (*plain, *strided):
+        dim = int(getattr(placements[axis], "dim", 0))
+        piece = -(-size[dim] // mesh.size(axis))
+        start = min(coordinate[axis] * piece, size[dim])
+        offset[dim] += start
+        size[dim] = min(start + piece, size[dim]) - start
+    return tuple(size), tuple(offset)
+
+
 def chunk_of(name: str, tensor: Tensor) -> Chunk:
     """The box that this rank holds of a tensor."""
     if isinstance(tensor, DTensor):
-        shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        shape, offset = local_box(tensor.shape, tensor.device_mesh, tensor.placements)
     else:
         shape, offset = tuple(tensor.shape), (0,) * tensor.ndim
     return Chunk(
         name=name,
         dtype=tensor.dtype,
         global_shape=tuple(tensor.shape),
-        offset=tuple(offset),
-        shape=tuple(shape),
+        offset=offset,
+        shape=shape,
     )
 
 
-def writer_of(name: str, tensor: Tensor, ranks: int) -> int:
+def writer_of(name: str, tensor: Tensor, holders: Sequence[int]) -> int:
     """The rank that writes this rank's chunk: a hash of the name spreads what several hold evenly over them."""
     pick = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
     if not isinstance(tensor, DTensor):
-        return pick % ranks
+        return holders[pick % len(holders)]
     mesh = tensor.device_mesh
     coordinate = mesh.get_coordinate()
     assert coordinate is not None, "a rank outside of the mesh holds no part"
@@ -138,9 +163,29 @@ def layout_key(tensors: Mapping[str, Tensor]) -> LayoutKey:
     )
 
 
-def make_plan(tensors: Mapping[str, Tensor], rank: int, ranks: int, files: int = 1) -> SavePlan:
-    """Lays this rank's share of the tensors out as files."""
-    mine = (chunk_of(name, tensor) for name, tensor in tensors.items() if writer_of(name, tensor, ranks) == rank)
+def make_plan(
+    tensors: Mapping[str, Tensor],
+    rank: int,
+    ranks: int,
+    files: int = 1,
+    holders: Mapping[str, Sequence[int]] | None = None,
+) -> SavePlan:
+    """Lays this rank's share of the tensors out as files.
+
+    Args:
+        tensors: what this rank holds, by flat name.
+        rank: this rank.
+        ranks: how many there are.
+        files: to spread the share over.
+        holders: the ranks that hold a tensor between them, where that is not all of them (a pipeline's stages).
+            A tensor that others hold, too, is left to them where this rank is not among them.
+    """
+    found = {name: (holders or {}).get(name, range(ranks)) for name in tensors}
+    mine = (
+        chunk_of(name, tensor)
+        for name, tensor in tensors.items()
+        if rank in found[name] and writer_of(name, tensor, found[name]) == rank
+    )
     return place_chunks([chunk for chunk in mine if 0 not in chunk.shape], files)
 
 

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, final
@@ -121,12 +121,18 @@ class StepSaver:
         """Whether a save of this rank's is still being written."""
         return self._running is not None and not self._running.done()
 
-    def begin(self, tensors: Mapping[str, Tensor], manifest: Manifest) -> list[SaveResult]:
+    def begin(
+        self,
+        tensors: Mapping[str, Tensor],
+        manifest: Manifest,
+        holders: Mapping[str, Sequence[int]] | None = None,
+    ) -> list[SaveResult]:
         """Starts saving a step, after the save before it has ended.
 
         Args:
             tensors: by flat name; must not change before `wait_staged` returns.
             manifest: what to write, without `ranks`, `files` and `hashes`.
+            holders: see `make_plan`.
 
         Returns:
             The results that had not been asked for yet; with `disabled` this step's too.
@@ -134,7 +140,7 @@ class StepSaver:
         started = time.perf_counter()
         finished = self.wait()
         held = dict(tensors)
-        plan = self._plan_for(held)
+        plan = self._plan_for(held, holders)
         self._staged.clear()
         self._stage_error = None
         image = None if self._mode is AsyncMode.disabled else self._image_for(plan)
@@ -175,11 +181,12 @@ class StepSaver:
         self._thread.shutdown()
         self._pool.shutdown()
 
-    def _plan_for(self, tensors: Mapping[str, Tensor]) -> SavePlan:
+    def _plan_for(self, tensors: Mapping[str, Tensor], holders: Mapping[str, Sequence[int]] | None) -> SavePlan:
         """This rank's plan, made anew only when the layout changed."""
         key = layout_key(tensors)
         if self._planned is None or self._planned[0] != key:
-            self._planned = (key, make_plan(tensors, self._rank, self._ranks, self._options.files_per_rank))
+            plan = make_plan(tensors, self._rank, self._ranks, self._options.files_per_rank, holders)
+            self._planned = (key, plan)
         return self._planned[1]
 
     def _image_for(self, plan: SavePlan) -> FileImage:

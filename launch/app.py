@@ -199,7 +199,7 @@ def _remove_if_empty(run_dir: Path) -> None:
 def _prepare(config: DictConfig, run_dir: Path, sweep: str | None) -> tuple[RankSpec, bool]:
     """All checks that need no process group, and the data. Also says whether ranks were started for us."""
     typed = to_config(config)
-    from launch.preflight import check_config, check_disk, check_launch, prepare_data
+    from launch.preflight import check_config, check_disk, check_launch, check_parallel, prepare_data
     from launch.ranks import detect_ranks, export_ranks
     from trainer.device import pick_device_type
     from trainer.parallel.layout import resolve_layout
@@ -209,6 +209,7 @@ def _prepare(config: DictConfig, run_dir: Path, sweep: str | None) -> tuple[Rank
     ranks = detect_ranks(os.environ, _degrees(typed))
     available = ranks.world_size if ranks is not None else _local_devices(device_type)
     layout = resolve_layout(typed.parallel, available, ranks_are_given=ranks is not None)
+    check_parallel(typed, layout, device_type)
     check_launch(layout, device_type, ranks_are_given=ranks is not None)
     if ranks is not None:
         export_ranks(ranks)

@@ -25,8 +25,17 @@ from trainer.data.prepare import prepare
 from trainer.data.token_store import TokenStore
 from trainer.data.windows import Windows
 from trainer.parallel.layout import Layout
+from trainer.parallel.rules import Batch, check_layout
 
-__all__ = ["check_config", "check_data", "check_disk", "check_initial_load", "check_launch", "prepare_data"]
+__all__ = [
+    "check_config",
+    "check_data",
+    "check_disk",
+    "check_initial_load",
+    "check_launch",
+    "check_parallel",
+    "prepare_data",
+]
 
 # Capabilities that the fields name already and a later version brings.
 _LATER = (
@@ -113,6 +122,26 @@ def _check_checkpoint(config: CheckpointConfig) -> None:
         )
 
 
+def check_parallel(config: Config, layout: Layout, device_type: str) -> None:
+    """Whether the degrees fit each other, the model and the batch.
+
+    Raises:
+        ValueError: naming field, rule, value and remedy.
+    """
+    check_layout(
+        layout,
+        config.parallel,
+        config.model,
+        Batch(
+            global_batch_size=config.data.global_batch_size,
+            micro_batch_size=config.data.micro_batch_size,
+            seq_len=config.data.seq_len,
+        ),
+        train=config.train,
+        device_type=device_type,
+    )
+
+
 def check_launch(layout: Layout, device_type: str, *, ranks_are_given: bool) -> None:
     """Whether the ranks can be started here.
 
@@ -121,7 +150,7 @@ def check_launch(layout: Layout, device_type: str, *, ranks_are_given: bool) -> 
     """
     if device_type == "cuda" and not ranks_are_given and layout.world_size > torch.cuda.device_count():
         raise ValueError(
-            f"the product of parallel.dp_replicate and parallel.dp_shard must be at most the number of GPUs "
+            f"the product of the parallel degrees must be at most the number of GPUs "
             f"({torch.cuda.device_count()}), but is {layout.world_size}; use parallel.dp_shard=-1"
         )
 

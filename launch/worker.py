@@ -128,6 +128,7 @@ def build_trainer(spec: RankSpec, context: "ParallelContext", flag: StopFlag, th
     import torch
 
     from launch.build import build_model, build_schedule
+    from models.config import DecoderConfig
     from trainer.data.loader import Prefetcher
     from trainer.data.token_store import TokenStore
     from trainer.data.tokenizer import load_tokenizer
@@ -135,6 +136,7 @@ def build_trainer(spec: RankSpec, context: "ParallelContext", flag: StopFlag, th
     from trainer.device import seed_everything
     from trainer.loop import Resources, Trainer, TrainerOptions
     from trainer.parallel.apply import initialise, parallelise
+    from trainer.parallel.engine import Engine
     from trainer.state import TrainState
 
     config, data = spec.config, spec.config.data
@@ -143,10 +145,23 @@ def build_trainer(spec: RankSpec, context: "ParallelContext", flag: StopFlag, th
         # cuBLAS is deterministic only with a fixed workspace, set before it starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    dims = config.model
+    assert isinstance(dims, DecoderConfig), "the launcher refuses other models"
     with torch.device("meta"):
-        model = build_model(config)
-    parallelise(model, context, config.train, config.precision.name)
-    initialise(model, context.device, config.seed, data.seq_len)
+        whole = build_model(config)
+    parallel = parallelise(
+        whole,
+        context,
+        dims=dims,
+        parallel=config.parallel,
+        train=config.train,
+        precision=config.precision.name,
+        sequences=data.global_batch_size,
+    )
+    initialise(parallel, context.device, config.seed, data.seq_len)
+    engine = Engine(
+        parallel, context, dims=dims, schedule=config.parallel.pp_schedule, precision=config.precision.name
+    )
     store = TokenStore(spec.data_folder)
     train, validation = (Windows(store, data.seq_len, data.validation_fraction, validation=v) for v in (False, True))
 
@@ -182,8 +197,8 @@ def build_trainer(spec: RankSpec, context: "ParallelContext", flag: StopFlag, th
             document_mask=data.document_mask,
         ),
         context=context,
-        model=model,
-        optimizer=build_optimizer_class(config)(config.optimizer, model),
+        engine=engine,
+        optimizer=build_optimizer_class(config)(config.optimizer, parallel.model),
         schedule=build_schedule(config),
         make_batches=make_batches,
         hooks=_hooks(spec, context, threads, store.index.fingerprint),

@@ -181,9 +181,10 @@ class Decoder(LanguageModel):
         part.layers = nn.ModuleDict({str(i): self.layers[str(i)] for i in layers})
         # With tied embeddings the last part has the embedding too: its output layer is that matrix.
         if not part.has_input and not (part.has_output and self.dims.tied_embeddings):
-            del part.tok_embeddings
+            part._modules.pop("tok_embeddings", None)
         if not part.has_output:
-            del part.norm, part.output
+            part._modules.pop("norm", None)
+            part._modules.pop("output", None)
         return part
 
     def decays(self, name: str) -> bool:

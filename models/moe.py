@@ -1,6 +1,7 @@
 """A mixture of experts without capacity limits: every token reaches the experts that its router chose.
 
-Shapes: B batch, T positions, D model width, S = B·T tokens, E experts, C experts per token, F an expert's width.
+Shapes: B batch, T positions, D model width, S = B·T tokens, E experts, C experts per token, R = S·C,
+F an expert's width.
 """
 
 from collections.abc import Callable
@@ -58,11 +59,16 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(n_experts, dim, ffn_dim))
         self.w3 = nn.Parameter(torch.empty(n_experts, ffn_dim, dim))
 
-    def forward(self, x_SD: Tensor, counts_E: Tensor) -> Tensor:
-        """Runs rows that are sorted by expert; `counts_E` says how many each expert has, all rows in sum."""
-        ends_E = counts_E.cumsum(0).to(torch.int32)
-        gate_SF = _grouped(x_SD, self.w1, ends_E)
-        return _grouped(F.silu(gate_SF) * _grouped(x_SD, self.w3, ends_E), self.w2, ends_E)
+    def forward(self, x_SD: Tensor, expert_S: Tensor) -> Tensor:
+        """Runs rows that are sorted by expert; `expert_S` holds each row's expert, in any order."""
+        return self.compute(x_SD, expert_S, self.w1, self.w2, self.w3)
+
+    @staticmethod
+    def compute(x_SD: Tensor, expert_S: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
+        """The same with given weights."""
+        ends_E = torch.bincount(expert_S, minlength=w1.shape[0]).cumsum(0).to(torch.int32)
+        gate_SF = _grouped(x_SD, w1, ends_E)
+        return _grouped(F.silu(gate_SF) * _grouped(x_SD, w3, ends_E), w2, ends_E)
 
 
 def _grouped(x_SI: Tensor, w_EOI: Tensor, ends_E: Tensor) -> Tensor:
@@ -79,8 +85,7 @@ RunExperts = Callable[[Tensor, Tensor, nn.Module], Tensor]
 def run_experts(x_SD: Tensor, expert_S: Tensor, experts: nn.Module) -> Tensor:
     """Sorts rows by expert, runs them, and puts the results back."""
     order_S = expert_S.argsort(stable=True)
-    counts_E = torch.bincount(expert_S, minlength=experts.get_parameter("w1").shape[0])
-    out_SD = experts(x_SD[order_S], counts_E)
+    out_SD = experts(x_SD[order_S], expert_S)
     return torch.empty_like(out_SD).index_copy(0, order_S, out_SD)
 
 
@@ -93,6 +98,7 @@ class MixtureOfExperts(nn.Module):
         n_experts: E.
         per_token: C.
         normalise: whether a token's weights sum to 1.
+        bias_update_speed: what the bias of an expert changes by after a step; 0 leaves it alone.
         auxiliary: coefficient of the balancing loss (DeepSeek-V3, arXiv:2412.19437, eq. 17 to 20), which is a mean
             over sequences; 0 for none.
 
@@ -107,10 +113,18 @@ class MixtureOfExperts(nn.Module):
     load: Tensor
 
     def __init__(
-        self, dim: int, ffn_dim: int, n_experts: int, per_token: int, *, normalise: bool, auxiliary: float
+        self,
+        dim: int,
+        ffn_dim: int,
+        n_experts: int,
+        per_token: int,
+        *,
+        normalise: bool,
+        bias_update_speed: float,
+        auxiliary: float,
     ) -> None:
         super().__init__()
-        self.auxiliary, self.n_experts = auxiliary, n_experts
+        self.auxiliary, self.bias_update_speed, self.n_experts = auxiliary, bias_update_speed, n_experts
         self.router = Router(dim, n_experts, per_token, normalise=normalise)
         self.experts = Experts(dim, ffn_dim, n_experts)
         self.register_buffer("expert_bias", torch.empty(n_experts, dtype=torch.float32))
@@ -131,10 +145,11 @@ class MixtureOfExperts(nn.Module):
         # A backward pass that computes the block again must not count a second time.
         if self.training and torch._C._current_graph_task_id() == -1:
             self._count(chosen_SC, valid_BT)
-        rows_SD = x_SD.repeat_interleave(per_token, dim=0)
-        out_SCD = self.run_experts(rows_SD, chosen_SC.flatten(), self.experts).view(-1, per_token, x_SD.shape[1])
-        out_SD = (out_SCD * weights_SC.to(out_SCD.dtype)[..., None]).sum(1)
-        out_BTD: Tensor = out_SD.view(x_BTD.shape)
+        rows_RD = x_SD.repeat_interleave(per_token, dim=0)
+        out_RD = self.run_experts(rows_RD, chosen_SC.flatten(), self.experts)
+        out_SCD = out_RD.view(-1, per_token, x_SD.shape[1])
+        out_SD: Tensor = (out_SCD * weights_SC.to(out_SCD.dtype)[..., None]).sum(1)
+        out_BTD = out_SD.view(x_BTD.shape)
         if self.auxiliary > 0 and self.training:
             out_BTD = add_loss(out_BTD, self._balance_loss(scores_SE, chosen_SC, x_BTD.shape[:2], valid_BT))
         return out_BTD
@@ -151,7 +166,7 @@ class MixtureOfExperts(nn.Module):
     ) -> Tensor:
         """This rank's part of the sequences' losses; counts of shared sequences are those of all their ranks."""
         batch, length = shape
-        counted_BT = torch.ones(batch, length, dtype=scores_SE.dtype, device=scores_SE.device)
+        counted_BT: Tensor = torch.ones(batch, length, dtype=scores_SE.dtype, device=scores_SE.device)
         if valid_BT is not None:
             counted_BT = counted_BT * valid_BT
         chosen_BTE = torch.zeros_like(scores_SE).scatter_(1, chosen_SC, 1.0).view(batch, length, -1)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from launch.app import _open
-from launch.preflight import check_config, prepare_data
+from launch.preflight import check_config, check_parallel, prepare_data
 from launch.signals import StopFlag
 from launch.worker import RankSpec, build_trainer, run_rank
 from tests.pool import run_distributed
@@ -35,10 +35,12 @@ def spec_of(overrides: Sequence[str], run_dir: Path, world_size: int) -> RankSpe
     composed = compose_config(overrides)
     config = to_config(composed)
     check_config(config)
+    layout = resolve_layout(config.parallel, world_size, ranks_are_given=True)
+    check_parallel(config, layout, "cpu")
     return RankSpec(
         config=config,
         settings=plain(composed),
-        layout=resolve_layout(config.parallel, world_size, ranks_are_given=True),
+        layout=layout,
         device_type="cpu",
         run_dir=run_dir,
         data_folder=prepare_data(config),

@@ -9,9 +9,11 @@ from omegaconf import MISSING
 __all__ = [
     "ActivationCheckpoint",
     "AdamWConfig",
+    "ContextMethod",
     "HookConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "PipelineSchedule",
     "PrecisionConfig",
     "PrecisionName",
     "SchedulerConfig",
@@ -30,10 +32,35 @@ class ActivationCheckpoint(Enum):
 
 
 class PrecisionName(Enum):
-    """Compute dtype; master weights, gradients' reduction and optimizer state are float32 in both."""
+    """Compute dtype; master weights, gradients' reduction and optimizer state are float32 in the first two.
+
+    `fp64` is for checking numerics: everything is float64.
+    """
 
     fp32 = "fp32"
     bf16 = "bf16"
+    fp64 = "fp64"
+
+
+class PipelineSchedule(Enum):
+    """In which order stages work; the names that torch.distributed.pipelining knows."""
+
+    one_f_one_b = "1F1B"
+    gpipe = "GPipe"
+    interleaved = "Interleaved1F1B"
+    interleaved_zero_bubble = "InterleavedZeroBubble"
+    zbv_zero_bubble = "ZBVZeroBubble"
+
+
+class ContextMethod(Enum):
+    """How attention sees the whole sequence: exchanging heads, or joining keys and values.
+
+    `auto` exchanges heads where their number allows.
+    """
+
+    auto = "auto"
+    ulysses = "ulysses"
+    gather = "gather"
 
 
 class WandbMode(Enum):
@@ -55,7 +82,16 @@ class ParallelConfig:
         tp: tensor parallel.
         pp: pipeline parallel.
         cp: context parallel.
-        ep: expert parallel, borrowed from the others.
+        ep: expert parallel, borrowed from dp_shard · cp · tp.
+        sequence_parallel: with tp, activations between the matrices are cut along the sequence.
+        async_tp: with tp, matrix products overlap their collectives; on GPUs, with train.compile.
+        cp_method: see `ContextMethod`.
+        cp_balance: a rank holds a piece from the front of each sequence and one from its back.
+        pp_schedule: see `PipelineSchedule`.
+        pp_stages_per_rank: stages on each rank; 0 takes 1, or 2 with schedules that need several.
+        pp_layers: layers of each stage, in order; empty spreads them evenly.
+        pp_input_weight: what the embedding counts, in layers, when they are spread.
+        pp_output_weight: what the output layer and the loss count.
     """
 
     SCHEMA: ClassVar[tuple[str, str]] = ("parallel", "parallel_schema")
@@ -66,6 +102,15 @@ class ParallelConfig:
     pp: int = 1
     cp: int = 1
     ep: int = 1
+    sequence_parallel: bool = True
+    async_tp: bool = False
+    cp_method: ContextMethod = ContextMethod.auto
+    cp_balance: bool = True
+    pp_schedule: PipelineSchedule = PipelineSchedule.one_f_one_b
+    pp_stages_per_rank: int = 0
+    pp_layers: list[int] = field(default_factory=list)
+    pp_input_weight: int = 1
+    pp_output_weight: int = 1
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,17 +1,15 @@
 """Text from a model, for a look at what it has learnt; no key/value cache."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-
-from models.base import LanguageModel
 
 __all__ = ["generate"]
 
 
 def generate(
-    model: LanguageModel,
+    next_logits: Callable[[Tensor], Tensor],
     prompt: Sequence[int],
     *,
     tokens: int,
@@ -20,10 +18,10 @@ def generate(
     seed: int,
     device: torch.device,
 ) -> list[int]:
-    """Continues `prompt`, outside of autograd; every rank of a sharded model calls this with the same arguments.
+    """Continues `prompt`, outside of autograd; every rank of a parallel model calls this with the same arguments.
 
     Args:
-        model: in any layout.
+        next_logits: from ids `(1, seq)` to logits `(vocab,)` of what comes next.
         prompt: token ids, at least one.
         tokens: how many to add.
         context: the most tokens that the model looks back.
@@ -37,7 +35,7 @@ def generate(
     generator = torch.Generator().manual_seed(seed)
     ids = torch.tensor([list(prompt)], device=device)
     for _ in range(tokens):
-        logits = model(ids[:, -context:])[0, -1].float().cpu()
+        logits = next_logits(ids[:, -context:]).cpu()
         ids = torch.cat([ids, _draw(logits, temperature, generator).to(device)], dim=1)
     return ids[0, len(prompt) :].tolist()
 

@@ -34,15 +34,13 @@ import torch.distributed as dist
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from models.base import LanguageModel
-from trainer.data.loader import MicroBatch, Prefetcher, StepBatch
+from trainer.data.loader import Prefetcher, StepBatch
 from trainer.data.windows import Windows
 from trainer.device import memory_gib, peak_flops, seed_everything
 from trainer.hook import Hook
-from trainer.loss import attention_mask, summed_cross_entropy
-from trainer.optimizer import Optimizer, global_grad_norm
-from trainer.parallel.apply import reshard
+from trainer.optimizer import Optimizer
 from trainer.parallel.context import ParallelContext
+from trainer.parallel.engine import Engine
 from trainer.schedules.base import Schedule
 from trainer.state import TrainState
 
@@ -130,9 +128,18 @@ class _Pending:
 
 
 # What ranks agree on with one reduction a step: the loss' sum, requests to stop, rank 0's clock, how many ranks are
-# still writing a checkpoint, and how many had no batch ready. The gradient norm is the same on all ranks already and
-# only travels along.
-_AGREED = ("loss_sum", "terminate", "preempt", "seconds_since_save", "saving", "waiting", "grad_norm")
+# still writing a checkpoint, and how many had no batch ready. The gradient norm, and the busiest expert's load where
+# there are experts, are the same on all ranks already and only travel along.
+_AGREED = (
+    "loss_sum",
+    "terminate",
+    "preempt",
+    "seconds_since_save",
+    "saving",
+    "waiting",
+    "grad_norm",
+    "expert_load_max",
+)
 
 
 @final
@@ -143,8 +150,8 @@ class Trainer:
         options: see `TrainerOptions`.
         resources: see `Resources`.
         context: this rank's place.
-        model: parallelised and initialised.
-        optimizer: over its parameters.
+        engine: runs the model.
+        optimizer: over this rank's parameters.
         schedule: learning-rate factor.
         make_batches: given samples consumed, this rank's batches from there on.
         hooks: in the order in which their methods run.
@@ -158,7 +165,7 @@ class Trainer:
         options: TrainerOptions,
         resources: Resources,
         context: ParallelContext,
-        model: LanguageModel,
+        engine: Engine,
         optimizer: Optimizer,
         schedule: Schedule,
         make_batches: Callable[[int], Prefetcher],
@@ -169,7 +176,8 @@ class Trainer:
         self.options = options
         self.resources = resources
         self.context = context
-        self.model = model
+        self.engine = engine
+        self.model = engine.model
         self.optimizer = optimizer
         self.schedule = schedule
         self.hooks = list(hooks)
@@ -185,9 +193,8 @@ class Trainer:
         self._stop_requested = stop_requested
         self._pending: _Pending | None = None
         self._waiting, self._starved = False, True
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._peak = peak_flops(context.device)
-        self._flops = model.flops_per_token(options.seq_len)
+        self._flops = self.model.flops_per_token(options.seq_len)
 
     def fit(self) -> FitResult:
         """Trains until `options.steps` or until asked to stop.
@@ -258,7 +265,7 @@ class Trainer:
         loss_sum, tokens = self._forward_backward(self.batch)
         self._call("before_optimizer_step")
         lr, grad_norm = self._update()
-        previous, self._pending = self._pending, self._publish(loss_sum, grad_norm, lr)
+        previous, self._pending = self._pending, self._publish(loss_sum, grad_norm, self.engine.balance(), lr)
         # Reading the step before keeps the host one step ahead of the device and no further, so that host
         # time is device time.
         self._settle(previous)
@@ -268,16 +275,13 @@ class Trainer:
 
     def _forward_backward(self, batch: StepBatch) -> tuple[Tensor, int]:
         """Gradients of the mean loss over the global batch; returns this rank's summed loss, on the device."""
-        device = self.context.device
         # Every label of a fixed window counts, so the global number needs no communication.
         tokens = self.options.global_batch_size * self.options.seq_len
-        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-        for index, micro_batch in enumerate(batch.micro_batches):
+
+        def seed(index: int) -> None:
             seed_everything(self.options.seed, self.state.step, index, self.context.data_rank)
-            loss = self.loss_of(micro_batch)
-            (loss / tokens).backward()  # type: ignore[no-untyped-call]
-            loss_sum += loss.detach()
-        return loss_sum, tokens
+
+        return self.engine.forward_backward(batch.micro_batches, tokens, seed), tokens
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -287,21 +291,12 @@ class Trainer:
             with torch.no_grad():
                 yield
         finally:
-            reshard(self.model)
+            self.engine.reshard()
             self.model.train()
-
-    def loss_of(self, micro_batch: MicroBatch) -> Tensor:
-        """The summed loss of a micro-batch, on the device."""
-        device = self.context.device
-        tokens = micro_batch.tokens.to(device, non_blocking=True)
-        labels = micro_batch.labels.to(device, non_blocking=True)
-        documents = micro_batch.documents
-        mask = None if documents is None else attention_mask(documents.to(device, non_blocking=True))
-        return summed_cross_entropy(self.model(tokens, mask), labels)
 
     def _update(self) -> tuple[float, Tensor]:
         """Clips and steps; where the norm is not finite nothing changes, and the host need not know yet."""
-        grad_norm = global_grad_norm(self._parameters)
+        grad_norm = self.engine.grad_norm()
         clip = self.options.grad_clip
         scale = (grad_norm / clip).clamp(min=1.0) if clip > 0 else torch.ones_like(grad_norm)
         skip = (~grad_norm.isfinite()).to(torch.float32)
@@ -314,7 +309,7 @@ class Trainer:
         self.state.tokens += self.options.global_batch_size * self.options.seq_len
         return lr, grad_norm
 
-    def _publish(self, loss_sum: Tensor, grad_norm: Tensor, lr: float) -> _Pending:
+    def _publish(self, loss_sum: Tensor, grad_norm: Tensor, busiest: Tensor | None, lr: float) -> _Pending:
         """Starts the step's one small reduction."""
         wish = self._stop_requested()
         clock = time.monotonic() - self.last_save_clock if self.context.is_main else 0.0
@@ -329,7 +324,8 @@ class Trainer:
         agreed = torch.cat([loss_sum.reshape(1), others])
         if self.context.world_size > 1:
             dist.all_reduce(agreed)
-        agreed = torch.cat([agreed, grad_norm.reshape(1).to(torch.float64)])
+        known = [v.reshape(1).to(torch.float64) for v in (grad_norm, busiest) if v is not None]
+        agreed = torch.cat([agreed, *known])
         arrived = None
         if agreed.device.type == "cuda":
             # Beside the steps that follow: reading it later waits for this copy alone.
@@ -361,7 +357,7 @@ class Trainer:
             return
         if pending.arrived is not None:
             pending.arrived.synchronize()
-        values = dict(zip(_AGREED, pending.values.tolist(), strict=True))
+        values = dict(zip(_AGREED, pending.values.tolist(), strict=False))
         loss = values["loss_sum"] / (self.options.global_batch_size * self.options.seq_len)
         if not math.isfinite(loss):
             ids = ", ".join(str(i) for i in pending.ids)
@@ -374,6 +370,8 @@ class Trainer:
         if norm is None and self.context.is_main:
             log.warning("the gradients of step %d are not finite; its update was left out", pending.step)
         row = {"step": pending.step, "loss": loss, "grad_norm": norm, **pending.row}
+        if "expert_load_max" in values:
+            row["expert_load_max"] = values["expert_load_max"]
         for hook in self.hooks:
             hook.on_metrics(self, row)
 

@@ -1,5 +1,6 @@
 """The training loss."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -9,10 +10,9 @@ __all__ = ["attention_mask", "summed_cross_entropy"]
 
 
 def summed_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """Cross-entropy in nats, summed over the labels that count; computed in float32."""
-    return F.cross_entropy(
-        logits_BTV.flatten(0, 1).float(), labels_BT.flatten(), ignore_index=IGNORE, reduction="sum"
-    )
+    """Cross-entropy in nats, summed over the labels that count; computed in float32 or better."""
+    wide = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
+    return F.cross_entropy(wide.flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
 def attention_mask(documents_BT: Tensor) -> Tensor:

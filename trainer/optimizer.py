@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.optim.adamw import adamw
 
 from models.base import LanguageModel
@@ -137,10 +138,14 @@ class AdamW(Optimizer):
 
 
 @torch.no_grad()
-def global_grad_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """The L2 norm of all gradients over all ranks, a float32 scalar on the device.
+def global_grad_norm(parameters: Sequence[nn.Parameter], stages: dist.ProcessGroup | None = None) -> Tensor:
+    """The L2 norm of all gradients over all ranks, a float32 (float64 for float64 gradients) scalar on the device.
 
     Shards are summed over the axes that they are sharded on, replicas counted once.
+
+    Args:
+        parameters: this rank's, each of which it has a share of.
+        stages: the ranks that hold the other stages of a pipeline.
     """
     groups: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
     for parameter in parameters:
@@ -152,7 +157,7 @@ def global_grad_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
             axes = tuple(
                 mesh.get_group(i)
                 for i, placement in enumerate(parameter.placements)
-                if isinstance(placement, Shard) and mesh.size(i) > 1
+                if isinstance(placement, Shard | _StridedShard) and mesh.size(i) > 1
             )
         groups.setdefault(axes, []).append(_local(parameter.grad))
     totals = []
@@ -162,4 +167,7 @@ def global_grad_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
         for group in axes:
             dist.all_reduce(total, group=group)
         totals.append(total)
-    return torch.stack(totals).sum().sqrt().to(torch.float32)
+    whole = torch.stack(totals).sum()
+    if stages is not None:
+        dist.all_reduce(whole, group=stages)
+    return whole.sqrt().to(torch.promote_types(parameters[0].dtype, torch.float32))

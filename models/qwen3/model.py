@@ -54,6 +54,7 @@ class MoeBlock(nn.Module):
             config.n_experts,
             config.experts_per_token,
             normalise=config.norm_topk_prob,
+            bias_update_speed=config.bias_update_speed if config.balance is Balance.bias else 0.0,
             auxiliary=config.auxiliary_coefficient if config.balance is Balance.auxiliary else 0.0,
         )
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)

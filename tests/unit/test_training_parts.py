@@ -183,7 +183,8 @@ def test_the_remaining_ranks_are_inferred() -> None:
         (ParallelConfig(dp_shard=3), 4, "must be the number of ranks that were started (4), but is 3"),
         (ParallelConfig(dp_shard=0), 4, "parallel.dp_shard must be at least 1 or -1, but is 0"),
         (ParallelConfig(dp_replicate=0), 4, "parallel.dp_replicate must be at least 1, but is 0"),
-        (ParallelConfig(tp=2), 2, "parallel.tp must be 1 in this version, but is 2"),
+        (ParallelConfig(tp=0), 2, "parallel.tp must be at least 1, but is 0; use 1"),
+        (ParallelConfig(tp=3, pp=2, dp_shard=-1), 8, "parallel.tp · parallel.pp must divide the number of ranks (8)"),
     ],
 )
 def test_degrees_that_do_not_fit_are_refused(parallel: ParallelConfig, ranks: int, words: str) -> None:

@@ -233,8 +233,9 @@ class CheckpointHook(Hook):
             **self._plan.labels,
         )
         tensors = model_tensors(trainer) | optimizer_tensors(trainer) | _state_tensors(trainer.state)
+        holders = trainer.engine.holders([n for n in tensors if not n.startswith("train_state.")])
         started = time.perf_counter()
-        results = saver.begin(tensors, manifest)
+        results = saver.begin(tensors, manifest, holders)
         if trainer.context.is_main:
             log.info("saving step %d (%s): %.1f ms", step, ", ".join(reasons), (time.perf_counter() - started) * 1e3)
         trainer.last_save_clock, trainer.seconds_since_save = time.monotonic(), 0.0

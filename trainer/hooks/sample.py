@@ -42,7 +42,7 @@ class SampleHook(Hook):
     def _continue(self, trainer: Trainer, tokenizer: Tokenizer, index: int, prompt: str) -> str:
         ids = tokenizer.encode(prompt, add_special_tokens=False).ids
         new = generate(
-            trainer.model,
+            trainer.engine.last_logits,
             ids,
             tokens=self._config.tokens,
             context=trainer.options.seq_len,

@@ -87,8 +87,7 @@ class ValidationHook(Hook):
                 micro_batch_size=trainer.resources.micro_batch_size,
                 document_mask=trainer.resources.document_mask,
             )
-            for micro_batch in batch.micro_batches:
-                total += trainer.loss_of(micro_batch)
+            total += trainer.engine.losses(batch.micro_batches)
             trainer.stop = trainer.stop or trainer.agree_on_stop()
             if trainer.stop is not None:
                 return None

@@ -1,35 +1,133 @@
-"""How a model is parallelised, in a visible order: activation checkpointing, compilation, FSDP or HSDP."""
+"""How a model is parallelised, in a visible order.
+
+Stages of the pipeline, tensor, context and expert parallelism, activation checkpointing, compilation, FSDP or HSDP.
+"""
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.utils.checkpoint
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from checkpoint.plan import local_box
 from models.base import LanguageModel
+from models.config import DecoderConfig
 from models.init import fill_shard
-from trainer.config import ActivationCheckpoint, PrecisionName, TrainConfig
+from models.moe import MixtureOfExperts
+from trainer.config import ActivationCheckpoint, ContextMethod, ParallelConfig, PrecisionName, TrainConfig
 from trainer.parallel.context import ParallelContext
+from trainer.parallel.expert import apply_expert_parallel, set_auxiliary_loss
+from trainer.parallel.sequence import ContextGroup, apply_context_parallel
+from trainer.parallel.stages import StagePlan, plan_stages
+from trainer.parallel.tensor import TensorGroup, apply_tensor_parallel
 
-__all__ = ["initialise", "local_shard", "parallelise", "reshard"]
+__all__ = ["ParallelModel", "initialise", "local_shard", "parallelise", "reshard"]
 
 
-def parallelise(model: LanguageModel, context: ParallelContext, train: TrainConfig, precision: PrecisionName) -> None:
-    """Changes the model, made on the meta device, in place."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelModel:
+    """This rank's part of the model.
+
+    Attributes:
+        model: all layers that this rank has, with the names of the whole model.
+        parts: a model per stage of this rank, sharing the modules of `model`; without a pipeline `model` itself.
+        stages: where the stages are.
+        tensor: the ranks that share matrices, None without tensor parallelism.
+        sequence: the ranks that share sequences, None without context parallelism.
+    """
+
+    model: LanguageModel
+    parts: list[LanguageModel]
+    stages: StagePlan
+    tensor: TensorGroup | None
+    sequence: ContextGroup | None
+
+
+def parallelise(
+    whole: LanguageModel,
+    context: ParallelContext,
+    *,
+    dims: DecoderConfig,
+    parallel: ParallelConfig,
+    train: TrainConfig,
+    precision: PrecisionName,
+    sequences: int,
+) -> ParallelModel:
+    """Takes this rank's part of a model made on the meta device, and changes it in place.
+
+    Args:
+        whole: the model.
+        context: this rank's place.
+        dims: the model's.
+        parallel: options of the degrees.
+        train: activation checkpointing and compilation.
+        precision: of the computation.
+        sequences: of an optimizer step, over all ranks.
+    """
+    layout = context.layout
+    if precision is PrecisionName.fp64:
+        whole.to(torch.float64)
+    stages = plan_stages(parallel, layout.pp, dims.n_layers, context.place("pp"))
+    model, parts = _take_stages(whole, stages)
+    tensor = sequence = None
+    if layout.tp > 1:
+        tensor = apply_tensor_parallel(model, context.meshes.dense["tp"], sequence=parallel.sequence_parallel)
+    if layout.cp > 1:
+        sequence = ContextGroup(
+            name=context.group_name("cp"),
+            rank=context.place("cp"),
+            ranks=layout.cp,
+            balance=parallel.cp_balance,
+        )
+        apply_context_parallel(model, sequence, ulysses=uses_ulysses(parallel, dims, layout.tp, layout.cp))
+    if layout.ep > 1:
+        apply_expert_parallel(model, context.meshes.experts["ep"])
+    data = context.meshes.data
+    set_auxiliary_loss(model, [data.get_group(a) for a in ("cp", "tp") if data[a].size() > 1], sequences)
     if train.activation_checkpoint is not ActivationCheckpoint.none:
         _checkpoint_activations(model, selective=train.activation_checkpoint is ActivationCheckpoint.selective)
     if train.compile:
-        for block in model.blocks():
-            # The forward alone: FSDP's hooks stay outside of the graph, and names stay as they are.
-            block.forward = torch.compile(block.forward, backend=train.compile_backend, fullgraph=True)
+        _compile(model, train.compile_backend, context if parallel.async_tp else None)
     # bfloat16 comes from FSDP's mixed precision, so one rank computes as several do.
     if context.world_size > 1 or precision is PrecisionName.bf16:
-        _shard(model, context, precision)
+        for part in parts:
+            _shard(part, context, precision)
+    return ParallelModel(model=model, parts=parts, stages=stages, tensor=tensor, sequence=sequence)
+
+
+def uses_ulysses(parallel: ParallelConfig, dims: DecoderConfig, tp: int, cp: int) -> bool:
+    """Whether ranks exchange heads for their sequences' parts."""
+    divides = dims.n_heads // tp % cp == 0 and dims.n_kv_heads // tp % cp == 0
+    return parallel.cp_method is ContextMethod.ulysses or (parallel.cp_method is ContextMethod.auto and divides)
+
+
+def _take_stages(whole: LanguageModel, stages: StagePlan) -> tuple[LanguageModel, list[LanguageModel]]:
+    if stages.count == 1:
+        return whole, [whole]
+    first, last = 0 in stages.mine, stages.count - 1 in stages.mine
+    model = whole.part([n for s in stages.mine for n in stages.layers[s]], first=first, last=last)
+    parts = [model.part(stages.layers[s], first=s == 0, last=s == stages.count - 1) for s in stages.mine]
+    return model, parts
+
+
+def _compile(model: LanguageModel, backend: str, overlap: ParallelContext | None) -> None:
+    """Compiles each block's forward alone: FSDP's hooks stay outside of the graph, and names stay as they are."""
+    if overlap is not None:
+        from torch._inductor import config as inductor
+        from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+        inductor._micro_pipeline_tp = True
+        enable_symm_mem_for_group(overlap.meshes.data.get_group("tp").group_name)
+    for block in model.blocks():
+        # How many rows each expert gets is known on the host alone, which breaks the graph.
+        whole = not any(isinstance(m, MixtureOfExperts) for m in block.modules())
+        block.forward = torch.compile(block.forward, backend=backend, fullgraph=whole)
 
 
 # The results that selective activation checkpointing keeps: those that are dear to compute again.
@@ -59,16 +157,33 @@ def _checkpoint_activations(model: LanguageModel, *, selective: bool) -> None:
         )
 
 
-def _shard(model: LanguageModel, context: ParallelContext, precision: PrecisionName) -> None:
-    """FSDP2 with one unit per block; HSDP where there are replicas, DDP where nothing is sharded."""
-    mesh = context.mesh["dp_shard"] if context.layout.dp_replicate == 1 else context.mesh
+def _shard(part: LanguageModel, context: ParallelContext, precision: PrecisionName) -> None:
+    """FSDP2 with a unit per block and one for its experts; HSDP with replicas, DDP where nothing is cut."""
     compute = torch.bfloat16 if precision is PrecisionName.bf16 else None
+    reduce = None if precision is PrecisionName.fp64 else torch.float32
     # Tables of positions go into the blocks in float32 and must stay so.
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in model.blocks():
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-    for module in model.modules():
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce, cast_forward_inputs=False)
+    # Under a pipeline many micro-batches pass a stage one after the other; what is gathered stays for all of them.
+    # (Schedules that cut the backward pass in two find a stage's weights in the gathered tensors alone.)
+    again = None if context.layout.pp == 1 else False
+    mesh = _data_mesh(context.meshes.dense, "fsdp")
+    for block in part.blocks():
+        for module in block.modules():
+            if isinstance(module, MixtureOfExperts):
+                experts = _data_mesh(context.meshes.experts, "efsdp")
+                ranks = context.meshes.experts["efsdp"].size()
+                held = module.n_experts // context.layout.ep
+                place = functools.partial(_cut_of_experts, held=held, ranks=ranks)
+                fully_shard(
+                    module.experts,
+                    mesh=experts,
+                    mp_policy=policy,
+                    shard_placement_fn=place,
+                    reshard_after_forward=again,
+                )
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=again)
+    fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=again)
+    for module in part.modules():
         if isinstance(module, FSDPModule):
             # The loss is divided by the global number of tokens already; gradients are summed. gloo has no
             # premultiplied sum, so the sum must be asked for.
@@ -76,38 +191,49 @@ def _shard(model: LanguageModel, context: ParallelContext, precision: PrecisionN
             module.set_force_sum_reduction_for_comms(True)
 
 
-def reshard(model: LanguageModel) -> None:
+def _data_mesh(mesh: DeviceMesh, shard_axis: str) -> DeviceMesh:
+    return mesh[shard_axis] if mesh["dp_replicate"].size() == 1 else mesh["dp_replicate", shard_axis]
+
+
+def _cut_of_experts(parameter: nn.Parameter, *, held: int, ranks: int) -> Shard:
+    """Experts by number; within their matrices where there are more ranks than experts."""
+    return Shard(1) if held < ranks and parameter.shape[1] % ranks == 0 else Shard(0)
+
+
+def reshard(parts: list[LanguageModel]) -> None:
     """Gives back what a forward pass without a backward pass left gathered.
 
     FSDP keeps its outermost unit gathered until the backward pass; anybody who looked at the parameters then
     would see tensors whose memory is about to go.
     """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    for part in parts:
+        for module in part.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 @torch.no_grad()
-def initialise(model: LanguageModel, device: torch.device, seed: int, length: int) -> None:
+def initialise(parallel: ParallelModel, device: torch.device, seed: int, length: int) -> None:
     """Gives a parallelised meta model its memory and its first weights, the same under every layout.
 
     Args:
-        model: on the meta device.
+        parallel: on the meta device.
         device: where it will live.
         seed: the run's seed.
         length: positions that its tables must cover.
     """
-    shared = _shared_parameters(model)
-    model.to_empty(device=device)
-    # Giving memory makes a new tensor of every name, also of two names of one parameter.
-    for first, other in shared:
-        owner, _, leaf = other.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, model.get_parameter(first))
-    model.init_buffers(device, length)
-    rules = model.init_rules()
-    for name, parameter in model.named_parameters():
-        local, offset = local_shard(parameter)
-        fill_shard(local, name=name, rule=rules[name], global_shape=parameter.shape, offset=offset, seed=seed)
+    for model in parallel.parts:
+        shared = _shared_parameters(model)
+        model.to_empty(device=device)
+        # Giving memory makes a new tensor of every name, also of two names of one parameter.
+        for first, other in shared:
+            owner, _, leaf = other.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, model.get_parameter(first))
+        model.init_buffers(device, length)
+        rules = model.init_rules()
+        for name, parameter in model.named_parameters():
+            local, offset = local_shard(parameter)
+            fill_shard(local, name=name, rule=rules[name], global_shape=parameter.shape, offset=offset, seed=seed)
 
 
 def _shared_parameters(model: nn.Module) -> list[tuple[str, str]]:
@@ -121,5 +247,5 @@ def local_shard(parameter: nn.Parameter) -> tuple[torch.Tensor, tuple[int, ...]]
     """This rank's part of a parameter, and where it begins in the whole."""
     if not isinstance(parameter, DTensor):
         return parameter, (0,) * parameter.ndim
-    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    return parameter.to_local(), tuple(offset)
+    _, offset = local_box(parameter.shape, parameter.device_mesh, parameter.placements)
+    return parameter.to_local(), offset

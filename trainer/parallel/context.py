@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from trainer.parallel.layout import Layout
+from trainer.parallel.mesh import Meshes, make_meshes
 
 __all__ = ["ParallelContext", "close_parallel", "open_parallel"]
 
@@ -20,14 +20,14 @@ class ParallelContext:
 
     Attributes:
         layout: the degrees.
-        mesh: axes `dp_replicate` and `dp_shard`.
+        meshes: see `Meshes`.
         device: where this rank computes.
         save_group: gloo, over all ranks, apart from the training's traffic.
         rank: among all.
     """
 
     layout: Layout
-    mesh: DeviceMesh
+    meshes: Meshes
     device: torch.device
     save_group: dist.ProcessGroup
     rank: int
@@ -40,7 +40,25 @@ class ParallelContext:
     @property
     def data_rank(self) -> int:
         """This rank among those that read different data."""
-        return self.rank
+        return self.place("dp_replicate") * self.layout.dp_shard + self.place("dp_shard")
+
+    @property
+    def reads_first(self) -> bool:
+        """Whether this rank stands for those that read the same data."""
+        return self.place("pp") == self.place("cp") == self.place("tp") == 0
+
+    def place(self, axis: str) -> int:
+        """This rank's place along an axis of the data mesh."""
+        return self.meshes.data.get_local_rank(axis)
+
+    def group_name(self, axis: str) -> str:
+        """The name of this rank's group along an axis of the data mesh."""
+        return str(self.meshes.data.get_group(axis).group_name)
+
+    def stage_ranks(self, stage_rank: int) -> list[int]:
+        """The ranks, among all, that hold a place in the pipeline."""
+        size = self.layout.world_size // self.layout.pp
+        return list(range(stage_rank * size, (stage_rank + 1) * size))
 
     @property
     def is_main(self) -> bool:
@@ -74,11 +92,9 @@ def open_parallel(layout: Layout, device_type: str, timeout_s: float) -> Paralle
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"attempt-{attempt}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    mesh = init_device_mesh(
-        device.type, (layout.dp_replicate, layout.dp_shard), mesh_dim_names=("dp_replicate", "dp_shard")
-    )
+    meshes = make_meshes(layout, device.type)
     save_group = dist.new_group(backend="gloo", timeout=timeout)
-    return ParallelContext(layout=layout, mesh=mesh, device=device, save_group=save_group, rank=rank)
+    return ParallelContext(layout=layout, meshes=meshes, device=device, save_group=save_group, rank=rank)
 
 
 def close_parallel() -> None:

@@ -1,12 +1,12 @@
-"""Degrees as plain numbers: inferring and checking them needs no process group."""
+"""Degrees as plain numbers: inferring them needs no process group."""
 
 from dataclasses import asdict, dataclass
 
 from trainer.config import ParallelConfig
 
-__all__ = ["Layout", "resolve_layout"]
+__all__ = ["DEGREES", "Layout", "divisors_of", "resolve_layout"]
 
-_LATER = ("tp", "pp", "cp", "ep")
+DEGREES = ("dp_replicate", "dp_shard", "tp", "pp", "cp")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,34 +50,52 @@ def resolve_layout(parallel: ParallelConfig, available_ranks: int, *, ranks_are_
     Raises:
         ValueError: naming the degree, the rule, its value and the remedy.
     """
-    for name in _LATER:
-        if getattr(parallel, name) != 1:
+    for name in (*DEGREES, "ep"):
+        value = getattr(parallel, name)
+        if value < 1 and not (name == "dp_shard" and value == -1):
+            allowed = "at least 1 or -1" if name == "dp_shard" else "at least 1"
             raise ValueError(
-                f"parallel.{name} must be 1 in this version, but is {getattr(parallel, name)}; "
-                "use parallel.dp_shard or parallel.dp_replicate"
+                f"parallel.{name} must be {allowed}, but is {value}; use {-1 if name == 'dp_shard' else 1}"
             )
-    if parallel.dp_replicate < 1:
-        raise ValueError(f"parallel.dp_replicate must be at least 1, but is {parallel.dp_replicate}; use 1")
-    if parallel.dp_shard < 1 and parallel.dp_shard != -1:
-        raise ValueError(f"parallel.dp_shard must be at least 1 or -1, but is {parallel.dp_shard}; use -1")
     shard = parallel.dp_shard
+    others = parallel.dp_replicate * parallel.tp * parallel.pp * parallel.cp
     if shard == -1:
-        if available_ranks % parallel.dp_replicate:
-            raise ValueError(
-                f"parallel.dp_replicate must divide the number of ranks ({available_ranks}), "
-                f"but is {parallel.dp_replicate}; use {_divisors(available_ranks)}"
-            )
-        shard = available_ranks // parallel.dp_replicate
-    layout = Layout(dp_replicate=parallel.dp_replicate, dp_shard=shard)
+        if available_ranks % others:
+            raise ValueError(_too_many(parallel, available_ranks, others))
+        shard = available_ranks // others
+    layout = Layout(
+        dp_replicate=parallel.dp_replicate,
+        dp_shard=shard,
+        tp=parallel.tp,
+        pp=parallel.pp,
+        cp=parallel.cp,
+        ep=parallel.ep,
+    )
     if ranks_are_given and layout.world_size != available_ranks:
+        degrees = ", ".join(f"parallel.{n} ({getattr(layout, n)})" for n in DEGREES if getattr(layout, n) > 1)
         raise ValueError(
-            f"the product of parallel.dp_replicate ({layout.dp_replicate}) and parallel.dp_shard "
-            f"({layout.dp_shard}) must be the number of ranks that were started ({available_ranks}), "
-            f"but is {layout.world_size}; use parallel.dp_shard=-1 or start {layout.world_size} ranks"
+            f"the product of {degrees or 'the degrees (1)'} must be the number of ranks that were started "
+            f"({available_ranks}), but is {layout.world_size}; use parallel.dp_shard=-1 or start "
+            f"{layout.world_size} ranks"
         )
     return layout
 
 
-def _divisors(n: int) -> str:
+def _too_many(parallel: ParallelConfig, available: int, others: int) -> str:
+    used = [n for n in ("dp_replicate", "tp", "pp", "cp") if getattr(parallel, n) > 1]
+    if len(used) == 1:
+        return (
+            f"parallel.{used[0]} must divide the number of ranks ({available}), but is {others}; "
+            f"use {divisors_of(available)}"
+        )
+    product = " · ".join(f"parallel.{n}" for n in used)
+    return (
+        f"{product} must divide the number of ranks ({available}), but is {others}; lower one of them or give "
+        "parallel.dp_shard"
+    )
+
+
+def divisors_of(n: int) -> str:
+    """All divisors, as words for an error message."""
     found = [str(d) for d in range(1, n + 1) if n % d == 0]
     return found[0] if len(found) == 1 else f"{', '.join(found[:-1])} or {found[-1]}"

@@ -1,0 +1,151 @@
+"""Training steps under many layouts: several on each set of ranks, with everything that should be equal observed."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from checkpoint.plan import local_box
+from launch.signals import StopFlag
+from launch.worker import RankSpec, build_trainer
+from models.moe import MixtureOfExperts
+from tests.pool import run_distributed
+from tests.runs import spec_of
+from trainer.hook import Hook
+from trainer.loop import Trainer
+from trainer.parallel.context import close_parallel, open_parallel
+
+__all__ = ["Observed", "observe", "relative"]
+
+
+@dataclass
+class Observed:
+    """What a layout did.
+
+    Attributes:
+        losses: of each step.
+        norms: of each step's gradient, before clipping.
+        first: the whole first weights.
+        last: the whole weights, and the experts' biases, after the last step.
+        loads: of each step, tokens per expert by layer.
+        ids: of each step, the global sample ids.
+        validation: the loss over the validation split after the last step.
+        sample: logits after a short prompt.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    first: dict[str, Tensor] = field(default_factory=dict)
+    last: dict[str, Tensor] = field(default_factory=dict)
+    loads: list[dict[str, Tensor]] = field(default_factory=list)
+    ids: list[list[int]] = field(default_factory=list)
+    validation: float = 0.0
+    sample: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+def relative(a: float, b: float) -> float:
+    """The relative difference."""
+    return abs(a - b) / max(abs(b), 1e-30)
+
+
+def whole_tensors(trainer: Trainer) -> dict[str, Tensor]:
+    """All parameters and expert biases, put together from the boxes that ranks hold; on rank 0."""
+    own = {}
+    for name, tensor in [*trainer.model.named_parameters(), *trainer.model.named_buffers()]:
+        if name.endswith((".load", "rope")):
+            continue
+        offset = (0,) * tensor.ndim
+        if isinstance(tensor, DTensor):
+            _, offset = local_box(tensor.shape, tensor.device_mesh, tensor.placements)
+        part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        own[name] = (tuple(tensor.shape), offset, part.detach().clone())
+    parts: list[Any] = [None] * trainer.context.world_size
+    dist.all_gather_object(parts, own, group=trainer.context.save_group)
+    whole: dict[str, Tensor] = {}
+    for held in parts if trainer.context.is_main else []:
+        for name, (shape, offset, part) in held.items():
+            target = whole.setdefault(name, torch.full(shape, torch.nan, dtype=part.dtype))
+            box = target[tuple(slice(o, o + n) for o, n in zip(offset, part.shape, strict=True))]
+            assert bool(((box == part) | box.isnan()).all()), f"copies of {name} differ"
+            box.copy_(part)
+    assert not any(bool(t.isnan().any()) for t in whole.values()), "a part of a weight is nowhere"
+    return whole
+
+
+class Recorder(Hook):
+    """Fills an `Observed`."""
+
+    def __init__(self) -> None:
+        self.seen = Observed()
+
+    def fit_start(self, trainer: Trainer) -> None:
+        self.seen.first = whole_tensors(trainer)
+
+    def before_optimizer_step(self, trainer: Trainer) -> None:
+        loads = {n: m.load.clone() for n, m in trainer.model.named_modules() if isinstance(m, MixtureOfExperts)}
+        every: list[Any] = [None] * trainer.context.world_size
+        dist.all_gather_object(every, loads, group=trainer.context.save_group)
+        total: dict[str, Tensor] = {}
+        for held in every:
+            for name, load in held.items():
+                total[name] = total.get(name, torch.zeros_like(load)) + load
+        self.seen.loads.append(total)
+
+    def step_end(self, trainer: Trainer) -> None:
+        assert trainer.batch is not None
+        own = trainer.batch.ids.tolist() if trainer.context.reads_first else []
+        every: list[Any] = [None] * trainer.context.world_size
+        dist.all_gather_object(every, own, group=trainer.context.save_group)
+        self.seen.ids.append([i for part in every for i in part])
+
+    def on_metrics(self, trainer: Trainer, row: Any) -> None:
+        self.seen.losses.append(row["loss"])
+        self.seen.norms.append(row["grad_norm"])
+
+    def fit_end(self, trainer: Trainer) -> None:
+        self.seen.last = whole_tensors(trainer)
+        from trainer.hooks.config import ValidationConfig
+        from trainer.hooks.validation import ValidationHook
+
+        with trainer.evaluating():
+            hook = ValidationHook(ValidationConfig(max_batches=1))
+            self.seen.validation = hook._measure(trainer, trainer.resources.validation) or 0.0
+            self.seen.sample = trainer.engine.last_logits(torch.tensor([[3, 1, 4, 1, 5]]))
+
+
+def _observe(specs: Sequence[RankSpec]) -> list[Observed | str]:
+    torch.set_num_threads(1)
+    seen: list[Observed | str] = []
+    for number, spec in enumerate(specs):
+        # Each layout has its own addresses in the store that all share.
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)
+        context = open_parallel(spec.layout, "cpu", 60.0)
+        trainer = build_trainer(spec, context, StopFlag(), 1)
+        recorder = Recorder()
+        trainer.hooks = [recorder]
+        trainer.fit()
+        dist.barrier()
+        close_parallel()
+        seen.append(recorder.seen)
+    return seen if os.environ["RANK"] == "0" else []
+
+
+def observe(
+    layouts: Sequence[Sequence[str]], folder: Path, world_size: int, timeout_s: float = 280.0
+) -> list[Observed]:
+    """Trains under each of the layouts, all of `world_size` ranks, and says what happened.
+
+    Args:
+        layouts: overrides.
+        folder: for the runs.
+        world_size: ranks.
+        timeout_s: for all together.
+    """
+    specs = [spec_of([*o, "checkpoint=disabled", "hooks=none"], folder, world_size) for o in layouts]
+    return list(run_distributed(_observe, specs, world_size=world_size, timeout_s=timeout_s)[0])

@@ -1,0 +1,177 @@
+"""Collectives that autograd sees, each with the one that its gradient needs.
+
+A group is given by its name, so that a compiled block can hold it. Results are complete when they are returned: a
+compiled graph would lose the gradient of an asynchronous one.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed._functional_collectives as funcol
+from torch import Tensor
+
+__all__ = [
+    "all_to_all",
+    "copy_to",
+    "exchange_now",
+    "gather",
+    "join",
+    "reduce_from",
+    "reduce_now",
+    "scatter",
+    "split",
+]
+
+
+# torch 2.13 has these two under new names and warns of the old ones.
+_all_gather: Any = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
+_reduce_scatter: Any = getattr(funcol, "reduce_scatter_single", None) or funcol.reduce_scatter_tensor
+_f: Any = funcol
+
+
+def reduce_now(x: Tensor, operation: str, group: str) -> Tensor:
+    """`sum` or `max` over the group; autograd does not see it."""
+    out: Tensor = _f.wait_tensor(_f.all_reduce(x.contiguous(), operation, group))
+    return out
+
+
+def exchange_now(x: Tensor, received: list[int] | None, sent: list[int] | None, group: str) -> Tensor:
+    """Rows to ranks and from them, as many each way where no numbers are given; autograd does not see it."""
+    out: Tensor = _f.wait_tensor(_f.all_to_all_single(x.contiguous(), received, sent, group))
+    return out
+
+
+def _gather(x: Tensor, dim: int, group: str) -> Tensor:
+    out: Tensor = _f.wait_tensor(_all_gather(x.contiguous(), dim, group))
+    return out
+
+
+def _scatter(x: Tensor, dim: int, group: str) -> Tensor:
+    out: Tensor = _f.wait_tensor(_reduce_scatter(x.contiguous(), "sum", dim, group))
+    return out
+
+
+class _CopyTo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return reduce_now(grad, "sum", ctx.group), None
+
+
+class _ReduceFrom(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx: Any, x: Tensor, group: str) -> Tensor:
+        return reduce_now(x, "sum", group)
+
+    @staticmethod
+    def backward(_ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, group: str) -> Tensor:
+        ctx.dim, ctx.group = dim, group
+        return _gather(x, dim, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _scatter(grad, ctx.dim, ctx.group), None, None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, group: str) -> Tensor:
+        ctx.dim, ctx.group = dim, group
+        return _scatter(x, dim, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _gather(grad, ctx.dim, ctx.group), None, None
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, rank: int, ranks: int, group: str) -> Tensor:
+        ctx.dim, ctx.group = dim, group
+        size = x.shape[dim] // ranks
+        return x.narrow(dim, rank * size, size).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return _gather(grad, ctx.dim, ctx.group), None, None, None, None
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, rank: int, group: str) -> Tensor:
+        ctx.dim, ctx.rank, ctx.size = dim, rank, x.shape[dim]
+        return _gather(x, dim, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return grad.narrow(ctx.dim, ctx.rank * ctx.size, ctx.size).contiguous(), None, None, None
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, received: list[int], sent: list[int], group: str) -> Tensor:
+        ctx.received, ctx.sent, ctx.group = received, sent, group
+        return exchange_now(x, received, sent, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return exchange_now(grad, ctx.sent, ctx.received, ctx.group), None, None, None
+
+
+def copy_to(x: Tensor, group: str) -> Tensor:
+    """`x`, which all ranks of the group have and use for different things: gradients are summed."""
+    out: Tensor = _CopyTo.apply(x, group)  # type: ignore[no-untyped-call]
+    return out
+
+
+def reduce_from(x: Tensor, group: str) -> Tensor:
+    """The sum over the group, which all ranks use for the same thing."""
+    out: Tensor = _ReduceFrom.apply(x, group)  # type: ignore[no-untyped-call]
+    return out
+
+
+def gather(x: Tensor, dim: int, group: str) -> Tensor:
+    """The ranks' parts joined along `dim`, used for different things; gradients are summed and cut again."""
+    out: Tensor = _Gather.apply(x, dim, group)  # type: ignore[no-untyped-call]
+    return out
+
+
+def scatter(x: Tensor, dim: int, group: str) -> Tensor:
+    """This rank's part, along `dim`, of the sum over the group."""
+    out: Tensor = _Scatter.apply(x, dim, group)  # type: ignore[no-untyped-call]
+    return out
+
+
+def split(x: Tensor, dim: int, rank: int, ranks: int, group: str) -> Tensor:
+    """This rank's part, along `dim`, of what all ranks have; gradients are joined."""
+    out: Tensor = _Split.apply(x, dim, rank, ranks, group)  # type: ignore[no-untyped-call]
+    return out
+
+
+def join(x: Tensor, dim: int, rank: int, group: str) -> Tensor:
+    """The ranks' parts joined along `dim`, used for the same thing; each rank takes its part of the gradient."""
+    out: Tensor = _Join.apply(x, dim, rank, group)  # type: ignore[no-untyped-call]
+    return out
+
+
+def all_to_all(x: Tensor, received: list[int], sent: list[int], group: str) -> Tensor:
+    """Sends rows to ranks and receives theirs.
+
+    Args:
+        x: rows, sorted by the rank that they go to.
+        received: rows from each rank.
+        sent: rows to each rank.
+        group: the ranks.
+    """
+    out: Tensor = _AllToAll.apply(x, received, sent, group)  # type: ignore[no-untyped-call]
+    return out

@@ -1,0 +1,271 @@
+"""What the loop asks of a parallel model: gradients, losses, logits, the same for every layout."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from models.config import DecoderConfig
+from models.moe import MixtureOfExperts
+from trainer.config import PipelineSchedule, PrecisionName
+from trainer.data.loader import IGNORE, MicroBatch
+from trainer.loss import attention_mask, summed_cross_entropy
+from trainer.optimizer import global_grad_norm
+from trainer.parallel.apply import ParallelModel, reshard
+from trainer.parallel.context import ParallelContext
+from trainer.parallel.pipeline import Pipeline, StageInput
+from trainer.parallel.sequence import positions_of
+from trainer.parallel.vocabulary import summed_vocabulary_cross_entropy
+
+__all__ = ["Engine"]
+
+_TIED = "tok_embeddings.weight"
+_COMPUTE = {
+    PrecisionName.fp32: torch.float32,
+    PrecisionName.bf16: torch.bfloat16,
+    PrecisionName.fp64: torch.float64,
+}
+
+
+@final
+class Engine:
+    """Runs a parallel model.
+
+    Args:
+        parallel: this rank's part of the model, initialised.
+        context: this rank's place.
+        dims: the model's dimensions.
+        schedule: of the pipeline.
+        precision: of the computation.
+    """
+
+    def __init__(
+        self,
+        parallel: ParallelModel,
+        context: ParallelContext,
+        *,
+        dims: DecoderConfig,
+        schedule: PipelineSchedule,
+        precision: PrecisionName,
+    ) -> None:
+        self._parallel, self._context, self._dims = parallel, context, dims
+        self.model = parallel.model
+        self._parameters = dict(parallel.model.named_parameters())
+        self._mixtures = [m for m in parallel.model.modules() if isinstance(m, MixtureOfExperts)]
+        self._losses: list[Tensor] = []
+        self._tokens = 1
+        last = parallel.stages.count - 1 in parallel.stages.mine
+        # One of the ranks with the same loss reports it.
+        self._reports = last and context.place("tp") == 0
+        self._vocabulary = self._own_vocabulary()
+        self._pipeline: Pipeline | None = None
+        if context.layout.pp > 1:
+            self._pipeline = Pipeline(
+                parallel.parts,
+                parallel.stages,
+                schedule,
+                context.meshes.data.get_group("pp"),
+                context.device,
+                shape_of=self._shape_of,
+                dtype=_COMPUTE[precision],
+                loss=self._pipeline_loss,
+            )
+
+    def _own_vocabulary(self) -> tuple[int, int]:
+        """First token and number of tokens of this rank's logits."""
+        size, tensor = self._dims.vocab_size, self._parallel.tensor
+        if tensor is None:
+            return 0, size
+        piece = -(-size // tensor.ranks)
+        first = min(tensor.rank * piece, size)
+        return first, min(first + piece, size) - first
+
+    def _shape_of(self, tokens: Tensor, last: bool) -> tuple[int, ...]:
+        rows, length = tokens.shape
+        if last:
+            return rows, length, self._vocabulary[1]
+        tensor = self._parallel.tensor
+        parts = tensor.ranks if tensor is not None and tensor.sequence else 1
+        return rows, length // parts, self._dims.dim
+
+    def forward_backward(
+        self, micro_batches: Sequence[MicroBatch], tokens: int, seed: Callable[[int], None]
+    ) -> Tensor:
+        """Gradients of the mean loss over the global batch.
+
+        Args:
+            micro_batches: this rank's, as many on every rank.
+            tokens: labels of the global batch.
+            seed: seeds all generators for a micro-batch.
+
+        Returns:
+            What this rank adds to the summed loss of the global batch, float64, on the device.
+        """
+        total = torch.zeros((), dtype=torch.float64, device=self._context.device)
+        self._tokens = tokens
+        self._losses.clear()
+        if self._pipeline is not None:
+            seed(0)
+            self._pipeline.train([self._inputs(m) for m in micro_batches])
+        else:
+            for index, micro_batch in enumerate(micro_batches):
+                seed(index)
+                given, options, labels = self._inputs(micro_batch)
+                loss = self._loss(self.model(given, **options), labels)
+                (loss / tokens).backward()  # type: ignore[no-untyped-call]
+                self._losses.append(loss.detach())
+        if self._reports:
+            for loss in self._losses:
+                total += loss
+        self._add_tied_gradients()
+        return total
+
+    @torch.no_grad()
+    def losses(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+        """What this rank adds to the summed loss, without gradients, float64, on the device."""
+        total = torch.zeros((), dtype=torch.float64, device=self._context.device)
+        for micro_batch in micro_batches:
+            given, options, labels = self._inputs(micro_batch)
+            logits = self._forward(given, options)
+            if logits is not None:
+                loss = self._loss(logits, labels)
+                if self._reports:
+                    total += loss
+        return total
+
+    @torch.no_grad()
+    def last_logits(self, ids: Tensor) -> Tensor:
+        """Logits after the last of `ids`, on every rank.
+
+        Args:
+            ids: int64 `(1, seq)`, at most as long as the sequences of training.
+
+        Returns:
+            float32 `(vocab,)`.
+        """
+        layout, device = self._context.layout, self._context.device
+        at = ids.shape[1] - 1
+        # What comes after the last token changes nothing before it.
+        multiple = math.lcm(2 * layout.cp * layout.tp, layout.cp * layout.tp) if layout.cp * layout.tp > 1 else 1
+        padded = torch.nn.functional.pad(ids, (0, -ids.shape[1] % multiple))
+        micro_batch = MicroBatch(tokens=padded, labels=padded, documents=None)
+        given, options, _ = self._inputs(micro_batch)
+        logits = self._forward(given, options)
+        out = torch.zeros(self._dims.vocab_size, dtype=torch.float32, device=device)
+        places = options.get("positions", torch.arange(padded.shape[1], device=device))
+        here = (places == at).nonzero().flatten().tolist()
+        if logits is not None and here:
+            first, count = self._vocabulary
+            out[first : first + count] = logits[0, here[0]].float()
+        for axis in ("pp", "cp", "tp"):
+            if self._context.meshes.data[axis].size() > 1:
+                dist.all_reduce(out, group=self._context.meshes.data.get_group(axis))
+        return out
+
+    def reshard(self) -> None:
+        """Gives back what forward passes without backward passes left gathered."""
+        reshard(self._parallel.parts)
+
+    def _forward(self, tokens: Tensor, options: dict[str, Tensor]) -> Tensor | None:
+        if self._pipeline is not None:
+            return self._pipeline.forward(tokens, options)
+        logits: Tensor = self.model(tokens, **options)
+        return logits
+
+    def _inputs(self, micro_batch: MicroBatch) -> StageInput:
+        """This rank's part of a micro-batch, on the device."""
+        device = self._context.device
+        tokens = micro_batch.tokens.to(device, non_blocking=True)
+        labels = micro_batch.labels.to(device, non_blocking=True)
+        options: dict[str, Tensor] = {}
+        if micro_batch.documents is not None:
+            options["mask"] = attention_mask(micro_batch.documents.to(device, non_blocking=True))
+        group = self._parallel.sequence
+        if group is not None:
+            positions = positions_of(group.rank, group.ranks, tokens.shape[1], balance=group.balance).to(device)
+            tokens, labels = tokens[:, positions], labels[:, positions]
+            options["positions"] = positions
+        elif self._pipeline is not None:
+            # Later stages cannot tell from what reaches them, which may be cut along the sequence.
+            options["positions"] = torch.arange(tokens.shape[1], device=device)
+        if self._mixtures:
+            options["valid"] = labels != IGNORE
+        return tokens, options, labels
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        tensor = self._parallel.tensor
+        if tensor is None:
+            return summed_cross_entropy(logits, labels)
+        return summed_vocabulary_cross_entropy(logits, labels, self._vocabulary[0], tensor.name)
+
+    def _pipeline_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        loss = self._loss(logits, labels)
+        self._losses.append(loss.detach())
+        return loss / self._tokens
+
+    @property
+    def _tied_apart(self) -> bool:
+        return self._dims.tied_embeddings and self._context.layout.pp > 1
+
+    def _add_tied_gradients(self) -> None:
+        """Where embedding and output are one matrix on two ranks, both get the sum of their gradients."""
+        parameter = self._parameters.get(_TIED)
+        if not self._tied_apart or parameter is None:
+            return
+        assert parameter.grad is not None
+        own = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+        own, other = own.contiguous(), torch.empty_like(own)
+        stages = self._parallel.stages
+        group, peer = self._context.meshes.data.get_group("pp"), stages.ranks[0]
+        if peer == self._context.place("pp"):
+            peer = stages.ranks[-1]
+        works = [
+            dist.P2POp(dist.isend, own, group=group, group_peer=peer),
+            dist.P2POp(dist.irecv, other, group=group, group_peer=peer),
+        ]
+        for work in dist.batch_isend_irecv(works):
+            work.wait()
+        own += other
+
+    def grad_norm(self) -> Tensor:
+        """The L2 norm of all gradients over all ranks, each parameter counted once; a scalar on the device."""
+        context = self._context
+        skipped = {_TIED} if self._tied_apart and 0 not in self._parallel.stages.mine else set()
+        counted = [p for n, p in self._parameters.items() if n not in skipped]
+        return global_grad_norm(counted, context.meshes.data.get_group("pp") if context.layout.pp > 1 else None)
+
+    @torch.no_grad()
+    def balance(self) -> Tensor | None:
+        """After an update: moves the experts' biases by what the step's load was, and forgets the load.
+
+        Returns:
+            The busiest expert's load in any layer, as a multiple of the layer's mean, on the device; None without
+            experts.
+        """
+        if not self._mixtures:
+            return None
+        loads_LE = torch.stack([m.load for m in self._mixtures])
+        dense = self._context.meshes.dense
+        for axis in ("dp_replicate", "fsdp", "tp"):
+            if dense[axis].size() > 1:
+                dist.all_reduce(loads_LE, group=dense.get_group(axis))
+        means_L1 = loads_LE.mean(-1, keepdim=True)
+        for mixture, load_E, mean in zip(self._mixtures, loads_LE, means_L1, strict=True):
+            mixture.expert_bias += mixture.bias_update_speed * (mean - load_E).sign()
+            mixture.load.zero_()
+        busiest = (loads_LE / means_L1).max().to(torch.float64)
+        if self._context.layout.pp > 1:
+            dist.all_reduce(busiest, dist.ReduceOp.MAX, group=self._context.meshes.data.get_group("pp"))
+        return busiest
+
+    def holders(self, names: Sequence[str]) -> dict[str, list[int]]:
+        """The ranks that hold tensors which not all ranks hold, for the checkpoint."""
+        if self._context.layout.pp == 1:
+            return {}
+        mine = self._context.stage_ranks(self._context.place("pp"))
+        first = self._context.stage_ranks(self._parallel.stages.ranks[0])
+        return {n: first if self._tied_apart and _TIED in n else mine for n in names}

@@ -1,0 +1,127 @@
+"""Context parallelism: each rank has a part of every sequence.
+
+Ulysses (Jacobs et al. 2023, arXiv:2309.14509) exchanges parts of the sequence for heads, so that attention itself is
+that of one rank; the other way joins the keys and values of all ranks. With `balance` a rank holds a piece from the
+front and one from the back, so that causal attention costs all ranks the same.
+
+Shapes: B batch, T positions of a rank, S positions of the sequence, N query heads, K key/value heads, H head width.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.layers import Attention, attend
+from trainer.parallel.collectives import all_to_all, gather
+
+__all__ = ["ContextGroup", "apply_context_parallel", "pieces", "positions_of"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ContextGroup:
+    """The ranks that share sequences.
+
+    Attributes:
+        name: of the process group.
+        rank: this one's place.
+        ranks: how many.
+        balance: whether a rank holds two pieces.
+    """
+
+    name: str
+    rank: int
+    ranks: int
+    balance: bool
+
+
+def pieces(rank: int, ranks: int, *, balance: bool) -> list[int]:
+    """The pieces of the sequence that a rank holds: of `2 · ranks` with balance, else of `ranks`."""
+    return [rank, 2 * ranks - 1 - rank] if balance else [rank]
+
+
+def positions_of(rank: int, ranks: int, length: int, *, balance: bool) -> Tensor:
+    """The places in the sequence of a rank's tokens, int64 `(length / ranks,)`."""
+    held = pieces(rank, ranks, balance=balance)
+    size = length // (ranks * len(held))
+    return torch.cat([torch.arange(p * size, (p + 1) * size) for p in held])
+
+
+def _order(g: ContextGroup, length: int, device: torch.device) -> Tensor:
+    """Where each position of the sequence lies once the ranks' parts are joined, int64 `(S,)`."""
+    return (
+        torch.cat([positions_of(r, g.ranks, length, balance=g.balance) for r in range(g.ranks)]).argsort().to(device)
+    )
+
+
+def _ulysses(g: ContextGroup, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    length = q.shape[1] * g.ranks
+    order_S = _order(g, length, q.device)
+    q, k, v = (_heads_for_sequence(g, x)[:, order_S] for x in (q, k, v))
+    out_BSNH = attend(q, k, v, mask)
+    return _sequence_for_heads(g, out_BSNH[:, order_S.argsort()])
+
+
+def _heads_for_sequence(g: ContextGroup, x_BTNH: Tensor) -> Tensor:
+    """`(B, T, N, H)` to `(B, S, N / ranks, H)`, positions in the order of ranks."""
+    parts = torch.stack(x_BTNH.chunk(g.ranks, dim=2))
+    ones = [1] * g.ranks
+    return torch.cat(all_to_all(parts, ones, ones, g.name).unbind(), dim=1)
+
+
+def _sequence_for_heads(g: ContextGroup, x_BSNH: Tensor) -> Tensor:
+    parts = torch.stack(x_BSNH.chunk(g.ranks, dim=1))
+    ones = [1] * g.ranks
+    return torch.cat(all_to_all(parts, ones, ones, g.name).unbind(), dim=2)
+
+
+def _joined(g: ContextGroup, q_BTNH: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    length = q_BTNH.shape[1] * g.ranks
+    order_S = _order(g, length, q_BTNH.device)
+    k_BSKH, v_BSKH = (gather(x, 1, g.name)[:, order_S] for x in (k, v))
+    held = pieces(g.rank, g.ranks, balance=g.balance)
+    size = q_BTNH.shape[1] // len(held)
+    out = [
+        # A piece sees nothing behind its own end.
+        _attend_up_to(q, k_BSKH[:, : (p + 1) * size], v_BSKH[:, : (p + 1) * size], p * size, mask)
+        for p, q in zip(held, q_BTNH.chunk(len(held), dim=1), strict=True)
+    ]
+    return torch.cat(out, dim=1)
+
+
+def _attend_up_to(q_BTNH: Tensor, k: Tensor, v: Tensor, start: int, mask: Tensor | None) -> Tensor:
+    """Attention of the positions from `start` on, the last ones of the keys."""
+    stop = k.shape[1]
+    allowed: Any
+    if mask is not None:
+        allowed = mask[:, :, start:stop, :stop]
+    elif q_BTNH.device.type == "cuda":
+        # Keeps the flash kernel, which takes no explicit mask.
+        from torch.nn.attention.bias import causal_lower_right
+
+        allowed = causal_lower_right(stop - start, stop)
+    else:
+        places = torch.arange(stop, device=q_BTNH.device)
+        allowed = places[start:, None] >= places[None, :]
+    out_BNTH = F.scaled_dot_product_attention(
+        q_BTNH.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=allowed,
+        enable_gqa=q_BTNH.shape[2] != k.shape[2],
+    )
+    return out_BNTH.transpose(1, 2)
+
+
+def apply_context_parallel(model: nn.Module, group: ContextGroup, *, ulysses: bool) -> None:
+    """Gives every attention the way to see the whole sequence; masks then cover `(S, S)`."""
+    way = _ulysses if ulysses else _joined
+
+    def attend_across(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, mask: Tensor | None) -> Tensor:
+        return way(group, q_BTNH, k_BTKH, v_BTKH, mask)
+
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.attend = attend_across

@@ -1,0 +1,222 @@
+"""Tensor parallelism: each rank has a part of every matrix, and of the sequence between the matrices.
+
+Parameters are DTensors, so that checkpoints, initialisation and the gradient norm know what a rank holds; the
+computation is on local tensors with explicit collectives. With sequence parallelism (Korthikanti et al. 2022,
+arXiv:2205.05198) activations between blocks are cut along the sequence, too.
+"""
+
+import fnmatch
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
+
+from models.base import LanguageModel
+from models.plan import Style
+from trainer.parallel.collectives import copy_to, gather, join, reduce_from, scatter, split
+
+__all__ = ["TensorGroup", "apply_tensor_parallel", "become", "local", "place"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorGroup:
+    """The ranks that share matrices.
+
+    Attributes:
+        name: of the process group.
+        rank: this one's place.
+        ranks: how many.
+        sequence: whether the sequence is cut between the matrices.
+    """
+
+    name: str
+    rank: int
+    ranks: int
+    sequence: bool
+
+
+def local(parameter: Tensor) -> Tensor:
+    """This rank's part of a parameter, as autograd sees it."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def become(module: nn.Module, behaviour: type, **attributes: Any) -> None:
+    """Puts `behaviour` before the module's own class; it stays the same object with the same parameters."""
+    kind = type(module)
+    module.__class__ = type(f"{behaviour.__name__}{kind.__name__}", (behaviour, kind), {})
+    for name, value in attributes.items():
+        setattr(module, name, value)
+
+
+class _Enter(nn.Module):
+    tensor_group: TensorGroup
+
+    def forward(self, x: Tensor, *args: Any) -> Any:
+        return super().forward(_enter(x, self.tensor_group), *args)
+
+
+class _Columns(nn.Module):
+    weight: nn.Parameter
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, local(self.weight))
+
+
+class _Rows(nn.Module):
+    weight: nn.Parameter
+    tensor_group: TensorGroup
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _leave(F.linear(x, local(self.weight)), self.tensor_group)
+
+
+class _Output(nn.Module):
+    weight: nn.Parameter
+    tensor_group: TensorGroup
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(_enter(x, self.tensor_group), local(self.weight))
+
+
+class _Vocabulary(nn.Module):
+    weight: nn.Parameter
+    tensor_group: TensorGroup
+    first_row: int
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        weight = local(self.weight)
+        if weight.shape[0] == 0:
+            # Fewer rows than ranks: nothing here, but a gradient of the right shape.
+            rows = weight.sum() + weight.new_zeros(*tokens.shape, weight.shape[1])
+            return _leave(rows, self.tensor_group)
+        places = tokens - self.first_row
+        outside = (places < 0) | (places >= weight.shape[0])
+        rows = F.embedding(places.masked_fill(outside, 0), weight).masked_fill(outside[..., None], 0.0)
+        return _leave(rows, self.tensor_group)
+
+
+class _Shared(nn.Module):
+    """The same weight for what the ranks have different parts of: the weight's gradients are summed."""
+
+    weight: nn.Parameter
+    tensor_group: TensorGroup
+    eps: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = copy_to(local(self.weight), self.tensor_group.name)
+        if weight.ndim == 1:
+            return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
+        return F.linear(x, weight)
+
+
+class _Whole(nn.Module):
+    """The same weight for what all ranks have alike."""
+
+    weight: nn.Parameter
+    eps: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), local(self.weight), self.eps)
+
+
+class _Tokens(nn.Module):
+    """Each rank takes its part of the tokens, which with sequence parallelism it has already."""
+
+    tensor_group: TensorGroup
+
+    def forward(self, x_BTD: Tensor, valid_BT: Tensor | None) -> Any:
+        g = self.tensor_group
+        if valid_BT is not None:
+            valid_BT = valid_BT.tensor_split(g.ranks, dim=1)[g.rank]
+        if g.sequence:
+            return super().forward(x_BTD, valid_BT)
+        out_BTD = super().forward(split(x_BTD, 1, g.rank, g.ranks, g.name), valid_BT)
+        return join(out_BTD, 1, g.rank, g.name)
+
+
+def _enter(x_BTD: Tensor, g: TensorGroup) -> Tensor:
+    return gather(x_BTD, 1, g.name) if g.sequence else copy_to(x_BTD, g.name)
+
+
+def _leave(x_BTD: Tensor, g: TensorGroup) -> Tensor:
+    return scatter(x_BTD, 1, g.name) if g.sequence else reduce_from(x_BTD, g.name)
+
+
+def place(module: nn.Module, mesh: DeviceMesh, placement: Placement) -> None:
+    """Makes a module's own parameters DTensors; they are still on the meta device."""
+    for name, parameter in module.named_parameters(recurse=False):
+        if isinstance(parameter, DTensor):
+            continue
+        shape = list(parameter.shape)
+        if isinstance(placement, Shard):
+            size, piece = shape[placement.dim], -(-shape[placement.dim] // mesh.size())
+            start = min(mesh.get_local_rank() * piece, size)
+            shape[placement.dim] = min(start + piece, size) - start
+        part = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
+        placed = DTensor.from_local(
+            part, mesh, [placement], run_check=False, shape=parameter.shape, stride=parameter.stride()
+        )
+        setattr(module, name, nn.Parameter(placed, requires_grad=parameter.requires_grad))
+
+
+def apply_tensor_parallel(model: LanguageModel, mesh: DeviceMesh, *, sequence: bool) -> TensorGroup:
+    """Cuts the matrices as the model's plan says.
+
+    Args:
+        model: on the meta device.
+        mesh: the `tp` axis.
+        sequence: cut activations along the sequence between the matrices.
+    """
+    group = mesh.get_group()
+    member = TensorGroup(
+        name=str(group.group_name), rank=dist.get_rank(group), ranks=dist.get_world_size(group), sequence=sequence
+    )
+    tied = [m for m in (getattr(model, "tok_embeddings", None), getattr(model, "output", None)) if m is not None]
+    shared = len(tied) == 2 and tied[0].weight is tied[1].weight
+    for pattern, style in model.plan().items():
+        for name, module in model.named_modules():
+            if fnmatch.fnmatchcase(name, pattern) and name.count(".") == pattern.count("."):
+                _apply_style(module, style, mesh, member)
+    if shared:
+        tied[1].weight = tied[0].weight
+    return member
+
+
+def _apply_style(module: nn.Module, style: Style, mesh: DeviceMesh, member: TensorGroup) -> None:
+    match style:
+        case Style.vocabulary:
+            rows = module.get_parameter("weight").shape[0]
+            place(module, mesh, Shard(0))
+            become(
+                module, _Vocabulary, tensor_group=member, first_row=min(member.rank * -(-rows // member.ranks), rows)
+            )
+        case Style.enter:
+            become(module, _Enter, tensor_group=member)
+        case Style.columns:
+            place(module, mesh, Shard(0))
+            become(module, _Columns)
+        case Style.rows:
+            place(module, mesh, Shard(1))
+            become(module, _Rows, tensor_group=member)
+        case Style.output:
+            place(module, mesh, Shard(0))
+            become(module, _Output, tensor_group=member)
+        case Style.heads:
+            place(module, mesh, Replicate())
+            become(module, _Shared, tensor_group=member)
+        case Style.sequence:
+            place(module, mesh, Replicate())
+            # A router sees different tokens on each rank in any case.
+            parts = member.sequence or isinstance(module, nn.Linear)
+            become(module, _Shared if parts else _Whole, **({"tensor_group": member} if parts else {}))
+        case Style.tokens:
+            become(module, _Tokens, tensor_group=member)
+        case Style.experts:
+            # Experts see different tokens on every rank; they are cut by the expert mesh alone.
+            pass
