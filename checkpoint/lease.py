@@ -216,11 +216,13 @@ class Lease:
         folder: the checkpoint folder.
         ticket: for the processes that write.
         seized: the holder before had not released it: it was killed, or was silent.
+        on_lost: called in the lease's thread when another writer has taken over.
     """
 
     folder: Storage
     ticket: Ticket
     seized: Holder | None
+    on_lost: Callable[[], None]
     _holder: Holder
     _every_s: float
     _done: threading.Event = field(default_factory=threading.Event)
@@ -235,7 +237,8 @@ class Lease:
         while not self._done.wait(self._every_s):
             try:
                 if not self.ticket.is_held(self.folder):
-                    log.error("another writer has taken over %s; nothing more will be saved", self.folder.url)
+                    log.error("another writer has taken over %s; this one stops", self.folder.url)
+                    self.on_lost()
                     return
                 self._holder = replace(self._holder, counter=self._holder.counter + 1)
                 self.folder.write(_name(self.ticket.number), _encode(self._holder))
@@ -254,7 +257,13 @@ class Lease:
             log.warning("the lease in %s cannot be released: %s", self.folder.url, error)
 
 
-def acquire_lease(folder: Storage, timeout_s: float, what: str, me: Holder | None = None) -> Lease:
+def acquire_lease(
+    folder: Storage,
+    timeout_s: float,
+    what: str,
+    me: Holder | None = None,
+    on_lost: Callable[[], None] = lambda: None,
+) -> Lease:
     """Makes this process the folder's one writer.
 
     Args:
@@ -262,6 +271,7 @@ def acquire_lease(folder: Storage, timeout_s: float, what: str, me: Holder | Non
         timeout_s: after which a holder that cannot be looked at, and whose counter stands still, is dead.
         what: the folder's run, for the message.
         me: this process, unless told otherwise.
+        on_lost: called, in a thread, when another writer has taken over all the same.
 
     Raises:
         LeaseHeldError: another process lives and writes there.
@@ -273,7 +283,7 @@ def acquire_lease(folder: Storage, timeout_s: float, what: str, me: Holder | Non
         number, holder = newest_lease(folder)
         if holder is None or _may_take(holder, me, watch, timeout_s, what):
             if folder.create(_name(number + 1), _encode(me)):
-                return _taken(folder, number + 1, me, holder, timeout_s)
+                return _taken(folder, number + 1, me, holder, timeout_s, on_lost)
             continue
         if not announced:
             log.info("%s is held by %s; waiting to see whether it is alive", what, holder)
@@ -298,7 +308,14 @@ def _may_take(holder: Holder, me: Holder, watch: Watch, timeout_s: float, what: 
     return False
 
 
-def _taken(folder: Storage, number: int, me: Holder, before: Holder | None, timeout_s: float) -> Lease:
+def _taken(
+    folder: Storage,
+    number: int,
+    me: Holder,
+    before: Holder | None,
+    timeout_s: float,
+    on_lost: Callable[[], None],
+) -> Lease:
     """The lease is written: now what a paused writer could still make valid goes away."""
     for name in folder.names():
         match = _NAME.fullmatch(name)
@@ -311,7 +328,7 @@ def _taken(folder: Storage, number: int, me: Holder, before: Holder | None, time
     seized = before if before is not None and not before.released else None
     if seized is not None:
         log.info("took %s over from %s", folder.url, seized)
-    lease = Lease(folder, Ticket(number=number, token=me.token), seized, me, timeout_s / _BEATS)
+    lease = Lease(folder, Ticket(number=number, token=me.token), seized, on_lost, me, timeout_s / _BEATS)
     lease.start()
     return lease
 

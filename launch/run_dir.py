@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from checkpoint.catalog import Catalog, Entry
 from checkpoint.files import fsync_folder, fsync_path
-from checkpoint.lease import Ticket, acquire_lease, forget_lease
+from checkpoint.lease import LeaseHeldError, Ticket, acquire_lease, forget_lease
 from checkpoint.lineage import (
     Lineage,
     LoadRequest,
@@ -56,15 +56,25 @@ def own_run(config: Config, run_dir: Path) -> Iterator[Ticket]:
     A dead launcher's ranks, which end with it, are waited for.
 
     Raises:
-        LeaseHeldError: another process holds the run.
+        UserError: another process holds the run.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    lease = acquire_lease(_lease_place(config, run_dir), config.checkpoint.lease_timeout_s, str(run_dir))
+    place = _lease_place(config, run_dir)
+    try:
+        lease = acquire_lease(place, config.checkpoint.lease_timeout_s, str(run_dir), on_lost=_stop_at_once)
+    except LeaseHeldError as error:
+        raise UserError(str(error)) from error
     try:
         _await_ranks(run_dir)
         yield lease.ticket
     finally:
         lease.release()
+
+
+def _stop_at_once() -> None:
+    """Another launcher owns the run: nothing of this one may write into it any more. Its ranks die with it."""
+    logging.shutdown()
+    os._exit(1)
 
 
 def leave_unused(config: Config, run_dir: Path) -> None:

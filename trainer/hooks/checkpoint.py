@@ -15,6 +15,7 @@ from torch import Tensor
 from checkpoint.catalog import Catalog
 from checkpoint.config import AsyncMode, WhenBusy
 from checkpoint.errors import CheckpointError, DamagedStepError
+from checkpoint.lease import LeaseLostError
 from checkpoint.lineage import Lineage, StartKind, StartPoint, start_point
 from checkpoint.loading import is_verified, load_tensors, resolve_foreign
 from checkpoint.manifest import Manifest, read_manifest
@@ -294,7 +295,7 @@ class CheckpointHook(Hook):
     def _complain(self, trainer: Trainer, result: SaveResult) -> None:
         message = f"step {result.step} was not saved: {result.error}"
         if result.final:
-            raise CheckpointError(message)
+            raise LeaseLostError(message)
         if self._plan.stop_on_error or self._failures >= self._plan.max_failures:
             raise CheckpointError(f"{message}; {self._failures} saves in a row have failed")
         if trainer.context.is_main:

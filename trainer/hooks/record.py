@@ -5,6 +5,7 @@ import signal
 from collections.abc import Mapping
 from typing import Any, final
 
+from checkpoint.lease import LeaseLostError
 from trainer.hook import Hook
 from trainer.loop import Trainer
 from trainer.process import Interrupted
@@ -57,7 +58,8 @@ class RecordHook(Hook):
             self._write(trainer)
 
     def on_exception(self, trainer: Trainer, error: BaseException) -> None:
-        if trainer.context.is_main:
+        # A run that another writer has taken over is not this one's to describe.
+        if trainer.context.is_main and not isinstance(error, LeaseLostError):
             self._attempt.end, self._attempt.error = "failed", f"{type(error).__name__}: {error}"
             if isinstance(error, Interrupted):
                 preempted = error.signal_number == signal.SIGUSR2

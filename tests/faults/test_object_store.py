@@ -1,0 +1,198 @@
+"""Checkpoints behind a real S3 API: saving, resuming, retention, and a store that fails in the middle."""
+
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from checkpoint.catalog import Catalog
+from checkpoint.config import AsyncMode
+from checkpoint.lineage import Lineage
+from checkpoint.loading import load_tensors
+from checkpoint.manifest import Manifest
+from checkpoint.retention import KeepLatest
+from checkpoint.saver import StepSaver
+from checkpoint.storage.base import Storage
+from checkpoint.storage.opening import open_storage
+from tests.runs import train
+from tests.s3_server import BreakingProxy, s3_server
+from tests.support import curve, record, regrow, tiny
+
+LINE = [Lineage(id="a")]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[int]:
+    with s3_server() as port:
+        yield port
+
+
+@pytest.fixture
+def proxy(server: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[BreakingProxy]:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    proxy = BreakingProxy(server)
+    yield proxy
+    proxy.close()
+
+
+def options(port: int) -> dict[str, str]:
+    return {"endpoint": f"http://127.0.0.1:{port}", "region": "us-east-1"}
+
+
+@pytest.fixture(params=["s3", "memory", "local"])
+def place(request: pytest.FixtureRequest, proxy: BreakingProxy, tmp_path: Path) -> Storage:
+    if request.param == "s3":
+        return open_storage(f"s3://bucket/{tmp_path.name}", options(proxy.port))
+    return open_storage(tmp_path / "c" if request.param == "local" else f"memory://{tmp_path}/c")
+
+
+@pytest.fixture
+def group() -> Iterator[dist.ProcessGroup]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    made = dist.new_group(backend="gloo")
+    assert made is not None
+    yield made
+    dist.destroy_process_group()
+
+
+def test_every_storage_keeps_the_same_promises(place: Storage) -> None:
+    place.make()
+    place.write("a", b"one")
+    place.write("a", b"two")
+    assert place.read("a") == b"two"
+    assert place.create("b", b"first")
+    assert not place.create("b", b"second")
+    assert place.read("b") == b"first"
+    child = place.child("step-1")
+    child.make()
+    data = bytes(range(256)) * 16 * 2600
+    aligned = mmap.mmap(-1, len(data))
+    aligned[:] = data
+    child.stream("big", len(data), (memoryview(aligned)[s : s + (8 << 20)] for s in range(0, len(data), 8 << 20)))
+    assert child.sizes() == {"big": len(data)}
+    with child.open("big") as reader:
+        memory = bytearray(1000)
+        assert reader.read_into(5000, memoryview(memory)) == 1000
+        assert bytes(memory) == data[5000:6000]
+        assert reader.read_into(len(data) - 10, memoryview(memory)) == 10
+    assert place.names() == ["a", "b", "step-1"]
+    place.move("step-1", "set-aside/why/step-1")
+    assert place.exists("set-aside/why/step-1/big")
+    assert not place.exists("step-1")
+    place.remove("set-aside")
+    place.remove("not there")
+    assert place.names() == ["a", "b"]
+    with pytest.raises(FileNotFoundError):
+        place.read("gone")
+    assert place.child("nothing").names() == []
+    assert place.child("nothing").sizes() == {}
+
+
+@pytest.mark.parametrize("mode", list(AsyncMode), ids=lambda m: str(m.name))
+def test_save_load_and_retention(place: Storage, group: dist.ProcessGroup, mode: AsyncMode) -> None:
+    tensors = {"w": torch.randn(3000, 700), "b": torch.randn(7), "s": torch.tensor(3.0)}
+    saver, catalog = StepSaver(place, mode, torch.device("cpu"), group), Catalog(place)
+    for step in (1, 2, 3):
+        tensors["w"] += 1
+        assert [r.error for r in [*saver.begin(tensors, Manifest(step=step, lineage="a")), *saver.wait()]] == [None]
+    saver.close()
+    assert catalog.prune([KeepLatest(2)], LINE) == [1]
+    assert [e.step for e in catalog.entries(LINE)] == [2, 3]
+    loaded = {n: torch.zeros_like(t) for n, t in tensors.items()}
+    load_tensors(catalog.step_place(3), loaded, group)
+    assert all(torch.equal(t, tensors[n]) for n, t in loaded.items())
+
+
+def test_a_part_that_fails_now_and_then_is_sent_again(proxy: BreakingProxy, group: dist.ProcessGroup) -> None:
+    place = open_storage("s3://bucket/again", options(proxy.port))
+    tensors = {"w": torch.randn(6000, 1000)}
+    saver = StepSaver(place, AsyncMode["async"], torch.device("cpu"), group)
+    proxy.break_next(r"PUT .*distcp\?.*partNumber=2", 2)
+    results = [*saver.begin(tensors, Manifest(step=1, lineage="a")), *saver.wait()]
+    assert [r.error for r in results] == [None]
+    assert proxy.broken == 2
+    saver.close()
+
+
+def test_a_store_that_keeps_failing_costs_one_save(
+    proxy: BreakingProxy, group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The upload that fails in the middle is taken back; the step before stays; the next save works."""
+    from datetime import timedelta
+
+    monkeypatch.setattr(
+        "checkpoint.storage.objects._RETRY", {"max_retries": 2, "retry_timeout": timedelta(seconds=10)}
+    )
+    place = open_storage("s3://bucket/failing", options(proxy.port))
+    catalog = Catalog(place)
+    tensors = {"w": torch.randn(6000, 1000)}
+    saver = StepSaver(place, AsyncMode["async"], torch.device("cpu"), group)
+    saver.begin(tensors, Manifest(step=1, lineage="a"))
+    assert [r.error for r in saver.wait()] == [None]
+    proxy.break_next(r"PUT .*distcp\?.*partNumber=2", 1000)
+    tensors["w"] += 1
+    saver.begin(tensors, Manifest(step=2, lineage="a"))
+    (failed,) = saver.wait()
+    assert failed.error is not None
+    assert "__0_0.distcp" in failed.error
+    assert any(r.startswith("DELETE") and "uploadId" in r for r in proxy.seen), "the upload must be taken back"
+    assert [e.step for e in catalog.entries(LINE)] == [1]
+    assert catalog.candidates() == [1]
+    proxy.break_next("nothing", 0)
+    saver.begin(tensors, Manifest(step=3, lineage="a"))
+    assert [r.error for r in saver.wait()] == [None]
+    assert [e.step for e in catalog.entries(LINE)] == [1, 3]
+    saver.close()
+
+
+def test_a_save_that_was_cut_short_is_no_step(proxy: BreakingProxy, group: dist.ProcessGroup) -> None:
+    """Without renames the manifest makes the step, so files without it are what a killed writer left."""
+    place = open_storage("s3://bucket/short", options(proxy.port))
+    saver = StepSaver(place, AsyncMode["async"], torch.device("cpu"), group)
+    for step in (1, 2):
+        saver.begin({"w": torch.randn(10)}, Manifest(step=step, lineage="a"))
+        saver.wait()
+    saver.close()
+    place.child("step-2").remove("manifest.json")
+    catalog = Catalog(place)
+    assert [e.step for e in catalog.entries(LINE)] == [1]
+    assert catalog.tidy(LINE) == ["removed the incomplete step-2"]
+    assert catalog.candidates() == [1]
+
+
+def _arguments(corpus: Path, port: int, *more: str) -> list[str]:
+    where = [f"+checkpoint.storage_options.{name}={value}" for name, value in options(port).items()]
+    return tiny(
+        corpus, "checkpoint.folder=s3://bucket/runs", "hooks=none",
+        "checkpoint.interval=5", "checkpoint.keep_latest_k=2", "scheduler.total_steps=20",
+        "data.global_batch_size=8", *where, *more,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_run_resumes_from_the_store_on_other_ranks(corpus: Path, tmp_path: Path, proxy: BreakingProxy) -> None:
+    two = ["parallel.dp_shard=2", "run.name=grown"]
+    train(_arguments(corpus, proxy.port, "train.steps=10", *two), tmp_path / "run", 2)
+    train(_arguments(corpus, proxy.port, "train.steps=20", *two), tmp_path / "run", 2)
+    assert record(tmp_path / "run")["attempts"][-1]["from_step"] == 10
+    train(_arguments(corpus, proxy.port, "train.steps=20", "run.name=whole", two[0]), tmp_path / "whole", 2)
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+    folder = open_storage("s3://bucket/runs/grown", options(proxy.port))
+    assert Catalog(folder).candidates() == [15, 20]
+    train(_arguments(corpus, proxy.port, "train.steps=22", "run.name=grown"), tmp_path / "run")
+    assert record(tmp_path / "run")["attempts"][-1]["from_step"] == 20
+
+
+@pytest.mark.slow
+def test_the_command_itself(corpus: Path, tmp_path: Path, proxy: BreakingProxy) -> None:
+    arguments = _arguments(corpus, proxy.port, "train.steps=6", "run.name=command")
+    code, out = regrow(arguments, tmp_path)
+    assert code == 0, out
+    assert "saved s3://bucket/runs/command/step-6" in out
+    code, out = regrow([*arguments, "train.steps=8"], tmp_path)
+    assert code == 0, out
+    assert "state: step 6 of s3://bucket/runs/command/step-6, verified" in out
