@@ -31,6 +31,11 @@ class Entry:
     place: Storage
     manifest: Manifest
 
+    @property
+    def resumable(self) -> bool:
+        """Whether training can go on from it: a full state, or the first weights (a seed checkpoint)."""
+        return self.manifest.kind == "full" or self.step == 0
+
 
 class Catalog:
     """The committed steps in a folder. Only the holder of its lease calls what changes it.
@@ -131,9 +136,12 @@ class Catalog:
         Returns:
             The removed steps.
         """
+        entries = self.entries(lineages)
+        # Weights alone cannot be continued from: the newest step that can stays whatever comes after it.
+        last = max((e.step for e in entries if e.resumable), default=-1)
         stored = [
-            StoredStep(step=e.step, pinned=e.place.exists(PIN), metrics=e.manifest.metrics)
-            for e in self.entries(lineages)
+            StoredStep(step=e.step, pinned=e.place.exists(PIN) or e.step == last, metrics=e.manifest.metrics)
+            for e in entries
         ]
         removed = [
             step

@@ -11,6 +11,7 @@ __all__ = [
     "BestMetricConfig",
     "CheckpointConfig",
     "DirectIo",
+    "ExportConfig",
     "ExportDtype",
     "FinetuneConfig",
     "KeepBestConfig",
@@ -30,7 +31,7 @@ AsyncMode = Enum(
 
 
 class ExportDtype(Enum):
-    """The element type of a model-only last save."""
+    """The element type of a model-only last save and of exports."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -114,6 +115,19 @@ class KeepBestConfig(RetentionRuleConfig):
 
 
 @dataclass(kw_only=True, slots=True)
+class ExportConfig:
+    """Hugging Face folders made while training goes on, in `<run>/export/step-N/`.
+
+    Attributes:
+        every_n: export every so many steps, from the same snapshot as the step's checkpoint; 0 never does.
+        max_shard_size: of one safetensors file, like 5GB or 500MB.
+    """
+
+    every_n: int = 0
+    max_shard_size: str = "5GB"
+
+
+@dataclass(kw_only=True, slots=True)
 class CheckpointConfig:
     """When to save, what, which steps to keep, and what to start from.
 
@@ -125,8 +139,9 @@ class CheckpointConfig:
         interval: save every this many optimizer steps.
         enable_first_step_checkpoint: save after step 1 too, to find out early that saving works.
         last_save_model_only: the last step's save holds the weights alone.
-        last_save_in_hf: the last step's save is a Hugging Face folder.
-        export_dtype: element type of a model-only last save.
+        last_save_in_hf: the last step's save is a Hugging Face folder, `<run>/export/step-N/`, and no checkpoint.
+        export_dtype: element type of a model-only last save and of exports.
+        export: Hugging Face folders before the last step.
         async_mode: `disabled` returns when the checkpoint is durable, `async` when the state is copied,
             `async_with_pinned_mem` at once: the copy runs beside the next forward and backward pass.
         on_save_error: `continue` warns and tries again when the next save is due, `stop` ends the run.
@@ -143,7 +158,11 @@ class CheckpointConfig:
         exclude_from_loading: `optimizer`, `lr_scheduler`, `data_loader` (or `dataloader`); acts once.
         initial_load_path: a checkpoint to start a new run from; acts once.
         initial_load_model_only: take the weights alone from there.
-        initial_load_in_hf: that path is a Hugging Face folder.
+        initial_load_in_hf: that path is a Hugging Face folder; without a path, `model.hf_assets_path` is.
+        load_strict: an initial load must find every tensor of the model and use every weight; false lists what was
+            not found and what was not used.
+        load_rename: rules PATTERN=>REPLACEMENT (regular expressions) for the names in an initial load's checkpoint.
+        load_resized: an initial load may have another vocabulary: rows that both have are loaded.
         create_seed_checkpoint: write step 0 on one process and exit.
         save_policies: further reasons to save, by a name of your choice.
         retention_rules: further reasons to keep a step, by a name of your choice.
@@ -159,6 +178,7 @@ class CheckpointConfig:
     last_save_model_only: bool = False
     last_save_in_hf: bool = False
     export_dtype: ExportDtype = ExportDtype.float32
+    export: ExportConfig = field(default_factory=ExportConfig)
     async_mode: AsyncMode = AsyncMode.async_with_pinned_mem
     on_save_error: OnSaveError = OnSaveError["continue"]
     max_save_errors: int = 5
@@ -174,6 +194,9 @@ class CheckpointConfig:
     initial_load_path: str | None = None
     initial_load_model_only: bool = True
     initial_load_in_hf: bool = False
+    load_strict: bool = True
+    load_rename: list[str] = field(default_factory=list)
+    load_resized: bool = False
     create_seed_checkpoint: bool = False
     save_policies: dict[str, SavePolicyConfig] = field(default_factory=dict)
     retention_rules: dict[str, RetentionRuleConfig] = field(default_factory=dict)

@@ -1,6 +1,7 @@
 """From one format to another as a stream: bounded memory, several threads, verified, atomic, resumable after a kill.
 
-Bytes go into `OUT.partial/`, where a journal says which tensors are durable; the rename to `OUT` is the last act.
+Bytes go into `OUT.partial-convert/`, where a journal says which tensors are durable; the rename to `OUT` is the last
+act.
 """
 
 import errno
@@ -119,7 +120,7 @@ def check_output(out: Path, nbytes: int) -> None:
 
 
 def _partial(out: Path) -> Path:
-    return out.with_name(f"{out.name}.partial")
+    return out.with_name(f"{out.name}.partial-convert")
 
 
 def convert(

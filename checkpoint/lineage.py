@@ -112,6 +112,7 @@ class StartPoint:
         path: the checkpoint elsewhere (`StartKind.initial`).
         exclude: parts of the state to leave as they start.
         model_only: load the weights alone.
+        in_hf: `path` is a Hugging Face folder.
     """
 
     kind: StartKind
@@ -119,6 +120,7 @@ class StartPoint:
     path: str | None = None
     exclude: tuple[str, ...] = ()
     model_only: bool = False
+    in_hf: bool = False
 
 
 def _ceilings(lineages: Sequence[Lineage]) -> dict[str, float]:
@@ -203,7 +205,8 @@ def start_point(lineages: Sequence[Lineage], steps: Sequence[tuple[int, str]]) -
             kind=StartKind.initial,
             path=current.request.initial_load_path,
             exclude=current.request.exclude,
-            model_only=current.request.initial_load_model_only,
+            model_only=current.request.initial_load_model_only or current.request.initial_load_in_hf,
+            in_hf=current.request.initial_load_in_hf,
         )
     if current.origin is StartKind.step:
         return StartPoint(kind=StartKind.step, step=current.origin_step, exclude=current.request.exclude)

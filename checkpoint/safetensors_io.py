@@ -6,11 +6,10 @@ The format is eight bytes of length, a JSON header, and the tensors' raw bytes w
 
 import json
 import math
-import os
 import struct
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast, final
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from checkpoint.errors import CheckpointError
 from checkpoint.source import Box, TensorInfo, TensorSource
+from checkpoint.storage.base import RangeReader, Storage
 
 __all__ = ["DTYPES", "INDEX", "SINGLE", "SafetensorsSource", "header_bytes", "read_header", "rows_of"]
 
@@ -38,7 +38,7 @@ class _Place:
     """A tensor's info, file and position of its raw bytes in it."""
 
     info: TensorInfo
-    file: Path
+    file: str
     start: int
 
 
@@ -60,29 +60,34 @@ def header_bytes(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -
     return struct.pack("<Q", len(body)) + body
 
 
-def read_header(path: Path) -> dict[str, _Place]:
+def read_header(folder: Storage, name: str, size: int) -> dict[str, _Place]:
     """What a file holds, once its size is known to be right.
+
+    Args:
+        folder: holds it.
+        name: the file.
+        size: in bytes.
 
     Raises:
         CheckpointError: it is not a safetensors file, or is cut short.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
-        body = file.read(length) if 0 < length <= _MAX_HEADER else b""
+    path = f"{folder.url}/{name}"
     places = {}
+    with folder.open(name) as file:
+        length = _length(file)
+        body = bytearray(length if 0 < length <= min(_MAX_HEADER, size) else 0)
+        got = file.read_into(8, memoryview(body)) if body else 0
     try:
-        if len(body) != length:
+        if got != length:
             raise ValueError("the header is not whole")
-        entries = json.loads(body)
+        entries = json.loads(bytes(body))
         entries.pop("__metadata__", None)
-        for name, entry in entries.items():
+        for tensor, entry in entries.items():
             info = TensorInfo(dtype=DTYPES[entry["dtype"]], shape=tuple(entry["shape"]))
             first, last = entry["data_offsets"]
             if last - first != info.nbytes:
-                raise ValueError(f"{name} has {last - first} bytes for {info.nbytes}")
-            places[name] = _Place(info=info, file=path, start=8 + length + first)
+                raise ValueError(f"{tensor} has {last - first} bytes for {info.nbytes}")
+            places[tensor] = _Place(info=info, file=name, start=8 + length + first)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path} must be a whole safetensors file, but its header cannot be read ({error}); copy it again"
@@ -95,24 +100,31 @@ def read_header(path: Path) -> dict[str, _Place]:
     return places
 
 
-def shards_of(folder: Path) -> dict[str, Path]:
+def _length(file: RangeReader) -> int:
+    start = bytearray(8)
+    return int(struct.unpack("<Q", start)[0]) if file.read_into(0, memoryview(start)) == 8 else -1
+
+
+def _shards(folder: Storage, sizes: Mapping[str, int]) -> dict[str, str]:
     """The shard that holds each name by the folder's index; empty where it has none.
 
     Raises:
         CheckpointError: the index cannot be read, or names a shard that is not there.
     """
-    index = folder / INDEX
-    if not index.exists():
+    # transformers takes the single file first, and leaves an older index beside it.
+    if INDEX not in sizes or SINGLE in sizes:
         return {}
     try:
-        named: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        found = {name: folder / Path(file).name for name, file in named.items()}
+        named: dict[str, str] = json.loads(folder.read(INDEX))["weight_map"]
+        found = {tensor: str(file) for tensor, file in named.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} must map names to shards, but does not ({error}); copy it again") from error
+        raise CheckpointError(
+            f"{folder.url}/{INDEX} must map names to shards, but does not ({error}); copy it again"
+        ) from error
     for file in sorted(set(found.values())):
-        if not file.is_file():
+        if file not in sizes:
             raise CheckpointError(
-                f"{index} names the shard {file.name}, but {folder} does not hold it; copy or download the shard"
+                f"{folder.url}/{INDEX} names the shard {file}, but the folder does not hold it; copy or download it"
             )
     return found
 
@@ -122,46 +134,48 @@ class SafetensorsSource(TensorSource):
     """The tensors of one file, of the shards that an index names, or of all `.safetensors` files in a folder.
 
     Args:
-        path: the file or the folder.
+        folder: holds the files.
+        file: the one to read; None for the folder's.
 
     Raises:
         CheckpointError: a shard is missing, cut short or not a safetensors file.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.place = str(path)
-        named = shards_of(path) if path.is_dir() else {}
-        files = sorted(set(named.values())) or ([path] if path.is_file() else sorted(path.glob("*.safetensors")))
+    def __init__(self, folder: Storage, file: str | None = None) -> None:
+        self.place = folder.url if file is None else f"{folder.url}/{file}"
+        sizes = folder.sizes()
+        named = _shards(folder, sizes) if file is None else {}
+        files = [file] if file is not None else sorted(set(named.values()))
         if not files:
-            raise CheckpointError(f"{path} must hold safetensors files, but holds none; check the path")
-        self._places = {name: place for file in files for name, place in read_header(file).items()}
-        for name, file in named.items():
+            files = [SINGLE] if SINGLE in sizes else [n for n in sizes if n.endswith(".safetensors")]
+        if not files:
+            raise CheckpointError(f"{folder.url} must hold safetensors files, but holds none; check the path")
+        self._places = {n: place for f in files for n, place in read_header(folder, f, sizes[f]).items()}
+        for name, shard in named.items():
             if name not in self._places:
                 raise CheckpointError(
-                    f"{path / INDEX} says that {file.name} holds {name}, but it does not; copy or download it again"
+                    f"{folder.url}/{INDEX} says that {shard} holds {name}, but it does not; copy or download it again"
                 )
-        self.files = files
         self.infos: Mapping[str, TensorInfo] = {name: place.info for name, place in self._places.items()}
-        self._open = {file: os.open(file, os.O_RDONLY) for file in files}
+        self._opened = ExitStack()
+        self._files = {f: self._opened.enter_context(folder.open(f)) for f in files}
 
     def read(self, name: str, box: Box) -> Tensor:
         place = self._places[name]
-        return rows_of(self._open[place.file], place.start, place.info, box, f"{name} in {place.file}")
+        return rows_of(self._files[place.file], place.start, place.info, box, f"{name} in {self.place}")
 
     def close(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
-        self._open = {}
+        self._opened.close()
 
 
-def rows_of(descriptor: int, start: int, info: TensorInfo, box: Box, what: str) -> Tensor:
+def rows_of(file: RangeReader, start: int, info: TensorInfo, box: Box, what: str) -> Tensor:
     """A box out of raw bytes that begin at `start`: its rows are read whole, then narrowed.
 
     Raises:
         CheckpointError: the file ends too soon.
     """
     if not box:
-        return _read_raw(descriptor, start, info.nbytes, what).view(info.dtype).view(())
+        return _read_raw(file, start, info.nbytes, what).view(info.dtype).view(())
     shape, cut = info.shape, box
     # A single index of the first dimensions is one range of bytes further in.
     while len(cut) > 1 and cut[0][1] - cut[0][0] == 1:
@@ -169,20 +183,15 @@ def rows_of(descriptor: int, start: int, info: TensorInfo, box: Box, what: str) 
         shape, cut = shape[1:], cut[1:]
     row = info.dtype.itemsize * math.prod(shape[1:])
     first, last = cut[0]
-    raw = _read_raw(descriptor, start + first * row, (last - first) * row, what)
+    raw = _read_raw(file, start + first * row, (last - first) * row, what)
     values = raw.view(info.dtype).view(last - first, *shape[1:])
     for dim, (low, high) in enumerate(cut[1:], start=1):
         values = values.narrow(dim, low, high - low)
     return values.contiguous().view([stop - start for start, stop in box])
 
 
-def _read_raw(descriptor: int, start: int, size: int, what: str) -> Tensor:
+def _read_raw(file: RangeReader, start: int, size: int, what: str) -> Tensor:
     raw = torch.empty(size, dtype=torch.uint8)
-    memory = memoryview(cast(Any, raw.numpy()))
-    done = 0
-    while done < size:
-        got = os.preadv(descriptor, [memory[done:]], start + done)
-        if got == 0:
-            raise CheckpointError(f"{what} is cut short; copy or download it again")
-        done += got
+    if file.read_into(start, memoryview(cast(Any, raw.numpy()))) < size:
+        raise CheckpointError(f"{what} is cut short; copy or download it again")
     return raw

@@ -1,7 +1,6 @@
 """Sources for our steps, for anybody's DCP folder, and for one `torch.save` file; and which of them a path is."""
 
 import io
-import os
 import pickle
 from collections import defaultdict
 from collections.abc import Mapping
@@ -23,40 +22,52 @@ from checkpoint.plan import Chunk
 from checkpoint.reader import read_chunk
 from checkpoint.safetensors_io import SafetensorsSource, rows_of
 from checkpoint.source import Box, TensorInfo, TensorSource, whole
+from checkpoint.storage.base import RangeReader, Storage
+from checkpoint.storage.local import LocalStorage
 from checkpoint.storage.opening import as_storage
 from checkpoint.stream import frame_of
 
 __all__ = ["DcpSource", "StepSource", "TorchFileSource", "is_hf_folder", "open_source", "read_whole"]
 
+Place = Storage | Path | str
 _TORCH_FILES = (".pt", ".pth", ".bin", ".ckpt")
 
 
-def is_hf_folder(path: Path) -> bool:
+def is_hf_folder(place: Place) -> bool:
     """Whether the folder has weights with Hugging Face's names."""
-    return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+    names = as_storage(place).names()
+    return "config.json" in names and any(n.endswith(".safetensors") for n in names)
 
 
-def open_source(path: Path) -> TensorSource:
-    """The source that a path is: a file, a step, a run (its newest step), or a folder of safetensors.
+def open_source(place: Place) -> TensorSource:
+    """The source that a path or URL is: a file, a step, a run (its newest step), or a folder of safetensors.
 
     Raises:
         CheckpointError: none of these.
     """
-    path = path.expanduser()
-    if path.is_file():
-        if path.suffix == ".safetensors":
-            return SafetensorsSource(path)
-        if path.suffix in _TORCH_FILES:
-            return TorchFileSource(path)
-        raise CheckpointError(
-            f"{path} must be a .safetensors or {', '.join(_TORCH_FILES)} file or a folder, but is not; check the path"
-        )
-    if not path.is_dir():
-        raise CheckpointError(f"{path} must be a checkpoint, but does not exist; check the path")
-    if any(path.glob("*.safetensors")):
-        return SafetensorsSource(path)
-    step = Path(resolve_foreign(path).url)
+    storage = as_storage(place)
+    names = storage.names()
+    if not names:
+        return _open_file(storage)
+    if any(n.endswith(".safetensors") for n in names):
+        return SafetensorsSource(storage)
+    step = resolve_foreign(storage)
     return StepSource(step) if is_verified(step) else DcpSource(step)
+
+
+def _open_file(storage: Storage) -> TensorSource:
+    """A source that is one file; only local ones can be told from folders."""
+    path = storage.path if isinstance(storage, LocalStorage) else None
+    if path is None or not path.exists():
+        raise CheckpointError(f"{storage.url} must be a checkpoint, but does not exist or is empty; check the path")
+    if path.is_file() and path.suffix == ".safetensors":
+        return SafetensorsSource(LocalStorage(path.parent), path.name)
+    if path.is_file() and path.suffix in _TORCH_FILES:
+        return TorchFileSource(path)
+    raise CheckpointError(
+        f"{path} must be a .safetensors or {', '.join(_TORCH_FILES)} file or a folder with a checkpoint, but is not; "
+        "check the path"
+    )
 
 
 @final
@@ -64,15 +75,15 @@ class StepSource(TensorSource):
     """One of our steps; every byte is verified.
 
     Args:
-        path: the step's folder.
+        place: the step's folder.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.place = str(path)
-        self.path = path
-        self.manifest = read_manifest(path)
+    def __init__(self, place: Place) -> None:
+        storage = as_storage(place)
+        self.place = storage.url
+        self.manifest = read_manifest(storage)
         self._items: dict[str, list[StoredItem]] = defaultdict(list)
-        for item in read_items(path, self.manifest):
+        for item in read_items(storage, self.manifest):
             self._items[item.name].append(item)
         self.infos: Mapping[str, TensorInfo] = {
             name: TensorInfo(dtype=items[0].torch_dtype, shape=items[0].global_shape)
@@ -80,7 +91,6 @@ class StepSource(TensorSource):
         }
         names = sorted({i.file for items in self._items.values() for i in items})
         self._opened = ExitStack()
-        storage = as_storage(path)
         self._files = {name: self._opened.enter_context(storage.open(name)) for name in names}
 
     def read(self, name: str, box: Box) -> Tensor:
@@ -116,12 +126,16 @@ class DcpSource(TensorSource):
     """A DCP folder that others wrote: nothing is verified, and nothing in it is run.
 
     Args:
-        path: holds `.metadata`.
+        place: holds `.metadata`; local.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.place = str(path)
-        self._path = path
+    def __init__(self, place: Place) -> None:
+        storage = as_storage(place)
+        if not isinstance(storage, LocalStorage):
+            raise CheckpointError(
+                f"a checkpoint without manifest.json must lie in a local folder, but is {storage.url}; copy it first"
+            )
+        self.place, path = storage.url, storage.path
         metadata = read_foreign_metadata(path)
         self.infos: Mapping[str, TensorInfo] = {
             name: TensorInfo(dtype=entry.properties.dtype, shape=tuple(entry.size))
@@ -129,9 +143,12 @@ class DcpSource(TensorSource):
             if isinstance(entry, TensorStorageMetadata)
         }
         self._streams = _streams_of(path, metadata)
-        self._open = {
-            file: _opened(path / file) for file in sorted({s.file for ss in self._streams.values() for s in ss})
-        }
+        self._opened = ExitStack()
+        self._files: dict[str, RangeReader] = {}
+        for file in sorted({s.file for streams in self._streams.values() for s in streams}):
+            if not storage.exists(file):
+                raise CheckpointError(f"{path / file} must be there, but is not; copy it again")
+            self._files[file] = self._opened.enter_context(storage.open(file))
 
     def read(self, name: str, box: Box) -> Tensor:
         info = self.infos[name]
@@ -155,13 +172,15 @@ class DcpSource(TensorSource):
         """A box (in the whole tensor) out of one stored chunk."""
         shape = tuple(stop - start for start, stop in stream.box)
         inner = tuple((a - o, b - o) for (a, b), (o, _) in zip(box, stream.box, strict=True))
-        descriptor, what = self._open[stream.file], f"{name} in {self._path / stream.file}"
+        file, what = self._files[stream.file], f"{name} in {self.place}/{stream.file}"
         frame = frame_of(info.dtype, shape)
-        if stream.size == frame.size and os.pread(descriptor, len(frame.head), stream.start) == frame.head:
+        head = bytearray(len(frame.head))
+        if stream.size == frame.size and file.read_into(stream.start, memoryview(head)) and head == frame.head:
             stored = TensorInfo(dtype=info.dtype, shape=shape)
-            return rows_of(descriptor, stream.start + len(frame.head), stored, inner, what)
+            return rows_of(file, stream.start + len(frame.head), stored, inner, what)
         # Written by another version of torch, or from memory with strides: ask torch's own reader.
-        body = os.pread(descriptor, stream.size, stream.start)
+        body = bytearray(stream.size)
+        file.read_into(stream.start, memoryview(body))
         try:
             loaded = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
         except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
@@ -169,18 +188,7 @@ class DcpSource(TensorSource):
         return loaded.detach()[tuple(slice(*d) for d in inner)].contiguous()  # type: ignore[no-any-return]
 
     def close(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
-        self._open = {}
-
-
-def _opened(path: Path) -> int:
-    try:
-        return os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} must be there, but cannot be opened ({error.strerror}); copy it again"
-        ) from error
+        self._opened.close()
 
 
 def _streams_of(path: Path, metadata: Metadata) -> dict[str, list[_Stream]]:
@@ -218,7 +226,8 @@ class TorchFileSource(TensorSource):
         self.infos: Mapping[str, TensorInfo] = {
             name: TensorInfo(dtype=t.dtype, shape=tuple(t.shape)) for name, t in self._tensors.items()
         }
-        self._file = os.open(path, os.O_RDONLY)
+        self._opened = ExitStack()
+        self._file = self._opened.enter_context(LocalStorage(path.parent).open(path.name))
 
     def start_of(self, name: str) -> int:
         """Where a contiguous tensor's bytes begin in the file."""
@@ -236,9 +245,7 @@ class TorchFileSource(TensorSource):
         return rows_of(self._file, self.start_of(name), info, box, f"{name} in {self.place}")
 
     def close(self) -> None:
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        self._opened.close()
 
 
 def _flat(value: Any, prefix: str = "") -> list[tuple[str, Tensor]]:

@@ -18,11 +18,12 @@ from omegaconf import DictConfig
 from checkpoint.lease import Ticket
 from launch.errors import UserError, check_arguments, describe
 from launch.run_name import register_resolver
-from launch.schema import Config, register_schemas
+from launch.schema import Config, Device, register_schemas
 from launch.signals import STOP_NOTE_VARIABLE, StopFlag
 from launch.sweep import RunFailed, result_of
 from launch.typed import plain, to_config
 from launch.worker import Outcome, RankSpec, log_to_console, run_rank
+from trainer.config import ParallelConfig
 
 __all__ = ["Application"]
 
@@ -151,6 +152,11 @@ class Application:
                 raise
             if finished:
                 return _already_finished(spec)
+            if spec.config.checkpoint.create_seed_checkpoint:
+                from launch.seed import write_seed_checkpoint
+
+                with refusing():
+                    return write_seed_checkpoint(spec)
             if spec.layout.world_size > 1 or spec.config.launch.max_restarts > 0:
                 from launch.local import run_local
 
@@ -199,14 +205,25 @@ def _remove_if_empty(run_dir: Path) -> None:
 def _prepare(config: DictConfig, run_dir: Path, sweep: str | None) -> tuple[RankSpec, bool]:
     """All checks that need no process group, and the data. Also says whether ranks were started for us."""
     typed = to_config(config)
-    from launch.preflight import check_config, check_disk, check_launch, check_parallel, prepare_data
+    from launch.preflight import (
+        check_config,
+        check_disk,
+        check_launch,
+        check_parallel,
+        check_seed,
+        prepare_data,
+    )
     from launch.ranks import detect_ranks, export_ranks
     from trainer.device import pick_device_type
     from trainer.parallel.layout import resolve_layout
 
     check_config(typed)
+    if typed.checkpoint.create_seed_checkpoint:
+        check_seed(os.environ)
+        # One process writes it, whatever will train from it.
+        typed.parallel, typed.launch.device = ParallelConfig(), Device.cpu
     device_type = pick_device_type(typed.launch.device.value)
-    ranks = detect_ranks(os.environ, _degrees(typed))
+    ranks = None if typed.checkpoint.create_seed_checkpoint else detect_ranks(os.environ, _degrees(typed))
     available = ranks.world_size if ranks is not None else _local_devices(device_type)
     layout = resolve_layout(typed.parallel, available, ranks_are_given=ranks is not None)
     check_parallel(typed, layout, device_type)

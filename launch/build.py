@@ -4,15 +4,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from checkpoint.config import CheckpointConfig
+from checkpoint.errors import CheckpointError
+from checkpoint.mapped import ForwardSource
+from checkpoint.outputs import size_in_bytes
+from checkpoint.partial import LoadRules, RenamedSource, weights_of
 from checkpoint.policy import EveryNSteps, FirstStep, LastStep, OnStop, SavePolicy
 from checkpoint.retention import KeepLatest, RetentionRule
+from checkpoint.source import TensorSource
+from checkpoint.sources import is_hf_folder, open_source
 from checkpoint.storage.base import Storage
 from checkpoint.storage.opening import is_url, open_storage
 from launch.schema import Config, Logger
 from launch.targets import resolve_target
 from models.base import LanguageModel
+from models.hf import HfKey, family_of
 from trainer.data.source import Source
+from trainer.hf_folder import HfExport
 from trainer.hook import Hook
 from trainer.schedules.base import Schedule
 
@@ -22,6 +32,8 @@ __all__ = [
     "build_optimizer_class",
     "build_schedule",
     "build_source",
+    "hf_keys",
+    "open_initial",
     "policies",
     "rules",
     "tracked_metrics",
@@ -32,6 +44,37 @@ def build_model(config: Config) -> LanguageModel:
     """The model, on whatever torch's default device is."""
     model: LanguageModel = resolve_target(config.model._target_, "model")(config.model)
     return model
+
+
+def hf_keys(config: Config) -> list[HfKey]:
+    """The model's tensors in Hugging Face's layout; raises ValueError for a family without one."""
+    return family_of(config.model).keys(config.model)
+
+
+def open_initial(config: Config, path: str, *, in_hf: bool) -> tuple[TensorSource, list[str]]:
+    """The checkpoint that a run starts from, under our names; and their names that nothing takes.
+
+    Raises:
+        CheckpointError: it is not there, or is of the other kind.
+    """
+    place = open_storage(path, config.checkpoint.storage_options)
+    rules = LoadRules.from_config(config.checkpoint)
+    if place.names() and is_hf_folder(place) is not in_hf:
+        wanted, remedy = (HF, "false") if in_hf else ("a checkpoint of Regrow's or DCP's", "true")
+        raise CheckpointError(
+            f"checkpoint.initial_load_path must be {wanted}, but {path} is not; set "
+            f"checkpoint.initial_load_in_hf={remedy}"
+        )
+    source = open_source(place)
+    if rules.rename:
+        source = RenamedSource(source, rules.rename)
+    if not in_hf:
+        return source, []
+    mapped = ForwardSource(source, hf_keys(config), strict=False)
+    return mapped, [name for name in mapped.unused if name in weights_of(source)]
+
+
+HF = "a Hugging Face folder (config.json and safetensors)"
 
 
 def build_source(config: Config) -> Source:
@@ -67,6 +110,8 @@ def policies(config: CheckpointConfig) -> list[SavePolicy]:
     found: list[SavePolicy] = [EveryNSteps(config.interval), LastStep(), OnStop()]
     if config.enable_first_step_checkpoint:
         found.append(FirstStep())
+    if config.export.every_n:
+        found.append(EveryNSteps(config.export.every_n))
     for name, policy in config.save_policies.items():
         found.append(resolve_target(policy._target_, f"checkpoint.save_policies.{name}")(policy))
     return found
@@ -107,3 +152,20 @@ def checkpoint_folder(config: Config, run_dir: Path) -> Storage:
     if is_url(checkpoint.folder):
         return open_storage(f"{checkpoint.folder.rstrip('/')}/{config.run.name}", checkpoint.storage_options)
     return open_storage(run_dir / checkpoint.folder, direct_io=checkpoint.direct_io)
+
+
+def export_folder(run_dir: Path) -> Path:
+    """Where the run's Hugging Face folders lie."""
+    return run_dir / "export"
+
+
+def hf_export(config: Config, run_dir: Path) -> HfExport:
+    """What a Hugging Face folder of this run holds beside the weights."""
+    assets = config.model.hf_assets_path
+    return HfExport(
+        config=config.model,
+        dtype=getattr(torch, config.checkpoint.export_dtype.name),
+        max_shard_bytes=size_in_bytes(config.checkpoint.export.max_shard_size, "checkpoint.export.max_shard_size"),
+        assets=None if assets is None else Path(assets).expanduser(),
+        tokenizer=run_dir / "tokenizer.json",
+    )

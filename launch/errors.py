@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
+    InterpolationToMissingValueError,
     MissingMandatoryValue,
     OmegaConfBaseException,
     ValidationError,
@@ -94,6 +95,9 @@ def _describe_one(error: BaseException) -> str | None:
         return _unknown_choice(str(error))
     if isinstance(error, ConfigKeyError | ConfigAttributeError):
         return _unknown_key(error.full_key or "", error.parent_node)
+    if isinstance(error, InterpolationToMissingValueError):
+        name = str(error).splitlines()[0].rpartition(" ")[2]
+        return f"{name} must be set, but is missing; add {name}=VALUE"
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} must be set, but is missing; add {error.full_key}=VALUE"
     if isinstance(error, ValidationError):

@@ -19,6 +19,8 @@ _FREE = (
     "data.micro_batch_size",
     "data.log_samples",
     "model._target_",
+    "model.hf_assets_path",
+    "model.load_weights",
     "data._target_",
 )
 # Where data lies is part of a run's default name, but what is compared is its fingerprint.

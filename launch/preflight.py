@@ -2,21 +2,26 @@
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from checkpoint.config import CheckpointConfig, ExportDtype, FinetuneConfig
+from checkpoint.config import CheckpointConfig, FinetuneConfig
 from checkpoint.errors import CheckpointError
-from checkpoint.lineage import LoadRequest
-from checkpoint.loading import check_compatible, is_verified, resolve_foreign
-from checkpoint.storage.opening import is_url, open_storage
+from checkpoint.lineage import LoadRequest, StartPoint
+from checkpoint.loading import is_verified
+from checkpoint.outputs import size_in_bytes
+from checkpoint.partial import LoadPlan, LoadRules, check_load
+from checkpoint.storage.opening import is_url
 from launch.build import (
     build_hooks,
     build_model,
     build_optimizer_class,
     build_schedule,
     build_source,
+    hf_keys,
+    open_initial,
     policies,
     rules,
 )
@@ -34,17 +39,9 @@ __all__ = [
     "check_initial_load",
     "check_launch",
     "check_parallel",
+    "check_seed",
     "prepare_data",
 ]
-
-# Capabilities that the fields name already and a later version brings.
-_LATER = (
-    ("last_save_model_only", False, "leave it out"),
-    ("last_save_in_hf", False, "leave it out"),
-    ("export_dtype", ExportDtype.float32, "leave it out"),
-    ("initial_load_in_hf", False, "use initial_load_path with a checkpoint of Regrow's"),
-    ("create_seed_checkpoint", False, "start without it: first weights do not depend on the layout"),
-)
 
 
 def check_config(config: Config) -> None:
@@ -79,6 +76,8 @@ def check_config(config: Config) -> None:
     if not config.run.name or "/" in config.run.name or config.run.name.startswith("."):
         raise ValueError(f"run.name must be a folder's name, but is {config.run.name!r}; use run.root for folders")
     _check_checkpoint(config.checkpoint)
+    if config.checkpoint.last_save_in_hf or config.checkpoint.export.every_n:
+        hf_keys(config)
     build_schedule(config)
     build_optimizer_class(config)
     build_hooks(config)
@@ -90,15 +89,13 @@ def _at_least(value: float, low: float, name: str, remedy: str) -> None:
 
 
 def _check_checkpoint(config: CheckpointConfig) -> None:
-    if config.enable:
-        for name, supported, remedy in _LATER:
-            if getattr(config, name) != supported:
-                value = getattr(config, name)
-                shown = getattr(value, "name", value)
-                raise ValueError(
-                    f"checkpoint.{name} must be {getattr(supported, 'name', supported)} in this version, "
-                    f"but is {shown}; {remedy}"
-                )
+    if config.create_seed_checkpoint and not config.enable:
+        raise ValueError(
+            "checkpoint.enable must be true with checkpoint.create_seed_checkpoint, but is false; use checkpoint=seed"
+        )
+    LoadRules.from_config(config)
+    _at_least(config.export.every_n, 0, "checkpoint.export.every_n", "1000")
+    size_in_bytes(config.export.max_shard_size, "checkpoint.export.max_shard_size")
     _at_least(config.interval, 1, "checkpoint.interval", "500")
     _at_least(config.keep_latest_k, 0, "checkpoint.keep_latest_k", "10")
     if config.load_step < -1:
@@ -142,6 +139,19 @@ def check_parallel(config: Config, layout: Layout, device_type: str) -> None:
     )
 
 
+def check_seed(environ: Mapping[str, str]) -> None:
+    """Whether this process is alone.
+
+    Raises:
+        ValueError: torchrun started several.
+    """
+    started = environ.get("WORLD_SIZE", "1")
+    if started != "1":
+        raise ValueError(
+            f"checkpoint.create_seed_checkpoint must be run by 1 process, but {started} were started; start one"
+        )
+
+
 def check_launch(layout: Layout, device_type: str, *, ranks_are_given: bool) -> None:
     """Whether the ranks can be started here.
 
@@ -155,21 +165,25 @@ def check_launch(layout: Layout, device_type: str, *, ranks_are_given: bool) -> 
         )
 
 
-def check_initial_load(config: Config) -> None:
-    """Whether the checkpoint to start from is there and fits the model.
+def check_initial_load(config: Config, start: StartPoint) -> LoadPlan:
+    """Whether the checkpoint to start from is there and fits the model; says what will be left out.
 
     Raises:
         CheckpointError: it is not, or does not.
     """
-    assert config.checkpoint.initial_load_path is not None
-    path = resolve_foreign(open_storage(config.checkpoint.initial_load_path, config.checkpoint.storage_options))
+    assert start.path is not None
     with torch.device("meta"):
-        check_compatible(path, dict(build_model(config).named_parameters()))
-    if not config.checkpoint.initial_load_model_only and not is_verified(path):
-        raise CheckpointError(
-            f"checkpoint.initial_load_model_only must be true for {path.url}, which has no manifest and so no train "
-            "state, but is false; leave it out"
-        )
+        model = build_model(config)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    source, unused = open_initial(config, start.path, in_hf=start.in_hf)
+    with source:
+        plan = check_load(source, shapes, LoadRules.from_config(config.checkpoint), unused=unused)
+        if not start.model_only and not is_verified(source.place):
+            raise CheckpointError(
+                f"checkpoint.initial_load_model_only must be true for {source.place}, which has no manifest and so "
+                "no train state, but is false; leave it out"
+            )
+    return plan
 
 
 def prepare_data(config: Config) -> Path:
@@ -221,7 +235,7 @@ def check_disk(config: Config, run_dir: Path) -> None:
     with torch.device("meta"):
         parameters = sum(p.numel() for p in build_model(config).parameters())
     # float32 weights and two moments, and a little for metadata.
-    needed = parameters * 12 + (1 << 20)
+    needed = parameters * (4 if config.checkpoint.create_seed_checkpoint else 12) + (1 << 20)
     free = shutil.disk_usage(run_dir).free
     if needed > free:
         raise ValueError(

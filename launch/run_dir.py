@@ -1,5 +1,6 @@
 """Opening a run's directory: whose it is, whether the command fits it, and which lineage the command means."""
 
+import dataclasses
 import fcntl
 import logging
 import os
@@ -26,12 +27,13 @@ from checkpoint.lineage import (
 )
 from checkpoint.storage.base import Storage
 from checkpoint.storage.local import LocalStorage
-from launch.build import checkpoint_folder
+from launch.build import checkpoint_folder, export_folder
 from launch.errors import UserError
 from launch.identity import Difference, compare
 from launch.preflight import check_initial_load
 from launch.schema import Config
 from trainer.data.token_store import TokenStore
+from trainer.hooks.export import exported_steps
 from trainer.hooks.metrics import METRICS, SAMPLES
 from trainer.run_record import FILE, RunRecord, new_id
 
@@ -148,7 +150,7 @@ def open_run(
     lineage = choose_lineage(
         record.lineages,
         LoadRequest.from_config(config.checkpoint),
-        steps=[e.step for e in entries],
+        steps=[e.step for e in entries if e.resumable],
         # Both act once a launch, not once a restart or requeue of it.
         resume=Resume.auto if again and config.run.resume is Resume.never else config.run.resume,
         rewind=config.run.rewind and not again,
@@ -156,12 +158,18 @@ def open_run(
         folder=catalog.folder.url,
     )
     if lineage is not None:
+        lineage = _from_weights(config, lineage)
         if record.lineages:
             _keep_rows(run_dir, record.lineages[-1])
         record.lineages.append(lineage)
         entries = catalog.entries(record.lineages)
-    start = start_point(record.lineages, [(e.step, e.manifest.lineage) for e in entries])
+    start = start_point(record.lineages, [(e.step, e.manifest.lineage) for e in entries if e.resumable])
+    if _is_finished(config, record, entries, run_dir):
+        _write_config(settings, run_dir, store, overrides)
+        record.save(run_dir)
+        return True
     _check_start(config, start, record, catalog.folder.url)
+    _check_weights(start, record, entries, run_dir)
     for change in changes:
         log.warning("%s, from step %d on", change, start.step)
         record.changes.append(
@@ -169,7 +177,21 @@ def open_run(
         )
     _write_config(settings, run_dir, store, overrides)
     record.save(run_dir)
-    return _is_finished(config, record, entries)
+    return False
+
+
+def _from_weights(config: Config, lineage: Lineage) -> Lineage:
+    """With `model.load_weights` a line that would begin with fresh weights begins with the model's folder."""
+    if (
+        lineage.origin is not StartKind.fresh
+        or not config.model.load_weights
+        or config.checkpoint.create_seed_checkpoint
+    ):
+        return lineage
+    request = dataclasses.replace(
+        lineage.request, initial_load_path=config.model.hf_assets_path, initial_load_in_hf=True
+    )
+    return dataclasses.replace(lineage, origin=StartKind.initial, request=request)
 
 
 def _is_restart(environ: Mapping[str, str]) -> bool:
@@ -180,13 +202,32 @@ def _is_restart(environ: Mapping[str, str]) -> bool:
 def _check_start(config: Config, start: StartPoint, record: RunRecord, folder: str) -> None:
     """Refuses a start that cannot work, or that would lose what was trained."""
     if start.kind is StartKind.initial:
-        check_initial_load(config)
+        for line in check_initial_load(config, start).lines():
+            log.warning("initial load from %s: %s", start.path, line)
     saved = max((a.saved_step for a in record.attempts if a.lineage == record.lineages[-1].id), default=0)
     if start.kind is not StartKind.step and saved > 0 and config.checkpoint.enable:
         raise UserError(
             f"checkpoint.folder must hold the run's steps, the newest of them {saved}, but {folder} has none; "
             "restore them, or use run.resume=never to start afresh"
         )
+
+
+def _check_weights(start: StartPoint, record: RunRecord, entries: Sequence[Entry], run_dir: Path) -> None:
+    """Refuses to go on where the weights were saved and nothing else.
+
+    Raises:
+        UserError: that is so.
+    """
+    saved = [e.step for e in entries if not e.resumable]
+    current = [a for a in record.attempts if a.lineage == record.lineages[-1].id]
+    exported = exported_steps(export_folder(run_dir)) if any(a.end == "finished" for a in current) else []
+    if start.kind is StartKind.step or not (saved or exported):
+        return
+    what = f"the weights of step {saved[-1]}" if saved else f"the Hugging Face folder of step {exported[-1]}"
+    raise UserError(
+        f"train.steps must not be raised where no full checkpoint was kept, but {run_dir} has {what} alone; start "
+        "another run with checkpoint.initial_load_path, or use run.resume=never"
+    )
 
 
 def _lineage_id(lineages: Sequence[Lineage]) -> str:
@@ -256,11 +297,16 @@ def _write_config(settings: dict[str, Any], run_dir: Path, store: TokenStore, ov
     fsync_folder(run_dir)
 
 
-def _is_finished(config: Config, record: RunRecord, entries: Sequence[Entry]) -> bool:
+def _is_finished(config: Config, record: RunRecord, entries: Sequence[Entry], run_dir: Path) -> bool:
     """Whether the newest lineage has come to its end, so that there is nothing to do."""
     if not record.attempts:
         return False
     steps, last = config.train.steps, record.attempts[-1]
-    if config.checkpoint.enable and not config.checkpoint.load_only and (not entries or entries[-1].step < steps):
-        return False
+    if config.checkpoint.enable and not config.checkpoint.load_only:
+        # A last save in Hugging Face's format is no checkpoint, but is the run's end all the same.
+        saved = max([e.step for e in entries] + exported_steps(export_folder(run_dir)), default=0)
+        if saved < steps or (
+            config.checkpoint.last_save_in_hf and steps not in exported_steps(export_folder(run_dir))
+        ):
+            return False
     return last.lineage == record.lineages[-1].id and last.end == "finished" and last.to_step >= steps

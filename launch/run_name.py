@@ -1,5 +1,7 @@
 """The default of `run.name`, as an OmegaConf resolver."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -15,8 +17,14 @@ _SECTIONS = ("model", "data", "optimizer", "scheduler", "precision", "train", "s
 
 
 def register_resolver() -> None:
-    """Makes `${regrow_run_name:}` known."""
+    """Makes `${regrow_run_name:}` and `${regrow_folder_name:PATH}` known."""
     OmegaConf.register_new_resolver("regrow_run_name", _run_name, replace=True)
+    OmegaConf.register_new_resolver("regrow_folder_name", _folder_name, replace=True)
+
+
+def _folder_name(path: str) -> str:
+    """A folder's own name, with nothing in it that a run's name could not have."""
+    return re.sub(r"[^\w.+=-]", "_", Path(path).expanduser().resolve().name, flags=re.ASCII).lstrip(".") or "model"
 
 
 def _run_name(*, _root_: DictConfig) -> str:

@@ -256,7 +256,7 @@ def _hooks(spec: RankSpec, context: "ParallelContext", threads: int, fingerprint
         hooks.append(WandbHook(config.wandb, config.run.name, spec.settings, spec.sweep))
     hooks.append(RecordHook(_attempt(context, threads)))
     if config.checkpoint.enable:
-        hooks.append(_checkpoint_hook(spec, fingerprint))
+        hooks += _checkpoint_hooks(spec, fingerprint)
     if context.is_main:
         log.info("hooks, in order: %s", ", ".join(type(h).__name__ for h in hooks))
     return hooks
@@ -300,43 +300,77 @@ def _git_revision() -> str | None:
         return None
 
 
-def _checkpoint_hook(spec: RankSpec, fingerprint: str) -> Any:
+def _checkpoint_hooks(spec: RankSpec, fingerprint: str) -> list[Any]:
+    import torch
+
+    from checkpoint.partial import LoadRules
     from checkpoint.saver import SaverOptions
-    from launch.build import checkpoint_folder, policies, rules, tracked_metrics
+    from launch.build import (
+        checkpoint_folder,
+        export_folder,
+        hf_export,
+        open_initial,
+        policies,
+        rules,
+        tracked_metrics,
+    )
     from launch.identity import config_hash
     from trainer.hooks.checkpoint import CheckpointHook, CheckpointPlan
+    from trainer.hooks.export import ExportHook, ExportPlan
+    from trainer.hooks.last_save import LastSave
     from trainer.run_record import RunRecord
 
     record = RunRecord.load(spec.run_dir)
     assert record is not None, "the launcher writes run.json before any rank starts"
     config = spec.config
-    return CheckpointHook(
-        CheckpointPlan(
-            folder=checkpoint_folder(config, spec.run_dir),
-            policies=policies(config.checkpoint),
-            rules=rules(config.checkpoint),
-            lineages=record.lineages,
-            tracked=tracked_metrics(config.checkpoint),
-            schedule_total=config.scheduler.total_steps,
-            labels={
-                "data_fingerprint": fingerprint,
-                "config_hash": config_hash(spec.settings),
-                "versions": software_versions(),
-            },
-            mode=config.checkpoint.async_mode,
-            saver=SaverOptions(
-                files_per_rank=config.checkpoint.files_per_rank,
-                commit_timeout_s=config.checkpoint.commit_timeout_s,
-                ticket=spec.ticket,
-            ),
-            when_busy=config.checkpoint.when_busy,
-            reader_timeout_s=config.checkpoint.lease_timeout_s,
-            storage_options=config.checkpoint.storage_options,
-            stop_on_error=config.checkpoint.on_save_error.value == "stop",
-            max_failures=config.checkpoint.max_save_errors,
-            grace_s=float(os.environ.get("REGROW_GRACE_S", "inf")),
+    options, folder = config.checkpoint, checkpoint_folder(config, spec.run_dir)
+    hooks: list[Any] = []
+    if options.export.every_n and policies(options):
+        hooks.append(
+            ExportHook(
+                ExportPlan(
+                    every_n=options.export.every_n,
+                    checkpoints=folder,
+                    folder=export_folder(spec.run_dir),
+                    export=hf_export(config, spec.run_dir),
+                    lineages=record.lineages,
+                )
+            )
         )
+    plan = CheckpointPlan(
+        folder=folder,
+        policies=policies(options),
+        storage_options=options.storage_options,
+        rules=rules(options),
+        lineages=record.lineages,
+        tracked=tracked_metrics(options),
+        schedule_total=config.scheduler.total_steps,
+        labels={
+            "data_fingerprint": fingerprint,
+            "config_hash": config_hash(spec.settings),
+            "versions": software_versions(),
+        },
+        mode=options.async_mode,
+        saver=SaverOptions(
+            files_per_rank=options.files_per_rank,
+            commit_timeout_s=options.commit_timeout_s,
+            ticket=spec.ticket,
+        ),
+        when_busy=options.when_busy,
+        reader_timeout_s=options.lease_timeout_s,
+        stop_on_error=options.on_save_error.value == "stop",
+        max_failures=options.max_save_errors,
+        grace_s=float(os.environ.get("REGROW_GRACE_S", "inf")),
+        last=LastSave(
+            model_only=options.last_save_model_only,
+            dtype=getattr(torch, options.export_dtype.name),
+            export=hf_export(config, spec.run_dir) if options.last_save_in_hf else None,
+            folder=export_folder(spec.run_dir),
+        ),
+        initial=LoadRules.from_config(options),
+        open_initial=lambda path, in_hf: open_initial(config, path, in_hf=in_hf)[0],
     )
+    return [*hooks, CheckpointHook(plan)]
 
 
 def run_rank(spec: RankSpec, flag: StopFlag) -> Outcome:

@@ -17,12 +17,17 @@ class ModelConfig(ABC):
         name: the flavour, for instance `llama3_8b`; part of a run's default name.
         vocab_size: rows of the embedding, at least the tokenizer's size.
         max_seq_len: the longest sequence, in tokens, that the position encoding was made for.
+        hf_assets_path: a Hugging Face folder of this model: where its weights are loaded from with
+            `checkpoint.initial_load_in_hf`, and where tokenizer and config files come from at export.
+        load_weights: a fresh run starts from the weights in `hf_assets_path`.
     """
 
     _target_: str = MISSING
     name: str = MISSING
     vocab_size: int = MISSING
     max_seq_len: int = MISSING
+    hf_assets_path: str | None = None
+    load_weights: bool = False
 
     @abstractmethod
     def check(self) -> None:

@@ -5,7 +5,9 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -19,13 +21,17 @@ from checkpoint.lease import LeaseLostError
 from checkpoint.lineage import Lineage, StartKind, StartPoint, start_point
 from checkpoint.loading import is_verified, load_tensors, resolve_foreign
 from checkpoint.manifest import Manifest, read_manifest
+from checkpoint.partial import LoadRules, load_from
 from checkpoint.policy import SaveContext, SavePolicy, save_reasons
 from checkpoint.reading import reading
 from checkpoint.retention import RetentionRule
 from checkpoint.saver import SaveResult, SaverOptions, StepSaver
+from checkpoint.source import TensorSource
 from checkpoint.storage.base import Storage
-from checkpoint.storage.opening import open_storage
+from checkpoint.storage.opening import is_url, open_storage
 from trainer.hook import Hook
+from trainer.hooks.export import exported_steps
+from trainer.hooks.last_save import LastSave, cast_weights, save_in_hf
 from trainer.loop import Trainer
 from trainer.state import TrainState
 
@@ -54,6 +60,9 @@ class CheckpointPlan:
         stop_on_error: a save that fails ends the run.
         max_failures: so many in a row end it in any case.
         grace_s: between a request to stop and the kill; infinite where nobody kills.
+        last: what the last step's save is.
+        initial: how names and shapes may differ where the run starts from weights elsewhere.
+        open_initial: opens such weights under our names: (path or URL, in_hf).
     """
 
     folder: Storage
@@ -70,6 +79,9 @@ class CheckpointPlan:
     reader_timeout_s: float
     stop_on_error: bool
     max_failures: int
+    last: LastSave
+    initial: LoadRules
+    open_initial: Callable[[str, bool], TensorSource]
     grace_s: float = math.inf
 
 
@@ -121,19 +133,44 @@ class CheckpointHook(Hook):
         for line in self._catalog.tidy(self._plan.lineages):
             log.warning("%s", line)
         entries = self._catalog.entries(self._plan.lineages)
-        start = start_point(self._plan.lineages, [(e.step, e.manifest.lineage) for e in entries])
+        resumable = [(e.step, e.manifest.lineage) for e in entries if e.resumable]
+        start = start_point(self._plan.lineages, resumable)
+        self._leave_weights(start, [e.step for e in entries if not e.resumable])
         if damaged and start.kind is not StartKind.step:
             raise CheckpointError(
                 f"{self._plan.folder.url} must hold a sound step, but the steps {damaged} are damaged and no other "
                 "is left; use run.resume=never to start afresh"
             )
-        if start.path is not None:
+        if (
+            start.path is not None
+            and not start.in_hf
+            and (is_url(start.path) or Path(start.path).expanduser().is_dir())
+        ):
             # Once, for all ranks: a run that is still saving would give each another step.
             return dataclasses.replace(start, path=resolve_foreign(self._foreign(start.path)).url)
         return start
 
     def _foreign(self, path: str) -> Storage:
         return open_storage(path, self._plan.storage_options)
+
+    def _leave_weights(self, start: StartPoint, weights_only: Sequence[int]) -> None:
+        """Makes way for the steps to come where an earlier end of the run saved weights alone."""
+        exported = [s for s in exported_steps(self._plan.last.folder) if s > start.step]
+        if start.kind is StartKind.step and exported and not weights_only:
+            log.info(
+                "the save of step %d is a Hugging Face folder, without optimizer state; the last full checkpoint is "
+                "of step %d",
+                exported[-1],
+                start.step,
+            )
+        for step in weights_only:
+            if step > start.step:
+                self._catalog.set_aside(step, "model-only")
+                log.info(
+                    "step %d holds the weights alone and was set aside; the last full checkpoint is of step %d",
+                    step,
+                    start.step,
+                )
 
     def _may_fall_back(self, start: StartPoint) -> bool:
         """Whether another step may be taken instead: only where the user did not name this one."""
@@ -152,8 +189,9 @@ class CheckpointHook(Hook):
             place, source = self._foreign(start.path), "initial load from"
         source = f"{source} {place.url}, {'verified' if is_verified(place) else 'unverified'}"
         source += ", model only" if start.model_only else ""
+        source += ", Hugging Face" if start.in_hf else ""
         try:
-            with reading(place):
+            with reading(place) if is_verified(place) else nullcontext():
                 self._load(trainer, place, start)
         except DamagedStepError as error:
             return source, str(error)
@@ -161,7 +199,15 @@ class CheckpointHook(Hook):
 
     def _load(self, trainer: Trainer, place: Storage, start: StartPoint) -> None:
         tensors = model_tensors(trainer)
-        if not start.model_only:
+        if start.kind is StartKind.initial:
+            # Buffers start as the model makes them where the weights come without.
+            optional = set(tensors) - {n for n, _ in trainer.model.named_parameters()}
+            with self._plan.open_initial(place.url, start.in_hf) as source:
+                load_from(source, tensors, self._plan.initial, optional=optional)
+            tensors = {}
+        if start.kind is StartKind.step and read_manifest(place).kind == "model":
+            log.info("%s is a seed checkpoint: weights alone", place.url)
+        elif not start.model_only:
             if "optimizer" not in start.exclude:
                 tensors |= optimizer_tensors(trainer)
             saved = TrainState.from_json(_train_state(place))
@@ -169,11 +215,17 @@ class CheckpointHook(Hook):
             trainer.state = saved.without(start.exclude, schedule_total=total)
             if self._plan.schedule_total is not None:
                 trainer.state.schedule_total = self._plan.schedule_total
-        load_tensors(place, tensors, trainer.context.save_group)
+        if tensors:
+            load_tensors(place, tensors, trainer.context.save_group)
 
     def fit_start(self, trainer: Trainer) -> None:
         self._saved_from = trainer.state.step
         trainer.last_save_clock = time.monotonic()
+        last, step = self._plan.last, trainer.state.step
+        if last.export is not None and step >= trainer.options.steps and step not in exported_steps(last.folder):
+            # The steps are done, but were saved in full: a Hugging Face folder was asked for since.
+            assert self._saver is not None
+            self._save_last(trainer, self._saver, last)
 
     def before_optimizer_step(self, trainer: Trainer) -> None:
         assert self._saver is not None
@@ -193,10 +245,12 @@ class CheckpointHook(Hook):
             best=best,
         )
         reasons = save_reasons(self._plan.policies, context)
-        ending = context.stopping or state.step >= trainer.options.steps
+        ending, last = context.stopping or state.step >= trainer.options.steps, self._plan.last
         if reasons and trainer.anyone_saving and self._plan.when_busy is WhenBusy.skip and not ending:
             if trainer.context.is_main:
                 log.info("step %d is not saved: the save before it is still being written", state.step)
+        elif reasons and state.step >= trainer.options.steps and not last.is_full:
+            self._save_last(trainer, self._saver, last)
         elif reasons:
             self._save(trainer, self._saver, reasons)
         trainer.saving = self._saver.is_busy
@@ -225,14 +279,7 @@ class CheckpointHook(Hook):
         step = trainer.state.step
         if not self._rows_are_durable(trainer, step):
             return
-        manifest = Manifest(
-            step=step,
-            lineage=self._plan.lineages[-1].id,
-            train_state=trainer.state.as_json(),
-            metrics=dict(trainer.measured),
-            layout=trainer.context.layout.as_dict(),
-            **self._plan.labels,
-        )
+        manifest = self._manifest(trainer)
         tensors = model_tensors(trainer) | optimizer_tensors(trainer) | _state_tensors(trainer.state)
         holders = trainer.engine.holders([n for n in tensors if not n.startswith("train_state.")])
         started = time.perf_counter()
@@ -259,6 +306,37 @@ class CheckpointHook(Hook):
                 needed,
                 self._plan.grace_s,
             )
+
+    def _manifest(self, trainer: Trainer) -> Manifest:
+        """What is known of the step just done."""
+        return Manifest(
+            step=trainer.state.step,
+            lineage=self._plan.lineages[-1].id,
+            train_state=trainer.state.as_json(),
+            metrics=dict(trainer.measured),
+            layout=trainer.context.layout.as_dict(),
+            **self._plan.labels,
+        )
+
+    def _save_last(self, trainer: Trainer, saver: StepSaver, last: LastSave) -> None:
+        """The weights alone; in full where that would lose a value, which ends the run with an error."""
+        trainer.flush()
+        self._settle(trainer, saver.wait())
+        if not self._rows_are_durable(trainer, trainer.state.step):
+            return
+        self._saved_from = trainer.state.step
+        manifest = dataclasses.replace(self._manifest(trainer), kind="model")
+        try:
+            tensors = cast_weights(model_tensors(trainer), last.dtype, trainer.context)
+        except CheckpointError as error:
+            self._save(trainer, saver, ["in full"])
+            self._settle(trainer, saver.wait())
+            raise CheckpointError(f"{error} (step {trainer.state.step} was saved in full)") from error
+        if last.export is not None:
+            save_in_hf(tensors, manifest, last, last.export, trainer.context)
+            return
+        self._settle(trainer, saver.begin(tensors, manifest))
+        saver.wait_staged()
 
     def _rows_are_durable(self, trainer: Trainer, step: int) -> bool:
         """A commit waits for the rows up to its step; where the disk does not take them, nothing is saved."""

@@ -1,0 +1,30 @@
+"""`model=from_hf`: any Hugging Face folder of a family that we have, without choosing a flavour."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from omegaconf import MISSING
+
+from models.config import ModelConfig
+
+__all__ = ["FromHfConfig"]
+
+
+@dataclass(kw_only=True, slots=True)
+class FromHfConfig(ModelConfig):
+    """Stands for the family's config until the folder's `config.json` has been read; the run stores that one.
+
+    Attributes:
+        path: the folder.
+        load_weights: start from the folder's weights, unless another start is asked for.
+        vocab_size: as in the folder where it is left out; so is `max_seq_len`.
+    """
+
+    SCHEMA: ClassVar[tuple[str, str]] = ("model", "from_hf_schema")
+
+    _target_: str = "models.hf.from_folder"
+    path: str = MISSING
+    load_weights: bool = True
+
+    def check(self) -> None:
+        """Nothing can be said before the folder is read."""

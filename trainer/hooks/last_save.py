@@ -1,0 +1,106 @@
+"""The last step's save where it holds weights alone: as a checkpoint, or as a Hugging Face folder."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from checkpoint.config import AsyncMode
+from checkpoint.errors import CheckpointError
+from checkpoint.manifest import Manifest
+from checkpoint.plan import local_tensor
+from checkpoint.saver import StepSaver
+from trainer.hf_folder import HfExport
+from trainer.hooks.export import export_step, remove_leftovers
+from trainer.parallel.context import ParallelContext
+
+__all__ = ["LastSave", "cast_weights", "save_in_hf"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class LastSave:
+    """The last step's save.
+
+    Attributes:
+        model_only: weights alone.
+        dtype: of the weights, where they are saved alone.
+        export: makes it a Hugging Face folder, and no checkpoint.
+        folder: receives that folder.
+    """
+
+    model_only: bool
+    dtype: torch.dtype
+    export: HfExport | None
+    folder: Path
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is like any other save."""
+        return not self.model_only and self.export is None
+
+
+def cast_weights(tensors: Mapping[str, Tensor], dtype: torch.dtype, context: ParallelContext) -> dict[str, Tensor]:
+    """Copies in another floating-point type.
+
+    Raises:
+        CheckpointError: on all ranks, where one of them has a value beyond what the type can hold.
+    """
+    problem: str | None = None
+    cast: dict[str, Tensor] = {}
+    try:
+        cast = {name: _cast(name, tensor, dtype) for name, tensor in tensors.items()}
+    except CheckpointError as error:
+        problem = str(error)
+    problems: list[str | None] = [None] * context.world_size
+    dist.all_gather_object(problems, problem, group=context.save_group)
+    found = next((p for p in problems if p is not None), None)
+    if found is not None:
+        raise CheckpointError(found)
+    return cast
+
+
+@torch.no_grad()
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if not tensor.dtype.is_floating_point or tensor.dtype == dtype:
+        return tensor
+    cast = tensor.to(dtype)
+    if bool((local_tensor(cast).isinf() & local_tensor(tensor).isfinite()).any()):
+        raise CheckpointError(
+            f"checkpoint.export_dtype must be able to hold every value, but {name} goes beyond "
+            f"{torch.finfo(dtype).max:g}, where {str(dtype).removeprefix('torch.')} ends; use bfloat16"
+        )
+    return cast
+
+
+def save_in_hf(
+    tensors: Mapping[str, Tensor], manifest: Manifest, last: LastSave, export: HfExport, context: ParallelContext
+) -> None:
+    """All ranks write their shards aside; rank 0 makes the folder of them, and all learn how it ended.
+
+    Raises:
+        CheckpointError: on all ranks, where it failed.
+    """
+    work = last.folder / ".weights"
+    if context.is_main:
+        remove_leftovers(last.folder)
+        work.mkdir(parents=True)
+    dist.barrier(group=context.save_group)
+    saver = StepSaver(work, AsyncMode.disabled, context.device, context.save_group)
+    (result,) = saver.begin(tensors, manifest)
+    saver.close()
+    problem = [result.error]
+    if context.is_main and result.url is not None:
+        try:
+            log.info("saved %s", export_step(result.url, last.folder, export, manifest.step))
+        except (ValueError, OSError) as error:
+            problem = [str(error)]
+        remove_leftovers(last.folder)
+    dist.broadcast_object_list(problem, group=context.save_group, group_src=0)
+    if problem[0] is not None:
+        raise CheckpointError(f"step {manifest.step} was not saved as a Hugging Face folder: {problem[0]}")
