@@ -18,7 +18,13 @@ class LanguageModel(nn.Module, ABC):
 
     Parameters are filled from `init_rules` by name and buffers by `init_buffers`, so that a model made on
     the meta device and then sharded starts with the same weights as one made whole.
+
+    Attributes:
+        compute_dtype: of the activations and of the products, for which weights are cast; None means the parameters'
+            own.
     """
+
+    compute_dtype: torch.dtype | None = None
 
     @abstractmethod
     def forward(
@@ -38,7 +44,7 @@ class LanguageModel(nn.Module, ABC):
             valid: bool `(batch, seq)`, false for tokens that only fill up; None means that all count.
 
         Returns:
-            `(batch, seq, vocab)` in the parameters' compute dtype.
+            `(batch, seq, vocab)` in the compute dtype.
         """
 
     @abstractmethod

@@ -15,16 +15,23 @@ from torch import Tensor, nn
 
 from models.base import LanguageModel
 from models.config import DecoderConfig
+from models.cpu import causal_attention, on_plain_cpu, rms_norm, swiglu
 from models.init import InitRule
+from models.linear import Linear
 from models.rope import rope_table
 
 __all__ = ["Attention", "Decoder", "DecoderBlock", "FeedForward", "RMSNorm", "attend"]
+
+# Of positions that attention by blocks is faster than torch's kernel on a CPU.
+LONGEST_BLOCKED = 2048
 
 Rotation = Callable[[Tensor, Tensor], Tensor]
 
 
 def attend(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, mask: Tensor | None) -> Tensor:
     """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) by scaled_dot_product_attention."""
+    if mask is None and q_BTNH.shape[1] <= LONGEST_BLOCKED and on_plain_cpu(q_BTNH, k_BTKH, v_BTKH):
+        return causal_attention(q_BTNH, k_BTKH, v_BTKH)
     out_BNTH = F.scaled_dot_product_attention(
         q_BTNH.transpose(1, 2),
         k_BTKH.transpose(1, 2),
@@ -45,7 +52,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        if on_plain_cpu(x, self.weight):
+            return rms_norm(x, self.weight, self.eps)
+        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
@@ -58,10 +67,10 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim, self.rotate, self.attend = config.head_width, rotate, attend
         q_dim, kv_dim = config.n_heads * self.head_dim, config.n_kv_heads * self.head_dim
-        self.wq = nn.Linear(config.dim, q_dim, bias=False)
-        self.wk = nn.Linear(config.dim, kv_dim, bias=False)
-        self.wv = nn.Linear(config.dim, kv_dim, bias=False)
-        self.wo = nn.Linear(q_dim, config.dim, bias=False)
+        self.wq = Linear(config.dim, q_dim)
+        self.wk = Linear(config.dim, kv_dim)
+        self.wv = Linear(config.dim, kv_dim)
+        self.wo = Linear(q_dim, config.dim)
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if qk_norm else None
 
@@ -81,12 +90,13 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, ffn_dim: int) -> None:
         super().__init__()
-        self.w1 = nn.Linear(dim, ffn_dim, bias=False)
-        self.w2 = nn.Linear(ffn_dim, dim, bias=False)
-        self.w3 = nn.Linear(dim, ffn_dim, bias=False)
+        self.w1 = Linear(dim, ffn_dim)
+        self.w2 = Linear(ffn_dim, dim)
+        self.w3 = Linear(dim, ffn_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.w2(F.silu(self.w1(x)) * self.w3(x))
+        gate, up = self.w1(x), self.w3(x)
+        out: Tensor = self.w2(swiglu(gate, up) if on_plain_cpu(gate, up) else F.silu(gate) * up)
         return out
 
 
@@ -119,7 +129,7 @@ class Decoder(LanguageModel):
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleDict({str(i): self.make_block() for i in range(config.n_layers)})
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.output = Linear(config.dim, config.vocab_size)
         if config.tied_embeddings:
             self.output.weight = self.tok_embeddings.weight
         self.register_buffer("rope", torch.empty(0, dtype=torch.complex64), persistent=False)
@@ -144,6 +154,8 @@ class Decoder(LanguageModel):
         valid: Tensor | None = None,
     ) -> Tensor:
         h_BTD = self.tok_embeddings(tokens) if self.has_input else tokens
+        if self.compute_dtype is not None:
+            h_BTD = h_BTD.to(self.compute_dtype)
         rope_TR = self.rope[: tokens.shape[1]] if positions is None else self.rope[positions]
         for layer in self.layers.values():
             h_BTD = layer(h_BTD, rope_TR, mask, valid)

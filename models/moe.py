@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.linear import Linear
+
 __all__ = ["Experts", "MixtureOfExperts", "Router", "add_loss"]
 
 
@@ -37,7 +39,7 @@ class Router(nn.Module):
     def __init__(self, dim: int, n_experts: int, per_token: int, *, normalise: bool) -> None:
         super().__init__()
         self.per_token, self.normalise = per_token, normalise
-        self.gate = nn.Linear(dim, n_experts, bias=False)
+        self.gate = Linear(dim, n_experts)
 
     def forward(self, x_SD: Tensor, bias_E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scores of all experts `(S, E)`, and weights and numbers of the chosen ones `(S, C)`."""
@@ -72,6 +74,7 @@ class Experts(nn.Module):
 
 
 def _grouped(x_SI: Tensor, w_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    w_EOI = w_EOI.to(x_SI.dtype)
     if x_SI.shape[0] == 0:
         # Nothing came: a result that still leads the gradient, a zero, to input and weights.
         return x_SI @ w_EOI[0].T

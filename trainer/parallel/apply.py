@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from checkpoint.plan import local_box
 from models.base import LanguageModel
 from models.config import DecoderConfig
+from models.cpu import CPU_PRODUCTS
 from models.init import fill_shard
 from models.moe import MixtureOfExperts
 from trainer.config import ActivationCheckpoint, ContextMethod, ParallelConfig, PrecisionName, TrainConfig
@@ -94,10 +95,12 @@ def parallelise(
         _checkpoint_activations(model, selective=train.activation_checkpoint is ActivationCheckpoint.selective)
     if train.compile:
         _compile(model, train.compile_backend, context if parallel.async_tp else None)
-    # bfloat16 comes from FSDP's mixed precision, so one rank computes as several do.
-    if context.world_size > 1 or precision is PrecisionName.bf16:
+    if context.world_size > 1:
         for part in parts:
             _shard(part, context, precision)
+    elif precision is PrecisionName.bf16:
+        # As FSDP's mixed precision does it among several ranks, without its copies.
+        model.compute_dtype = torch.bfloat16
     return ParallelModel(model=model, parts=parts, stages=stages, tensor=tensor, sequence=sequence)
 
 
@@ -139,6 +142,7 @@ _KEPT = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    *CPU_PRODUCTS,
 }
 
 

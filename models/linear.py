@@ -1,0 +1,23 @@
+"""The linear layer of all models: master weights may be float32 where the activations are bfloat16."""
+
+from typing import final
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.cpu import linear, on_plain_cpu
+
+__all__ = ["Linear"]
+
+
+@final
+class Linear(nn.Linear):
+    """A linear layer without bias, computed in its input's dtype."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if on_plain_cpu(x, self.weight):
+            return linear(x, self.weight)
+        return F.linear(x, self.weight.to(x.dtype))
