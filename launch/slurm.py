@@ -1,6 +1,7 @@
 """`hydra/launcher=slurm`: a sweep as arrays of jobs, one array per shape of resources."""
 
 import logging
+import shlex
 import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -190,7 +191,7 @@ def _options(config: SlurmConfig) -> Iterable[str]:
 def _command(config: SlurmConfig, folder: Path, working_dir: str) -> tuple[list[str], list[str]]:
     """What starts a rank, and srun's options for it."""
     if config.command is not None:
-        start = config.command.split()
+        start = shlex.split(config.command)
     elif config.container is not None:
         start = ["regrow"]
     else:

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from launch.errors import UserError
@@ -99,7 +100,14 @@ def read_partition(name: str | None) -> Partition:
     Raises:
         UserError: there is none of that name.
     """
-    partitions = dict(_records(_run(["scontrol", "show", "partition", "--oneliner"])))
+    questions = (
+        ["scontrol", "show", "partition", "--oneliner"],
+        ["sinfo", "--noheader", "--format=%R|%c|%G"],
+        ["scontrol", "show", "config"],
+    )
+    with ThreadPoolExecutor(len(questions)) as pool:
+        shown, listed, configured = pool.map(_run, questions)
+    partitions = dict(_records(shown))
     chosen = name or next((n for n, p in partitions.items() if p.get("Default") == "YES"), None)
     if chosen is None:
         raise UserError(
@@ -112,12 +120,13 @@ def read_partition(name: str | None) -> Partition:
             raise UserError(
                 f"hydra.launcher.partition must be one of {', '.join(partitions)}, but is {part}; choose one of them"
             )
-    nodes = _run(["sinfo", "--noheader", f"--partition={chosen}", "--format=%c|%G"]).splitlines()
-    settings = dict(re.findall(r"^(\w+)\s*=\s*(\d+)", _run(["scontrol", "show", "config"]), re.MULTILINE))
+    rows = [row.split("|") for row in listed.splitlines() if row.count("|") == 2]
+    nodes = [(cpus, gres) for name, cpus, gres in rows if name in chosen.split(",")]
+    settings = dict(re.findall(r"^(\w+)\s*=\s*(\d+)", configured, re.MULTILINE))
     return Partition(
         name=chosen,
-        gpus=max((_gpus(row.partition("|")[2]) for row in nodes), default=0),
-        cpus=max((int(re.match(r"\d*", row)[0] or 0) for row in nodes), default=0),  # type: ignore[index]
+        gpus=max((_gpus(gres) for _, gres in nodes), default=0),
+        cpus=max((int(cpus.rstrip("+") or 0) for cpus, _ in nodes), default=0),
         grace_s=grace_seconds(partitions[chosen.split(",")[0]], settings),
         max_array=int(settings.get("MaxArraySize", MAX_ARRAY + 1)) - 1,
     )

@@ -13,16 +13,18 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
 
 from tests.support import wait_until
+from trainer.process import die_with_parent
 
 __all__ = ["Cluster", "Job", "running_cluster"]
 
 NODES = ("n1", "n2")
-GRACE_S = 12
+GRACE_S = 8
 _SYSTEM_CONFIG = Path("/etc/slurm/slurm.conf")
 _CONFIG = """\
 ClusterName=regrow
@@ -151,7 +153,7 @@ class Cluster:
         log = (self.root / f"{name}.out").open("ab")
         self._daemons[name] = subprocess.Popen(
             command, env={**os.environ, **self.environ}, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-            start_new_session=True,
+            start_new_session=True, preexec_fn=partial(die_with_parent, os.getpid()),
         )  # fmt: skip
         log.close()
 
@@ -249,7 +251,9 @@ def _command_line(process: psutil.Process) -> list[str]:
 
 
 def main() -> None:
-    """By hand: brings a cluster up until Ctrl-C, and prints what a shell needs to use it."""
+    """By hand: brings a cluster up until Ctrl-C or TERM, and prints what a shell needs to use it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with running_cluster() as cluster:
         for name, value in cluster.environ.items():
             print(f"export {name}={value}", flush=True)

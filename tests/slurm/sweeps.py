@@ -15,22 +15,26 @@ import psutil
 
 from launch.sweep import Sweep, SweepRun
 from tests.slurm.cluster import Cluster
-from tests.support import assert_same_tensors, curve, metrics, record, regrow, samples, wait_until
+from tests.support import REPO, assert_same_tensors, curve, metrics, record, regrow, samples, tiny, wait_until
 
-__all__ = ["Runs", "assert_same_runs", "base", "ranks_of", "status"]
+__all__ = ["Runs", "assert_same_runs", "base", "ranks_of", "slurm", "status"]
 
 
 def base(corpus: Path, steps: int, *more: str, interval: int = 20) -> list[str]:
-    """A run whose steps take some tens of milliseconds on an idle core."""
-    wide = ["model.dim=128", "model.ffn_dim=512", "model.n_layers=4", "model.n_heads=4", "model.n_kv_heads=2"]
-    data = ["data=text", "data.tokenizer_vocab_size=300", "data.seq_len=64", "data.micro_batch_size=8",
-            "data.global_batch_size=16", "data.log_samples=true", f"data.files=[{corpus}]"]  # fmt: skip
-    how = ["launch.device=cpu", "launch.threads_per_rank=1", "launch.timeout_s=60", "hooks=none",
-           f"checkpoint.interval={interval}", "checkpoint.keep_latest_k=0", "model.vocab_size=320"]  # fmt: skip
-    return [*wide, *data, *how, f"train.steps={steps}", *more]
+    """A tiny run; under Slurm its steps take at least as long as `slurm` says."""
+    how = ["launch.device=cpu", "launch.timeout_s=60", "hooks=none", "data.log_samples=true", "data.prefetch=2"]
+    when = [f"checkpoint.interval={interval}", "checkpoint.keep_latest_k=0", f"train.steps={steps}"]
+    return [*tiny(corpus, *how, *when), *more]
 
 
-SLURM = ["hydra/launcher=slurm", "hydra.launcher.partition=low", "hydra.launcher.grace_s=60"]
+def slurm(step_s: float, *more: str) -> list[str]:
+    """The launcher, with steps that take so long."""
+    command = f"'{sys.executable} -P {REPO}/tests/slurm/slow.py'"
+    fields = ["partition=low", "grace_s=60", f"command={command}"]
+    return [
+        "hydra/launcher=slurm", *(f"hydra.launcher.{f}" for f in fields),
+        f"+hydra.launcher.env.SLOW_STEP_S='{step_s}'", *more,
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True)
