@@ -53,7 +53,7 @@ class StopFlag:
 
 
 def write_note(text: str) -> None:
-    """One line for the batch script, if there is one: a signal's name, or `REFUSED`."""
+    """One line for the batch script, if there is one: a signal's name, `FAILED` or `REFUSED`."""
     path = os.environ.get(STOP_NOTE_VARIABLE)
     if path:
         with contextlib.suppress(OSError):

@@ -212,7 +212,13 @@ if [[ $end == finished || ( $code == 0 && -z $end ) ]]; then note finished; exit
 if [[ $code == 2 || $signal == REFUSED ]]; then note refused; exit 2; fi
 if [[ $end == failed ]]; then note failed; exit 1; fi
 if [[ $signal == USR2 || $end == preempted ]]; then note preempted; requeue; fi
-if [[ $signal || $end == terminated || $terminated == 1 || $code == 143 ]]; then note stopped; wait_to_be_killed; fi
+# When a rank dies, srun sends TERM to the others: who was first, and how it died, tells that from a real one.
+crashed=0
+if [[ $signal == FAILED ]] || ((code > 128 && code != 143)); then crashed=1; fi
+if [[ $terminated == 1 || ( $crashed == 0 && ( -n $signal || $end == terminated || $code == 143 ) ) ]]; then
+  note stopped
+  wait_to_be_killed
+fi
 note crashed
 if (($(steps crashed | wc -l) > %(max_requeues)s)); then
   echo "error: $run has crashed more than %(max_requeues)s times (exit code $code); see $run/logs" >&2

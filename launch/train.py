@@ -23,9 +23,9 @@ def main() -> None:
     except Interrupted as stop:
         print(f"stopped by {stop}; nothing was lost, give the same command again", file=sys.stderr)
         code = EXIT_RESUMABLE
-    if code == EXIT_BAD_INPUT:
+    if code in (EXIT_FAILED, EXIT_BAD_INPUT):
         # srun's own exit code may be that of a rank that it killed because another one had ended.
-        write_note("REFUSED")
+        write_note("REFUSED" if code == EXIT_BAD_INPUT else "FAILED")
     sys.stdout.flush()
     sys.stderr.flush()
     # torch's threads can abort the interpreter's ordinary shutdown.

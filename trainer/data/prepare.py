@@ -9,6 +9,7 @@ import logging
 import multiprocessing
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -118,7 +119,7 @@ def tokenize(source: TextUnits, folder: Path) -> None:
     with _progress(len(units)) as bar:
         bar.advance(bar.task_ids[0], len(units) - len(todo))
         context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=die_with_parent, initargs=(os.getpid(),))
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker, initargs=(os.getpid(),))
         try:
             jobs = [pool.submit(tokenize_unit, type(source), source.config, units[i], i, folder) for i in todo]
             for job in as_completed(jobs):
@@ -132,6 +133,12 @@ def tokenize(source: TextUnits, folder: Path) -> None:
         (folder / INDEX).unlink()
         raise ValueError(f"data: the corpus ({source.config._target_}) must not be empty, but has no text; check it")
     log.info("tokenised %d documents, %d tokens", index.documents, index.tokens)
+
+
+def _begin_worker(parent_pid: int) -> None:
+    """Slurm signals every process of a step; what a warning means is for the parent to decide."""
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    die_with_parent(parent_pid)
 
 
 def _progress(total: int) -> Progress:

@@ -4,6 +4,7 @@ neither stops nor slows training.
 
 import logging
 import queue
+import signal
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -85,6 +86,9 @@ class WandbHook(Hook):
             yield row
 
     def _work(self, run_dir: Path, run_id: str) -> None:
+        # Slurm signals every process of a step. W&B's own, which this thread starts, inherits what it blocks, and
+        # lives until the run is saved.
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR2, signal.SIGTERM))
         try:
             import wandb
 
