@@ -2,7 +2,7 @@
 
 import json
 import pickle
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -76,13 +76,13 @@ def rank_manifest_name(rank: int) -> str:
     return f"rank-{rank}.json"
 
 
-def rank_manifest(plan: SavePlan, names: Sequence[str], blocks: Mapping[str, str]) -> bytes:
+def rank_manifest(plan: SavePlan, names: Sequence[str], blocks: Sequence[str]) -> bytes:
     """What a rank wrote, as the JSON file that is also its report of success.
 
     Args:
         plan: its layout.
         names: of its files.
-        blocks: of each item, the blocks' hashes.
+        blocks: of each item in turn, the blocks' hashes.
     """
     items = [
         StoredItem(
@@ -96,11 +96,11 @@ def rank_manifest(plan: SavePlan, names: Sequence[str], blocks: Mapping[str, str
             size=item.size,
             data=item.data,
             data_bytes=item.data_bytes,
-            hash=item_hash(blocks[item.chunk.name]),
+            hash=item_hash(hashes),
             block_bytes=block_bytes_for(item.data_bytes),
-            blocks=blocks[item.chunk.name],
+            blocks=hashes,
         )
-        for item in plan.items
+        for item, hashes in zip(plan.items, blocks, strict=True)
     ]
     files = dict(zip(names, plan.file_bytes, strict=True))
     return json.dumps({"plan": plan.id, "files": files, "items": [asdict(i) for i in items]}).encode()

@@ -191,7 +191,7 @@ def _finish_step(folder: Path, hashes: Mapping[str, str], plans: Sequence[SavePl
     reports = []
     for rank, plan in enumerate(plans):
         names = [file_name(rank, 0)][: len(plan.file_bytes)]
-        body = rank_manifest(plan, names, hashes)
+        body = rank_manifest(plan, names, [hashes[item.chunk.name] for item in plan.items])
         place.write(rank_manifest_name(rank), body, flush=False)
         reports.append(report_of(body))
     complete_step(place, manifest, reports)

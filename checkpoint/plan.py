@@ -24,6 +24,7 @@ __all__ = [
     "local_tensor",
     "make_plan",
     "place_chunks",
+    "spread",
     "writer_of",
 ]
 
@@ -134,9 +135,14 @@ def chunk_of(name: str, tensor: Tensor) -> Chunk:
     )
 
 
+def spread(name: str) -> int:
+    """A number that spreads names evenly, the same on every rank."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+
+
 def writer_of(name: str, tensor: Tensor, holders: Sequence[int]) -> int:
     """The rank that writes this rank's chunk: a hash of the name spreads what several hold evenly over them."""
-    pick = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+    pick = spread(name)
     if not isinstance(tensor, DTensor):
         return holders[pick % len(holders)]
     mesh = tensor.device_mesh

@@ -244,7 +244,7 @@ class StepSaver:
                 hashes = write_tensors(place, names, plan, tensors)
             else:
                 hashes = write_image(place, names, image, self._pool)
-            body = rank_manifest(plan, names, hashes)
+            body = rank_manifest(plan, names, [hashes[item.chunk.name] for item in plan.items])
             place.write(rank_manifest_name(self._rank), body, flush=self._rank != 0)
         except OSError as error:
             return {"error": f"{error.strerror or error} ({self._folder.url})"}
