@@ -143,10 +143,12 @@ class Catalog:
             StoredStep(step=e.step, pinned=e.place.exists(PIN) or e.step == last, metrics=e.manifest.metrics)
             for e in entries
         ]
+        return self.remove_unread(removable_steps(rules, stored))
+
+    def remove_unread(self, steps: Sequence[int]) -> list[int]:
+        """Removes those of the steps that nobody reads; returns which."""
         removed = [
-            step
-            for step in removable_steps(rules, stored)
-            if not held_by_readers(self.step_place(step), self._watch, self._reader_timeout_s)
+            step for step in steps if not held_by_readers(self.step_place(step), self._watch, self._reader_timeout_s)
         ]
         for step in removed:
             self.remove(step)

@@ -36,6 +36,7 @@ class Manifest:
         ranks: how many wrote it, `rank-0.json` and so on.
         data_fingerprint: identifies the data and the tokenizer.
         config_hash: hash of identity and hyperparameters.
+        model: the model's config, as plain JSON; empty where it is not known.
         versions: of the software that wrote it.
         files: size in bytes of every file but the manifest.
         hashes: xxh3-128 of the small files, the ranks' manifests among them.
@@ -50,6 +51,7 @@ class Manifest:
     ranks: int = 1
     data_fingerprint: str = ""
     config_hash: str = ""
+    model: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, int] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)

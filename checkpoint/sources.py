@@ -93,6 +93,10 @@ class StepSource(TensorSource):
         self._opened = ExitStack()
         self._files = {name: self._opened.enter_context(storage.open(name)) for name in names}
 
+    def shards(self, name: str) -> int:
+        """In how many chunks a tensor lies there."""
+        return len(self._items[name])
+
     def read(self, name: str, box: Box) -> Tensor:
         info = self.infos[name]
         shape = tuple(stop - start for start, stop in box)
@@ -149,6 +153,10 @@ class DcpSource(TensorSource):
             if not storage.exists(file):
                 raise CheckpointError(f"{path / file} must be there, but is not; copy it again")
             self._files[file] = self._opened.enter_context(storage.open(file))
+
+    def shards(self, name: str) -> int:
+        """In how many chunks a tensor lies there."""
+        return len(self._streams[name])
 
     def read(self, name: str, box: Box) -> Tensor:
         info = self.infos[name]

@@ -98,6 +98,7 @@ def write_seed_checkpoint(spec: RankSpec) -> Outcome:
         layout={"world_size": 1},
         data_fingerprint=TokenStore(spec.data_folder).index.fingerprint,
         config_hash=config_hash(spec.settings),
+        model=spec.settings["model"],
         versions=software_versions(),
     )
     try:

@@ -348,6 +348,7 @@ def _checkpoint_hooks(spec: RankSpec, fingerprint: str) -> list[Any]:
         labels={
             "data_fingerprint": fingerprint,
             "config_hash": config_hash(spec.settings),
+            "model": spec.settings["model"],
             "versions": software_versions(),
         },
         mode=options.async_mode,

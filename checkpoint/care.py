@@ -1,0 +1,320 @@
+"""Looking after the steps of a folder: listing, verifying, pinning, pruning, repairing. No run is needed for it."""
+
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from checkpoint.catalog import ASIDE, PIN, Catalog
+from checkpoint.commit import METADATA, step_folder_name
+from checkpoint.config import KeepEveryNConfig
+from checkpoint.errors import CheckpointError, DamagedStepError
+from checkpoint.lease import acquire_lease
+from checkpoint.loading import is_verified
+from checkpoint.manifest import Manifest, read_manifest
+from checkpoint.retention import KeepEveryN, KeepLatest, RetentionRule, StoredStep, removable_steps
+from checkpoint.source import TensorSource, pieces_of, whole
+from checkpoint.sources import DcpSource, StepSource, open_source
+from checkpoint.storage.base import Storage
+from checkpoint.storage.local import LocalStorage
+
+__all__ = ["Row", "folder_of", "list_steps", "pin", "prune", "repair", "show", "tree", "unpin", "verify"]
+
+_STEP = re.compile(r"step-(\d+)")
+_LEFT = re.compile(r"step-(\d+)\.(partial|removing)-.*")
+_PIECE_BYTES = 32 << 20
+_LEASE_S = 60.0
+# The metric that `ls` calls best by, as retention does.
+_METRIC = "val_loss"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """What `ls` says of one folder.
+
+    Attributes:
+        name: of the folder, below the checkpoint folder.
+        step: its number.
+        state: `complete`, `partial` (a save that is under way or was cut short), `damaged`, `unverified` (others
+            wrote it, without hashes), or `set aside`.
+        problem: what is wrong.
+        nbytes: of its files.
+        age_s: since its manifest was written; None where the storage cannot tell.
+        kind: `full` or `model`.
+        layout: degrees that wrote it.
+        metrics: measured at that step.
+        pinned: stays for good.
+        best: of the complete steps, by validation loss.
+    """
+
+    name: str
+    step: int
+    state: str
+    problem: str = ""
+    nbytes: int = 0
+    age_s: float | None = None
+    kind: str = ""
+    layout: dict[str, int] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    pinned: bool = False
+    best: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def folder_of(place: Storage) -> Storage:
+    """The checkpoint folder that is meant: itself, or that of a run.
+
+    Raises:
+        CheckpointError: neither is there.
+    """
+    for folder in (place, place.child("checkpoint")):
+        if any(_STEP.fullmatch(n) or _LEFT.fullmatch(n) or n == ASIDE for n in folder.names()):
+            return folder
+    if place.exists("run.json") or place.child("checkpoint").names():
+        return place.child("checkpoint")
+    raise CheckpointError(f"RUN must be a run or a folder with steps, but {place.url} is neither; check the path")
+
+
+def list_steps(place: Storage) -> list[Row]:
+    """Every step and what is left of one, by number; those set aside last."""
+    folder = folder_of(place)
+    rows = [_row(folder, n, now=_now()) for n in folder.names() if _STEP.fullmatch(n) or _LEFT.fullmatch(n)]
+    rows.sort(key=lambda r: (r.step, r.name))
+    measured = [r for r in rows if r.state == "complete" and r.metrics.get(_METRIC) is not None]
+    best = min(measured, key=lambda r: (r.metrics[_METRIC], r.step), default=None)
+    rows = [r if r is not best else _with_best(r) for r in rows]
+    aside = folder.child(ASIDE)
+    for reason in aside.names():
+        for name in aside.child(reason).names():
+            found = re.match(r"step-(\d+)", name)
+            if found:
+                size = sum(aside.child(reason).child(name).sizes().values())
+                rows.append(
+                    Row(
+                        name=f"{ASIDE}/{reason}/{name}",
+                        step=int(found[1]),
+                        state="set aside",
+                        problem=reason,
+                        nbytes=size,
+                    )
+                )
+    return rows
+
+
+def _with_best(row: Row) -> Row:
+    return Row(**{**asdict(row), "best": True})
+
+
+def _now() -> float:
+    import time
+
+    return time.time()
+
+
+def _row(folder: Storage, name: str, now: float) -> Row:
+    left = _LEFT.fullmatch(name)
+    place = folder.child(name)
+    nbytes = sum(place.sizes().values())
+    if left:
+        return Row(name=name, step=int(left[1]), state="partial", nbytes=nbytes)
+    step = int(name.removeprefix("step-"))
+    pinned = place.exists(PIN)
+    try:
+        manifest = read_manifest(place)
+        if manifest.step != step:
+            raise DamagedStepError(f"its manifest is of step {manifest.step}")
+    except FileNotFoundError:
+        state = "unverified" if place.exists(METADATA) else "damaged" if folder.renames else "partial"
+        return Row(name=name, step=step, state=state, problem="no manifest", nbytes=nbytes, pinned=pinned)
+    except CheckpointError as error:
+        return Row(name=name, step=step, state="damaged", problem=str(error), nbytes=nbytes, pinned=pinned)
+    age = now - (place.path / "manifest.json").stat().st_mtime if isinstance(place, LocalStorage) else None
+    return Row(
+        name=name,
+        step=step,
+        state="complete",
+        nbytes=nbytes,
+        age_s=age,
+        kind=manifest.kind,
+        layout=manifest.layout,
+        metrics=manifest.metrics,
+        pinned=pinned,
+    )
+
+
+def show(place: Storage | str) -> dict[str, Any]:
+    """What a checkpoint is, and its tensors."""
+    with open_source(place) as source:
+        about: dict[str, Any] = {"checkpoint": source.place}
+        if isinstance(source, StepSource):
+            m = source.manifest
+            about |= {"step": m.step, "kind": m.kind, "lineage": m.lineage, "layout": m.layout, "ranks": m.ranks}
+            about |= {"metrics": m.metrics, "train_state": m.train_state, "versions": m.versions}
+        nbytes = sum(i.nbytes for i in source.infos.values())
+        about |= {"tensors": len(source.infos), "bytes": nbytes}
+        tensors = [
+            {
+                "name": name,
+                "dtype": str(info.dtype).removeprefix("torch."),
+                "shape": list(info.shape),
+                "bytes": info.nbytes,
+                "shards": source.shards(name) if isinstance(source, StepSource | DcpSource) else 1,
+            }
+            for name, info in source.infos.items()
+        ]
+    return {"about": about, "tensors": tensors}
+
+
+def tree(tensors: list[dict[str, Any]]) -> list[str]:
+    """Sums by module, as an indented tree."""
+    sums: dict[tuple[str, ...], tuple[int, int]] = {}
+    for tensor in tensors:
+        parts = tuple(str(tensor["name"]).split("."))
+        for depth in range(1, len(parts) + 1):
+            count, nbytes = sums.get(parts[:depth], (0, 0))
+            sums[parts[:depth]] = (count + 1, nbytes + int(tensor["bytes"]))
+
+    def key(path: tuple[str, ...]) -> list[tuple[int, str]]:
+        return [(int(p), "") if p.isdigit() else (-1, p) for p in path]
+
+    return [
+        f"{'  ' * (len(path) - 1)}{path[-1]}  {count} tensor{'s' if count > 1 else ''}, {nbytes / 2**20:.2f} MiB"
+        for path, (count, nbytes) in sorted(sums.items(), key=lambda pair: key(pair[0]))
+    ]
+
+
+def verify(place: Storage, threads: int = 4) -> list[dict[str, Any]]:
+    """Reads everything and compares it with its hashes: one report for each step, with what is wrong."""
+    if is_verified(place) or place.exists(METADATA) or not _has_steps(place):
+        return [_verify_one(place, threads)]
+    folder = folder_of(place)
+    rows = [r for r in list_steps(folder) if r.state in ("complete", "damaged", "unverified")]
+    if not rows:
+        raise CheckpointError(f"RUN must hold a step, but {folder.url} holds none; check the path")
+    return [_verify_one(folder.child(r.name), threads) for r in rows]
+
+
+def _has_steps(place: Storage) -> bool:
+    try:
+        folder_of(place)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _verify_one(place: Storage, threads: int) -> dict[str, Any]:
+    report: dict[str, Any] = {"place": place.url, "tensors": 0, "bytes": 0, "hashed": False, "problems": []}
+    step = _STEP.fullmatch(place.url.rstrip("/").rpartition("/")[2])
+    try:
+        with open_source(place) as source:
+            report["hashed"] = isinstance(source, StepSource)
+            if isinstance(source, StepSource) and step and source.manifest.step != int(step[1]):
+                report["problems"].append(f"its manifest is of step {source.manifest.step}")
+            report["tensors"] = len(source.infos)
+            report["bytes"] = sum(i.nbytes for i in source.infos.values())
+            with ThreadPoolExecutor(threads) as pool:
+                answers = list(pool.map(lambda name: _verify_tensor(source, name), source.infos))
+            report["problems"] += [a for a in answers if a is not None]
+    except FileNotFoundError as error:
+        report["problems"].append(f"{error.filename or error} is missing")
+    except (CheckpointError, OSError) as error:
+        report["problems"].append(str(error))
+    return report
+
+
+def _verify_tensor(source: TensorSource, name: str) -> str | None:
+    info = source.infos[name]
+    try:
+        for box in pieces_of(whole(info.shape), info.dtype.itemsize, _PIECE_BYTES):
+            source.read(name, box)
+    except (CheckpointError, OSError) as error:
+        return str(error)
+    return None
+
+
+def pin(place: Storage) -> None:
+    """Keeps a step, whatever retention says.
+
+    Raises:
+        CheckpointError: it is not a complete step.
+    """
+    _complete(place)
+    place.write(PIN, b"")
+
+
+def unpin(place: Storage) -> None:
+    """The inverse of `pin`."""
+    _complete(place)
+    place.remove(PIN)
+
+
+def _complete(place: Storage) -> Manifest:
+    try:
+        return read_manifest(place)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"STEP must be a complete step, but {place.url} has no manifest; give the folder of a step"
+        ) from error
+
+
+@contextmanager
+def _owned(folder: Storage) -> Iterator[None]:
+    """This process is the folder's one writer meanwhile: nothing is removed below a run that trains."""
+    lease = acquire_lease(folder, _LEASE_S, folder.url)
+    try:
+        yield
+    finally:
+        lease.release()
+
+
+def prune(place: Storage, keep_latest: int, keep_every: int | None, *, dry_run: bool) -> list[int]:
+    """Removes steps; returns which. The newest, the newest full one, pinned and read ones always stay.
+
+    Raises:
+        ValueError: fewer than 1 to keep.
+        LeaseHeldError: the run is being trained.
+    """
+    for name, value in (("--keep-latest", keep_latest), ("--keep-every", keep_every)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, but is {value}; use 1 or more")
+    folder = folder_of(place)
+    rules: list[RetentionRule] = [KeepLatest(keep_latest)]
+    if keep_every is not None:
+        rules.append(KeepEveryN(KeepEveryNConfig(n=keep_every)))
+    complete = [r for r in list_steps(folder) if r.state == "complete"]
+    full = max((r.step for r in complete if r.kind == "full"), default=-1)
+    stored = [StoredStep(step=r.step, pinned=r.pinned or r.step == full, metrics=r.metrics) for r in complete]
+    if dry_run:
+        return removable_steps(rules, stored)
+    with _owned(folder):
+        return Catalog(folder, _LEASE_S).remove_unread(removable_steps(rules, stored))
+
+
+def repair(place: Storage) -> list[str]:
+    """Removes what killed saves left, sets damaged steps aside, and says which step a run would continue from.
+
+    Raises:
+        LeaseHeldError: the run is being trained.
+    """
+    folder = folder_of(place)
+    left = [r.name for r in list_steps(folder) if r.state == "partial"]
+    with _owned(folder):
+        # Taking the lease has removed some of them already.
+        for name in left:
+            folder.remove(name)
+        done = [f"removed the incomplete {name}" for name in left]
+        catalog = Catalog(folder, _LEASE_S)
+        for report in [_verify_one(folder.child(step_folder_name(s)), 4) for s in catalog.candidates()]:
+            if report["problems"]:
+                step = int(str(report["place"]).rpartition("step-")[2])
+                catalog.set_aside(step, "damaged")
+                done.append(f"set step {step} aside: {report['problems'][0]}")
+    sound = [r for r in list_steps(folder) if r.state == "complete" and (r.kind == "full" or r.step == 0)]
+    if done:
+        done.append(f"the newest step to continue from is {sound[-1].step}" if sound else "no step is left")
+    return done

@@ -1,0 +1,119 @@
+"""Which model a checkpoint is of: by its manifest, a `config.json`, its run's config, or a flavour's name."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+import models
+from checkpoint.errors import CheckpointError
+from checkpoint.loading import is_verified, resolve_foreign
+from checkpoint.manifest import read_manifest
+from checkpoint.sources import is_hf_folder
+from checkpoint.storage.base import Storage
+from checkpoint.storage.local import LocalStorage
+from checkpoint.storage.opening import as_storage
+from launch.schema import Config, config_modules, register_schemas
+from models.config import ModelConfig
+from models.hf import read_config
+
+__all__ = ["flavour", "model_from_settings", "model_of", "run_folder_of", "settings_of_model"]
+
+
+def flavour(name: str) -> ModelConfig:
+    """The config of a flavour in `conf/model`.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    from hydra import compose, initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+
+    from launch.errors import describe
+    from launch.run_name import register_resolver
+    from launch.typed import to_config
+
+    register_resolver()
+    register_schemas()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_module("conf", version_base="1.3"):
+            config: Config = to_config(compose("config", overrides=[f"model={name}"]))
+    except Exception as error:
+        sentence = describe(error)
+        if sentence is None:
+            raise
+        raise ValueError(sentence) from error
+    return config.model
+
+
+def settings_of_model(config: ModelConfig) -> dict[str, Any]:
+    """A config as plain values, as a manifest holds them."""
+    values = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    assert isinstance(values, dict)
+    return {str(k): v for k, v in values.items()}
+
+
+def model_from_settings(values: Mapping[str, Any], where: str) -> ModelConfig:
+    """The inverse of `settings_of_model`; fields that this version does not have are left out.
+
+    Raises:
+        ValueError: this version has no such model.
+    """
+    for module in config_modules(models):
+        for kind in vars(module).values():
+            if not (isinstance(kind, type) and dataclasses.is_dataclass(kind) and "SCHEMA" in vars(kind)):
+                continue
+            defaults = {f.name: f.default for f in dataclasses.fields(kind)}
+            if defaults.get("_target_") == values.get("_target_"):
+                known = {k: v for k, v in values.items() if k in defaults}
+                config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), known))
+                assert isinstance(config, ModelConfig)
+                config.check()
+                return config
+    raise ValueError(
+        f"{where} must be of a model that this version has, but is of {values.get('_target_')}; force one with "
+        "--model"
+    )
+
+
+def run_folder_of(step: Storage) -> Path | None:
+    """The run's directory that a local step lies in: the nearest folder above it with a `config.yaml`."""
+    if not isinstance(step, LocalStorage):
+        return None
+    return next((p for p in step.path.resolve().parents[:4] if (p / "config.yaml").is_file()), None)
+
+
+def model_of(place: str, forced: str | None) -> ModelConfig:
+    """The model that a checkpoint is of.
+
+    Args:
+        place: what `open_source` opens.
+        forced: a flavour's name, which is believed.
+
+    Raises:
+        ValueError: it cannot be found out.
+    """
+    if forced is not None:
+        return flavour(forced)
+    storage = as_storage(place)
+    if is_hf_folder(storage):
+        import json
+
+        path = f"{storage.url}/config.json"
+        fields = json.loads(storage.read("config.json"))
+        return read_config(fields, storage.url.rstrip("/").rpartition("/")[2], path)[1]
+    step = resolve_foreign(storage) if storage.names() else None
+    if step is not None:
+        settings = read_manifest(step).model if is_verified(step) else {}
+        run = run_folder_of(step)
+        if not settings and run is not None:
+            stored = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
+            settings = stored["model"] if isinstance(stored, dict) else {}
+        if settings:
+            return model_from_settings(settings, step.url)
+    raise CheckpointError(
+        f"--model must be given, because {storage.url} does not say what it is of; use --model llama3_8b"
+    )
