@@ -33,18 +33,11 @@ class TransformersLoop:
         self._model.load_state_dict(_renamed(model))
         self._model.train()
         self._grad_clip = grad_clip
-        # Keyed by size alone: what decays is what our model decays, a matrix that is no embedding.
-        decayed = {
-            id(p): p.ndim > 1 and "embed_tokens" not in n and not model.config.tied_embeddings
-            for n, p in self._model.named_parameters()
-        }
-        if model.config.tied_embeddings:
-            decayed |= {id(p): p.ndim > 1 and "embed_tokens" not in n for n, p in self._model.named_parameters()}
         self._parameters = list(self._model.parameters())
-        groups = [
-            {"params": [p for p in self._parameters if decayed[id(p)] is d], "weight_decay": config.weight_decay * d}
-            for d in (True, False)
-        ]
+        # As in our models, what is neither a norm nor an embedding decays.
+        groups: list[dict[str, Any]] = [{"params": [], "weight_decay": d} for d in (0.0, config.weight_decay)]
+        for name, parameter in self._model.named_parameters():
+            groups[parameter.ndim > 1 and "embed_tokens" not in name]["params"].append(parameter)
         self._optimizer = torch.optim.AdamW(
             groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
         )

@@ -1,0 +1,200 @@
+"""One rank of ours and the same model in a plain `transformers` loop, step by step in turn."""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from hydra import compose, initialize_config_module
+
+from benchmarks.peers import TransformersLoop
+from benchmarks.products import Products
+from launch.preflight import check_config, prepare_data
+from launch.run_dir import open_run
+from launch.run_name import register_resolver
+from launch.schema import Config, register_schemas
+from launch.signals import StopFlag
+from launch.typed import plain, to_config
+from launch.worker import RankSpec, build_trainer
+from models.llama3.model import Llama3
+from trainer.config import AdamWConfig, PrecisionName
+from trainer.data.token_store import TokenStore
+from trainer.device import pin_threads
+from trainer.hook import Hook
+from trainer.loop import Trainer
+from trainer.parallel.context import close_parallel, open_parallel
+from trainer.parallel.layout import resolve_layout
+
+__all__ = ["Comparison", "Round", "compare"]
+
+DRIFT = 1.2
+WARM_UP = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Round:
+    """One step of each.
+
+    Attributes:
+        ours_s, theirs_s: seconds, by the clock.
+        ours_cpu_s, theirs_cpu_s: the process' seconds on CPUs, which other users of the machine change less.
+        products_s: seconds of the model's products alone, before ours, between, and after theirs.
+        loss, peer_loss: of the same batch.
+    """
+
+    ours_s: float
+    theirs_s: float
+    ours_cpu_s: float
+    theirs_cpu_s: float
+    products_s: tuple[float, float, float]
+    loss: float
+    peer_loss: float
+
+    @property
+    def steady(self) -> bool:
+        """Whether the machine was as fast at the end as at the beginning."""
+        return max(self.products_s) <= DRIFT * min(self.products_s)
+
+
+@final
+class _InTurn(Hook):
+    """Lets the peer take each step after ours; the last hook, so that all of ours is in our time."""
+
+    def __init__(self, peer: TransformersLoop, products: Products) -> None:
+        self._peer, self._products = peer, products
+        self._steps: list[dict[str, Any]] = []
+        self._losses: list[float] = []
+        self._before_s = 0.0
+        self._started = (0.0, 0.0)
+
+    def fit_start(self, trainer: Trainer) -> None:
+        self._before_s = self._products.seconds()
+        self._started = _clocks()
+
+    def step_end(self, trainer: Trainer) -> None:
+        ours = _since(self._started)
+        assert trainer.batch is not None
+        between_s = self._products.seconds()
+        started = _clocks()
+        lr = trainer.options.lr * trainer.schedule.factor(trainer.state.step, trainer.state.schedule_total)
+        peer_loss = self._peer.step(trainer.batch.micro_batches, lr)
+        theirs = _since(started)
+        after_s = self._products.seconds()
+        step = {"ours_s": ours[0], "ours_cpu_s": ours[1], "theirs_s": theirs[0], "theirs_cpu_s": theirs[1]}
+        products_s = (self._before_s, between_s, after_s)
+        self._steps.append({**step, "products_s": products_s, "peer_loss": peer_loss})
+        self._before_s, self._started = after_s, _clocks()
+
+    def on_metrics(self, trainer: Trainer, row: Mapping[str, Any]) -> None:
+        self._losses.append(row["loss"])
+
+    def rounds(self) -> list[Round]:
+        """Those after the warm-up."""
+        both = zip(self._steps, self._losses, strict=True)
+        return [Round(**step, loss=loss) for step, loss in both][WARM_UP:]
+
+
+def _clocks() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def _since(started: tuple[float, float]) -> tuple[float, float]:
+    wall_s, cpu_s = _clocks()
+    return wall_s - started[0], cpu_s - started[1]
+
+
+def compare(overrides: Sequence[str], rounds: int) -> list[Round]:
+    """Trains both for so many rounds after the warm-up.
+
+    Args:
+        overrides: of the run, without `train.steps`.
+        rounds: steps of each.
+    """
+    register_resolver()
+    register_schemas()
+    with initialize_config_module("conf", version_base="1.3"):
+        composed = compose("config", overrides=[*overrides, f"train.steps={rounds + WARM_UP}"])
+    config, settings = to_config(composed), plain(composed)
+    check_config(config)
+    with tempfile.TemporaryDirectory() as folder:
+        layout = resolve_layout(config.parallel, 1, ranks_are_given=False)
+        spec = RankSpec(
+            config=config,
+            settings=settings,
+            layout=layout,
+            device_type="cpu",
+            run_dir=Path(folder),
+            data_folder=prepare_data(config),
+            sweep=None,
+        )
+        open_run(config, settings, spec.run_dir, TokenStore(spec.data_folder), overrides=overrides)
+        threads = pin_threads(config.launch.threads_per_rank, 1)
+        try:
+            trainer = build_trainer(spec, open_parallel(layout, "cpu", 60.0), StopFlag(), threads)
+            hook = _in_turn(config, trainer)
+            trainer.hooks.append(hook)
+            trainer.fit()
+        finally:
+            close_parallel()
+    return hook.rounds()
+
+
+def _in_turn(config: Config, trainer: Trainer) -> _InTurn:
+    assert isinstance(trainer.model, Llama3)
+    assert isinstance(config.optimizer, AdamWConfig)
+    bf16 = config.precision.name is PrecisionName.bf16
+    peer = TransformersLoop(trainer.model, config.optimizer, config.train.grad_clip, bf16=bf16)
+    rows = config.data.global_batch_size * config.data.seq_len
+    return _InTurn(peer, Products(trainer.model, rows, torch.bfloat16 if bf16 else torch.float32))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """Medians over the steady rounds; `cpu_ratio` over all.
+
+    Attributes:
+        rounds: that count: the steady ones, or all where fewer than three were.
+        steady: how many were.
+        ratio: the peer's time through ours, by the clock.
+        quartiles: of that.
+        cpu_ratio: the same of CPU seconds.
+        tokens_per_s, peer_tokens_per_s: by the clock.
+        products, peer_products: the share of a step that its products would take alone.
+        loss_difference: the largest relative difference of the losses.
+    """
+
+    rounds: int
+    steady: int
+    ratio: float
+    quartiles: tuple[float, float]
+    cpu_ratio: float
+    tokens_per_s: float
+    peer_tokens_per_s: float
+    products: float
+    peer_products: float
+    loss_difference: float
+
+    @classmethod
+    def of(cls, rounds: Sequence[Round], tokens: int) -> "Comparison":
+        """Of steps of so many tokens."""
+        steady = [r for r in rounds if r.steady]
+        used = steady if len(steady) >= 3 else list(rounds)
+        ratios = [r.theirs_s / r.ours_s for r in used]
+        quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+        products = [statistics.median(r.products_s) for r in used]
+        return cls(
+            rounds=len(used),
+            steady=len(steady),
+            ratio=statistics.median(ratios),
+            quartiles=(quartiles[0], quartiles[2]),
+            cpu_ratio=statistics.median(r.theirs_cpu_s / r.ours_cpu_s for r in rounds),
+            tokens_per_s=tokens / statistics.median(r.ours_s for r in used),
+            peer_tokens_per_s=tokens / statistics.median(r.theirs_s for r in used),
+            products=statistics.median(p / r.ours_s for p, r in zip(products, used, strict=True)),
+            peer_products=statistics.median(p / r.theirs_s for p, r in zip(products, used, strict=True)),
+            loss_difference=max(abs(r.loss - r.peer_loss) / abs(r.peer_loss) for r in rounds),
+        )
