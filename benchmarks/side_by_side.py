@@ -3,7 +3,8 @@
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -29,7 +30,7 @@ from trainer.loop import Trainer
 from trainer.parallel.context import close_parallel, open_parallel
 from trainer.parallel.layout import resolve_layout
 
-__all__ = ["Comparison", "Round", "compare"]
+__all__ = ["Comparison", "Round", "compare", "profile_steps"]
 
 DRIFT = 1.2
 WARM_UP = 2
@@ -107,17 +108,13 @@ def _since(started: tuple[float, float]) -> tuple[float, float]:
     return wall_s - started[0], cpu_s - started[1]
 
 
-def compare(overrides: Sequence[str], rounds: int) -> list[Round]:
-    """Trains both for so many rounds after the warm-up.
-
-    Args:
-        overrides: of the run, without `train.steps`.
-        rounds: steps of each.
-    """
+@contextmanager
+def one_rank(overrides: Sequence[str]) -> Iterator[tuple[Config, Trainer]]:
+    """A trainer as the command would make it, in this process."""
     register_resolver()
     register_schemas()
     with initialize_config_module("conf", version_base="1.3"):
-        composed = compose("config", overrides=[*overrides, f"train.steps={rounds + WARM_UP}"])
+        composed = compose("config", overrides=list(overrides))
     config, settings = to_config(composed), plain(composed)
     check_config(config)
     with tempfile.TemporaryDirectory() as folder:
@@ -134,13 +131,53 @@ def compare(overrides: Sequence[str], rounds: int) -> list[Round]:
         open_run(config, settings, spec.run_dir, TokenStore(spec.data_folder), overrides=overrides)
         threads = pin_threads(config.launch.threads_per_rank, 1)
         try:
-            trainer = build_trainer(spec, open_parallel(layout, "cpu", 60.0), StopFlag(), threads)
-            hook = _in_turn(config, trainer)
-            trainer.hooks.append(hook)
-            trainer.fit()
+            yield config, build_trainer(spec, open_parallel(layout, "cpu", 60.0), StopFlag(), threads)
         finally:
             close_parallel()
+
+
+def compare(overrides: Sequence[str], rounds: int) -> list[Round]:
+    """Trains both for so many rounds after the warm-up.
+
+    Args:
+        overrides: of the run, without `train.steps`.
+        rounds: steps of each.
+    """
+    with one_rank([*overrides, f"train.steps={rounds + WARM_UP}"]) as (config, trainer):
+        hook = _in_turn(config, trainer)
+        trainer.hooks.append(hook)
+        trainer.fit()
     return hook.rounds()
+
+
+@final
+class _Profiled(Hook):
+    """Profiles all steps after the warm-up."""
+
+    def __init__(self) -> None:
+        self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+
+    def step_end(self, trainer: Trainer) -> None:
+        if trainer.state.step == WARM_UP:
+            self.profile.start()
+
+    def fit_end(self, trainer: Trainer) -> None:
+        self.profile.stop()
+
+
+def profile_steps(overrides: Sequence[str], steps: int) -> dict[str, float]:
+    """Seconds of a step that each operator took by itself, the longest first.
+
+    Args:
+        overrides: of the run, without `train.steps`.
+        steps: profiled after the warm-up.
+    """
+    with one_rank([*overrides, f"train.steps={steps + WARM_UP}"]) as (_, trainer):
+        hook = _Profiled()
+        trainer.hooks.append(hook)
+        trainer.fit()
+    seconds = {e.key: e.self_cpu_time_total / 1e6 / steps for e in hook.profile.key_averages()}
+    return dict(sorted(seconds.items(), key=lambda item: -item[1]))
 
 
 def _in_turn(config: Config, trainer: Trainer) -> _InTurn:

@@ -2,6 +2,7 @@
 
     python -m benchmarks.throughput --model 90m debug --precision fp32 bf16 --threads 1 --rounds 15
     python -m benchmarks.throughput --runs "model=llama3_debug parallel.dp_shard=2" "model=qwen3_debug parallel.tp=2"
+    python -m benchmarks.throughput --model 90m --profile --rounds 2
 
 In the first form ours is `Trainer.fit` itself, with its data, hooks and metrics, checkpoints off. After each of its
 steps the peer takes the same step on the same micro-batches, having begun with the same weights, and between the two
@@ -28,7 +29,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.side_by_side import Comparison, compare
+from benchmarks.side_by_side import Comparison, compare, profile_steps
 from trainer.jsonlines import read_rows
 
 __all__ = ["main"]
@@ -53,6 +54,26 @@ def shape(arguments: argparse.Namespace) -> list[str]:
     ]
 
 
+def of_model(model: str, precision: str, arguments: argparse.Namespace) -> list[str]:
+    """The overrides of a model of the comparison."""
+    fields = [f"model.{field}" for field in MODELS[model]]
+    return [*shape(arguments), *fields, f"precision={precision}", "launch.device=cpu"]
+
+
+def profiles(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Prints what our steps spend their time on."""
+    written = []
+    for model in arguments.model:
+        for precision in arguments.precision:
+            seconds = profile_steps(of_model(model, precision, arguments), arguments.rounds)
+            total = sum(seconds.values())
+            print(f"\n{model}, {precision}: {total:.3f} s a step\n\n| operator | share |\n|---|---|")
+            for name, own_s in list(seconds.items())[:12]:
+                print_row(f"`{name}`", f"{own_s / total:.1%}")
+            written.append({"model": model, "precision": precision, "seconds": seconds})
+    return written
+
+
 def beside_transformers(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Prints a row per model and precision."""
     columns = ("model", "precision", "peer's time / ours", "CPU", "tokens/s", "peer", "products", "peer", "loss")
@@ -61,8 +82,7 @@ def beside_transformers(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     written = []
     for model in arguments.model:
         for precision in arguments.precision:
-            own = [*(f"model.{field}" for field in MODELS[model]), f"precision={precision}", "launch.device=cpu"]
-            rounds = compare([*shape(arguments), *own], arguments.rounds)
+            rounds = compare(of_model(model, precision, arguments), arguments.rounds)
             c = Comparison.of(rounds, arguments.batch_size * arguments.seq_len)
             spread = (
                 f"{c.quartiles[0]:.2f} – {c.quartiles[1]:.2f}, {c.rounds} of {len(rounds)} rounds, {c.steady} steady"
@@ -121,6 +141,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     parser.add_argument("--runs", nargs="+", help="overrides, a string for each run; instead of the comparison")
+    parser.add_argument("--profile", action="store_true", help="our steps, by operator; instead of the comparison")
     parser.add_argument("--threads", type=int, default=1, help="of a rank; 0: all cores")
     parser.add_argument("--rounds", type=int, default=15, help="steps of each")
     parser.add_argument("--batch-size", type=int, default=4, help="sequences a step")
@@ -128,7 +149,8 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--json", type=Path, help="also write every round there")
     arguments = parser.parse_args()
-    written = of_runs(arguments) if arguments.runs else beside_transformers(arguments)
+    work = of_runs if arguments.runs else profiles if arguments.profile else beside_transformers
+    written = work(arguments)
     if arguments.json:
         arguments.json.write_text(json.dumps(written, indent=1))
 
