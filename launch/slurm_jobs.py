@@ -85,10 +85,10 @@ def list_jobs() -> dict[str, Job]:
     return {i: Job(id=i, state=state, reason=reason, nodes=nodes) for i, state, reason, nodes in fields}
 
 
-def cancel(jobs: Sequence[str], *, signal: str | None = None) -> None:
-    """Cancels jobs, or with `signal` (`TERM`) sends that to their ranks alone."""
+def cancel(jobs: Sequence[str]) -> None:
+    """Cancels jobs; running ones get TERM and the cluster's KillWait to save."""
     if jobs:
-        _run(["scancel", *([f"--signal={signal}"] if signal else []), *jobs])
+        _run(["scancel", *jobs])
 
 
 def read_partition(name: str | None) -> Partition:

@@ -109,11 +109,7 @@ def _resubmit(sweep: Sweep) -> list[str]:
 def _cancel(sweep: Sweep) -> list[str]:
     queue = _queue(sweep) or {}
     own: dict[str, SweepRun] = {i: run for run in sweep.runs.values() for i in run.jobs if i in queue}
-    # Under some ways of tracking processes scancel kills srun's ranks before they can save: they are asked first.
-    running = [i for i in own if queue[i].state == "RUNNING"]
-    waiting = [i for i in own if i not in running]
-    cancel(waiting)
-    cancel(running)
+    cancel(list(own))
     return [run.name for run in own.values()]
 
 

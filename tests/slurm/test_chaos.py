@@ -30,6 +30,8 @@ from tests.support import record, wait_until
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(900)]
 
 STEPS, RUNS, FAULTS, SEED = 60, 8, 30, 20
+# A machine that is busy with something else could be kept from ever ending by faults that never end.
+MOST_FAULTS = 45
 
 
 class Storm:
@@ -50,6 +52,10 @@ class Storm:
     def unfinished(self) -> list[str]:
         """Jobs whose run has not ended."""
         return [job for job, run_dir in self.dirs.items() if not is_finished(run_dir, STEPS)]
+
+    def pause_s(self) -> float:
+        """Until the next fault."""
+        return self._rng.uniform(1.5, 4.0)
 
     def strike(self) -> None:
         """One fault, if it can be done now."""
@@ -151,15 +157,18 @@ def test_a_storm_changes_nothing(cluster: Cluster, corpus: Path, tmp_path: Path)
     seeds = f"seed={','.join(str(s) for s in range(RUNS))}"
     grid = [*base(corpus, STEPS, interval=10), "-m", seeds]
     many = ["hydra.launcher.max_requeues=100", "hydra.launcher.max_stuck=30", "run.root=storm"]
-    give(cluster, tmp_path, [*grid, *slurm(1.0, *many)])
+    give(cluster, tmp_path, [*grid, *slurm(1.2, *many)])
     folder = tmp_path / "storm"
     storm, looks = Storm(cluster, folder), 0
-    deadline = time.monotonic() + 600
+    deadline = time.monotonic() + 700
     while storm.unfinished():
         if time.monotonic() > deadline:
             raise AssertionError("\n".join(tell(storm.dirs[j]) for j in storm.unfinished()[:2]))
-        time.sleep(storm._rng.uniform(1.0, 3.0))
-        storm.strike()
+        time.sleep(storm.pause_s())
+        if sum(storm.done.values()) < MOST_FAULTS:
+            storm.strike()
+        else:
+            storm.mend()
         if sum(storm.done.values()) % 6 == 5:
             compare_status(cluster, storm, folder)
             looks += 1

@@ -42,8 +42,8 @@ def test_a_sweep_outlives_its_login_and_every_kind_of_stop(cluster: Cluster, cor
     os.killpg(login.pid, signal.SIGKILL)
     login.communicate()
     print(f"submitted in {submitted_s:.2f} s")
-    limited = [*slurm(0.2, "hydra.launcher.time=2"), "run.root=limited"]
-    give(cluster, tmp_path, [*base(corpus, 400, interval=300), *limited])
+    limited = [*slurm(0.25, "hydra.launcher.time=2"), "run.root=limited"]
+    give(cluster, tmp_path, [*base(corpus, 250, interval=200), *limited])
     runs = Runs(tmp_path / "sweep")
     dirs = {seed: runs.find(f"seed={seed}") for seed in (1, 2, 3, 4)}
     (limited_dir,) = [Path(r.run_dir) for r in Runs(tmp_path / "limited").all().values()]
@@ -58,7 +58,7 @@ def test_a_sweep_outlives_its_login_and_every_kind_of_stop(cluster: Cluster, cor
     time.sleep(3.0)
     cluster.start_node("n2")
     wait_finished(cluster, {str(k): d for k, d in dirs.items()}, STEPS)
-    wait_finished(cluster, [limited_dir], 400)
+    wait_finished(cluster, [limited_dir], 250)
 
     attempts = {seed: record(d)["attempts"] for seed, d in dirs.items()}
     # Nothing is lost on a signal, at most an interval on a kill.
@@ -76,11 +76,11 @@ def test_a_sweep_outlives_its_login_and_every_kind_of_stop(cluster: Cluster, cor
     # The same grid here, two runs at a time, gives the same.
     here = ["hydra/launcher=local", "hydra.launcher.n_jobs=2", "run.root=here"]
     give(cluster, tmp_path, [*grid, *here])
-    give(cluster, tmp_path, [*base(corpus, 400, interval=300), "run.root=whole"])
+    give(cluster, tmp_path, [*base(corpus, 250, interval=200), "run.root=whole"])
     for seed, run_dir in dirs.items():
         assert_same_runs(run_dir, Runs(tmp_path / "here").find(f"seed={seed}"), STEPS)
     (whole,) = (tmp_path / "whole").iterdir()
-    assert_same_runs(limited_dir, whole, 400)
+    assert_same_runs(limited_dir, whole, 250)
     # On a machine that does nothing else.
     assert submitted_s < 3.0 * load
 

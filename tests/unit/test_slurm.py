@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_module
+from hydra.errors import ConfigCompositionException
 
 from launch.errors import UserError
-from launch.launcher_config import SlurmConfig
+from launch.launcher_config import LocalConfig, SlurmConfig
+from launch.launchers import register_launchers
 from launch.local_sweep import Budget, local_config
 from launch.ranks import detect_ranks
 from launch.slurm import scripts, shape_of, slurm_config
@@ -149,6 +152,17 @@ def test_cluster_facts() -> None:
     assert grace_seconds({"GraceTime": "0"}, {"KillWait": "45"}) == 45
     assert stop_seconds([3.0, 9.0, 4.0], 2.0) == 13.0
     assert stop_seconds([], 2.0) == 4.0
+
+
+@pytest.mark.parametrize("name", ["slurm", "local"])
+def test_launchers_compose_and_know_their_fields(name: str) -> None:
+    register_launchers()
+    with initialize_config_module("conf", version_base="1.3"):
+        config = compose("config", overrides=[f"hydra/launcher={name}"], return_hydra_config=True)
+        fields = {f.name for f in dataclasses.fields(SlurmConfig if name == "slurm" else LocalConfig)}
+        assert set(config.hydra.launcher) == fields
+        with pytest.raises(ConfigCompositionException):
+            compose("config", overrides=[f"hydra/launcher={name}", "hydra.launcher.nope=1"], return_hydra_config=True)
 
 
 def history(run_dir: Path, *events: tuple[float, str]) -> None:
