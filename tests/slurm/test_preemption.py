@@ -93,15 +93,10 @@ def assert_no_step_lost(run_dir: Path) -> None:
 
 
 def test_scancel_saves_and_only_the_preempted_task_comes_back(cluster: Cluster, corpus: Path, tmp_path: Path) -> None:
-    """An array of two; each run takes a node's GPUs, so a job in the higher partition preempts one of them."""
-    grid = [
-        *base(corpus, LONG, interval=200),
-        *slurm(0.1, "hydra.launcher.gpus_per_node=2"),
-        "run.root=sweep",
-        "-m",
-        "seed=1,2",
-    ]
-    give(cluster, tmp_path, grid)
+    """An array of two runs of two ranks; each takes a node's GPUs, so a job in the higher partition preempts one."""
+    config = base(corpus, LONG, "parallel.dp_shard=2", interval=200)
+    there = slurm(0.1, "hydra.launcher.gpus_per_node=2", "run.root=sweep")
+    give(cluster, tmp_path, [*config, *there, "-m", "seed=1,2"])
     runs = Runs(tmp_path / "sweep")
     kept, last = runs.find("seed=1"), runs.find("seed=2")
     wait_for_step(kept, 5)
@@ -125,3 +120,5 @@ def test_scancel_saves_and_only_the_preempted_task_comes_back(cluster: Cluster, 
     assert [h["event"] for h in history(last)] == ["start", "stopped", "start", "finished"]
     assert [h["event"] for h in history(kept)] == ["start", "stopped"]
     assert cluster.state(runs.job("seed=1")) == "GONE"
+    give(cluster, tmp_path, [*config, "seed=2", "run.root=whole", "run.name=a"])
+    assert_same_runs(last, tmp_path / "whole" / "a", LONG)
