@@ -105,6 +105,10 @@ class AdamW(Optimizer):
 
     def _step_group(self, names: list[str], lr: float, weight_decay: float, grad_scale: Tensor, skip: Tensor) -> None:
         grads = [p.grad for p in (self._parameters[n] for n in names) if p.grad is not None]
+        if grad_scale.dtype == torch.float64:
+            # The fused kernel's scale is float32, which float64 gradients would notice.
+            torch._foreach_div_([_local(g) for g in grads], grad_scale)
+            grad_scale = torch.ones_like(grad_scale, dtype=torch.float32)
         adamw(
             [_local(self._parameters[n]) for n in names],
             [_local(g) for g in grads],

@@ -150,8 +150,8 @@ def _pipeline(
     yield from _micro_batches(layout, kind, stages, count, batch)
     if model.tied_embeddings and kind is PipelineSchedule.zbv_zero_bubble:
         yield (
-            "parallel.pp_schedule must not be zbv_zero_bubble with tied embeddings, whose two ends it puts on one "
-            "rank, but is; use parallel.pp_schedule=interleaved_zero_bubble"
+            "parallel.pp_schedule must put the two ends of tied embeddings on different ranks, but is "
+            "zbv_zero_bubble; use parallel.pp_schedule=interleaved_zero_bubble"
         )
     if kind in _SPLIT_BACKWARD:
         if train.activation_checkpoint is not ActivationCheckpoint.none:
@@ -182,7 +182,7 @@ def _micro_batches(layout: Layout, kind: PipelineSchedule, stages: int, count: i
     rows = -(-batch.global_batch_size // layout.data_ranks)
     sizes = [n for n in range(1, rows + 1) if _schedulable(kind, -(-rows // n), stages, layout.pp)]
     remedy = (
-        f"use data.micro_batch_size={max(sizes)}"
+        f"use data.micro_batch_size={max(sizes, key=lambda n: (rows % n == 0, n))}"
         if sizes
         else f"raise data.global_batch_size to {stages * layout.data_ranks * batch.micro_batch_size}"
     )

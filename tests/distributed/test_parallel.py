@@ -1,0 +1,148 @@
+"""Every layout trains the model of one rank: a table of layouts, made by these tests.
+
+With REGROW_NUMERICS=FILE the rows are also appended to a file, from which docs/parallelism.md has its table.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.layouts import Observed, observe, relative
+from tests.support import TINY_MODEL, tiny
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+STEPS = "train.steps=5"
+# The learning rate and eps are fixed, and eps is large enough that Adam does not turn rounding into steps.
+FIXED = [STEPS, "optimizer.lr=1e-3", "optimizer.eps=1e-3", "scheduler.warmup_steps=0", "data.global_batch_size=8",
+         "data.micro_batch_size=1", "model.vocab_size=321", "model.n_layers=4"]  # fmt: skip
+MOE = ["model=qwen3_moe_debug", *(o for o in TINY_MODEL if not o.startswith(("model.ffn", "model.vocab"))),
+       "model.head_dim=8", "model.n_experts=4", "model.expert_ffn_dim=24"]  # fmt: skip
+
+DENSE_LAYOUTS: dict[int, list[str]] = {
+    2: ["dp_replicate=2", "dp_shard=2", "tp=2", "tp=2 sequence_parallel=false", "pp=2", "cp=2 cp_method=ulysses",
+        "cp=2 cp_method=gather", "cp=2 cp_balance=false"],
+    4: ["dp_shard=4", "cp=4", "pp=4", "dp_replicate=2 dp_shard=2", "dp_replicate=2 tp=2", "dp_replicate=2 pp=2",
+        "dp_replicate=2 cp=2", "dp_shard=2 tp=2", "dp_shard=2 pp=2", "dp_shard=2 cp=2", "tp=2 pp=2", "tp=2 cp=2",
+        "pp=2 cp=2"],
+    8: ["pp=2 dp_shard=2 tp=2", "dp_shard=2 tp=2 cp=2", "dp_replicate=2 dp_shard=2 cp=2", "tp=2 pp=2 cp=2"],
+}  # fmt: skip
+MOE_LAYOUTS: dict[int, list[str]] = {
+    2: ["dp_shard=2", "dp_shard=2 ep=2", "tp=2", "tp=2 ep=2", "tp=2 ep=2 sequence_parallel=false", "cp=2 ep=2",
+        "pp=2"],
+    4: ["dp_shard=4 ep=2", "dp_shard=4 ep=4", "dp_replicate=2 dp_shard=2 ep=2", "dp_shard=2 tp=2 ep=2",
+        "dp_shard=2 tp=2 ep=4", "pp=2 dp_shard=2 ep=2", "dp_shard=2 cp=2 ep=2", "dp_shard=2 cp=2 ep=4"],
+    8: ["pp=2 dp_shard=2 tp=2 ep=2", "tp=2 pp=2 cp=2 ep=4", "dp_shard=2 tp=2 cp=2 ep=2"],
+}  # fmt: skip
+SCHEDULES = ("one_f_one_b", "gpipe", "interleaved", "interleaved_zero_bubble", "zbv_zero_bubble")
+
+
+def degrees(layout: str) -> list[str]:
+    """Overrides."""
+    return [f"parallel.{degree}" for degree in layout.split()]
+
+
+def base(corpus: Path, kind: str, *overrides: str) -> list[str]:
+    """A dense model, or one with experts."""
+    own = MOE if kind == "moe" else []
+    return [*tiny(corpus), *own, *FIXED, *overrides] if not own else [*own, *_data(corpus), *FIXED, *overrides]
+
+
+def _data(corpus: Path) -> list[str]:
+    return [o for o in tiny(corpus) if not o.startswith("model.")]
+
+
+def differences(seen: Observed, reference: Observed) -> tuple[float, float, float]:
+    """The largest relative differences of losses, gradient norms and final parameters."""
+    assert seen.first.keys() == reference.first.keys()
+    for name, tensor in reference.first.items():
+        assert torch.equal(seen.first[name], tensor), f"{name} starts differently"
+    assert seen.ids == reference.ids
+    for load, expected in zip(seen.loads, reference.loads, strict=True):
+        assert load.keys() == expected.keys()
+        assert all(torch.equal(load[n], expected[n]) for n in load), "routing differs"
+    loss = max(relative(a, b) for a, b in zip(seen.losses, reference.losses, strict=True))
+    norm = max(relative(a, b) for a, b in zip(seen.norms, reference.norms, strict=True))
+    parameters = max(
+        float((seen.last[n] - t).norm() / t.norm()) for n, t in reference.last.items() if float(t.norm()) > 0
+    )
+    return loss, norm, parameters
+
+
+def compare(
+    corpus: Path, folder: Path, world: int, kind: str, layouts: Sequence[str], limits: tuple[float, float, float],
+    *overrides: str,
+) -> None:  # fmt: skip
+    """Runs the layouts beside one rank, and holds each difference against its limit."""
+    settings = base(corpus, kind, *overrides)
+    (reference,) = observe([settings], folder, 1)
+    assert len(reference.losses) == 5
+    assert reference.losses[-1] != reference.losses[0]
+    every = observe([[*settings, *degrees(layout)] for layout in layouts], folder, world)
+    rows = []
+    for layout, seen in zip(layouts, every, strict=True):
+        found = differences(seen, reference)
+        what = " ".join([kind, *overrides])
+        rows.append(f"| {world} | {what} | {layout} | {found[0]:.1e} | {found[1]:.1e} | {found[2]:.1e} |\n")
+        assert relative(seen.validation, reference.validation) <= limits[0], layout
+        for value, limit, name in zip(found, limits, ("loss", "gradient norm", "parameters"), strict=True):
+            assert value <= limit, f"{layout}: {name} differs by {value:.1e}"
+    print("".join(rows))
+    if "REGROW_NUMERICS" in os.environ:
+        with Path(os.environ["REGROW_NUMERICS"]).open("a") as out:
+            out.writelines(rows)
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_every_layout_trains_the_model_of_one_rank(corpus: Path, tmp_path: Path, kind: str, world: int) -> None:
+    layouts = (DENSE_LAYOUTS if kind == "dense" else MOE_LAYOUTS)[world]
+    compare(corpus, tmp_path, world, kind, layouts, (5e-6, 5e-6, 1e-5))
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_dense_layouts_agree_to_rounding_in_float64(corpus: Path, tmp_path: Path, world: int) -> None:
+    compare(corpus, tmp_path, world, "dense", DENSE_LAYOUTS[world], (1e-12, 1e-12, 1e-12), "precision=fp64")
+
+
+def test_all_pipeline_schedules_with_and_without_sharding(corpus: Path, tmp_path: Path) -> None:
+    plain = [f"pp=2 pp_schedule={s}" for s in SCHEDULES]
+    compare(corpus, tmp_path, 2, "dense", plain, (5e-6, 5e-6, 1e-5))
+    sharded = [f"pp=2 dp_shard=2 pp_schedule={s}" for s in SCHEDULES]
+    compare(corpus, tmp_path, 4, "dense", [*sharded, "pp=2 tp=2 pp_schedule=zbv_zero_bubble"], (5e-6, 5e-6, 1e-5))
+
+
+def test_bfloat16_stays_near(corpus: Path, tmp_path: Path) -> None:
+    """Rounding to 8 bits at other places: losses within 5e-4, gradient norms within 5e-3, parameters within 1e-2."""
+    layouts = ["dp_shard=4", "dp_shard=2 tp=2", "tp=2 cp=2", "pp=2 dp_shard=2", "cp=4"]
+    compare(corpus, tmp_path, 4, "dense", layouts, (5e-4, 5e-3, 1e-2), "precision=bf16")
+
+
+def test_tied_embeddings_documents_and_other_heads(corpus: Path, tmp_path: Path) -> None:
+    """Qwen3's heads, an embedding at both ends of a pipeline, masks across ranks, and stages of other sizes."""
+    overrides = ["model=qwen3_debug", "model.head_dim=8", "model.tied_embeddings=true", "data.document_mask=true"]
+    layouts = ["pp=2 dp_shard=2", "pp=2 tp=2 pp_schedule=interleaved", "pp=4 pp_schedule=gpipe", "tp=2 cp=2", "cp=4",
+               "dp_shard=2 cp=2 cp_method=gather", "cp=2 tp=2 cp_balance=false",
+               "pp=2 cp=2 pp_layers=[1,3]", "pp=2 dp_shard=2 pp_schedule=interleaved_zero_bubble"]  # fmt: skip
+    compare(corpus, tmp_path, 4, "dense", layouts, (5e-6, 5e-6, 1e-5), *overrides)
+
+
+def test_batches_that_do_not_divide_and_the_auxiliary_loss(corpus: Path, tmp_path: Path) -> None:
+    overrides = ["model.balance=auxiliary", "model.auxiliary_coefficient=0.1", "data.global_batch_size=7",
+                 "data.micro_batch_size=2"]  # fmt: skip
+    layouts = ["dp_shard=4 ep=2", "dp_shard=2 tp=2 ep=2", "tp=2 cp=2 ep=4", "dp_shard=2 cp=2", "pp=2 tp=2",
+               "pp=2 dp_shard=2 ep=2 pp_schedule=gpipe", "dp_shard=2 tp=2 ep=2 sequence_parallel=false"]  # fmt: skip
+    compare(corpus, tmp_path, 4, "moe", layouts, (5e-6, 5e-6, 1e-5), *overrides)
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_recomputation_and_compilation_change_nothing(corpus: Path, tmp_path: Path, kind: str) -> None:
+    layouts = ["dp_shard=2 tp=2", "pp=2 cp=2", "tp=2 cp=2", "pp=2 tp=2"]
+    layouts += ["dp_shard=4 ep=2", "dp_shard=2 tp=2 ep=4"] if kind == "moe" else []
+    compare(corpus, tmp_path, 4, kind, layouts, (5e-6, 5e-6, 1e-5), "train.activation_checkpoint=full")
+    compare(corpus, tmp_path, 4, kind, layouts[:2], (5e-6, 5e-6, 1e-5), "train.activation_checkpoint=selective")
+    options = ["train.compile=true", "train.compile_backend=aot_eager"]
+    compare(corpus, tmp_path, 4, kind, layouts[:3], (5e-6, 5e-6, 1e-5), *options)
