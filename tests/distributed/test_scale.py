@@ -47,11 +47,13 @@ def shapes_of_rank(world: int, rank: int) -> tuple[dict[str, tuple[tuple[int, ..
     config, layout = resolved(world)
     started = time.perf_counter()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    world_group = dist.group.WORLD
+    assert world_group is not None
     context = ParallelContext(
         layout=layout,
         meshes=make_meshes(layout, "cpu"),
         device=torch.device("cpu"),
-        save_group=dist.group.WORLD,
+        save_group=world_group,
         rank=rank,
     )
     assert isinstance(config.model, DecoderConfig)

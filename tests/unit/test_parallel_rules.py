@@ -133,9 +133,9 @@ def test_exactly_what_cannot_run_is_refused(
     micro: int, schedule: PipelineSchedule, method: ContextMethod, flags: tuple[bool, bool, bool, bool],
 ) -> None:  # fmt: skip
     moe, tied, sequence, balance = flags
-    parallel = ParallelConfig(
-        **degrees, pp_schedule=schedule, cp_method=method, sequence_parallel=sequence, cp_balance=balance
-    )
+    parallel = ParallelConfig(pp_schedule=schedule, cp_method=method, sequence_parallel=sequence, cp_balance=balance)
+    for name, degree in degrees.items():
+        setattr(parallel, name, degree)
     layout, batch = Layout(**degrees), Batch(global_batch_size=rows, micro_batch_size=micro, seq_len=seq_len)
     model = decoder(moe, *heads, layers, ffn, experts, tied=tied)
     refusal = None

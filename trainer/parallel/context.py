@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.distributed.tensor.debug as tensor_debug
 from torch.distributed.rendezvous import rendezvous
 
 from trainer.parallel.layout import Layout
@@ -101,3 +102,5 @@ def close_parallel() -> None:
     """Leaves the process groups."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    # What DTensor remembers of operations holds meshes; the next run of this process would get groups that are gone.
+    tensor_debug._clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
