@@ -1,11 +1,15 @@
 """What saving and loading cost, beside the machine's limits and beside stock PyTorch.
 
-    python -m benchmarks.checkpoint --gib 0.25 --rounds 7 --json out.json
+    python -m benchmarks.checkpoint --gib 0.25 --ranks 1 --rounds 7 --json out.json
 
-One rank. Every round runs every measurement once, in turn, after changing all of the state; the table gives medians
-of ratios taken within a round. "memcpy" is torch's copy into warm memory with the same number of threads, "direct" an
-O_DIRECT write and fsync of the same bytes from warm memory, "cached read" a read of them from the page cache into
-warm memory.
+Every rank has so many GiB of state. A round runs every measurement once, in turn, after changing all of the state;
+the table gives medians of ratios taken within a round, the slowest rank's time counting. "memcpy" is torch's copy
+into warm memory with the same number of threads, "direct" an O_DIRECT write and fsync of the same bytes from warm
+memory, "cached read" a read of them from the page cache into warm memory, with one thread and with as many as the load has.
+
+"Lost" is the training time that a save costs: steps that change all of the state and compute, from the call until the
+checkpoint is durable, beside the same number of steps without a save. A round whose steps without a save drift by
+more than 20 % is discarded and counted; when more than a third are discarded there is no result.
 """
 
 import argparse
@@ -16,7 +20,8 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +29,30 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.multiprocessing as mp
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 from checkpoint.config import AsyncMode
 from checkpoint.loading import load_tensors
 from checkpoint.manifest import Manifest
-from checkpoint.saver import StepSaver
+from checkpoint.saver import SaverOptions, StepSaver
 from checkpoint.storage.local import write_all
+
+__all__ = ["main", "make_state", "nbytes"]
 
 Tensors = dict[str, torch.Tensor]
 
+_DRIFT = 0.2
+_READERS = 4
 
-def make_state(gib: float) -> Tensors:
-    """About 300 float32 tensors; the largest a sixteenth of the whole."""
+
+def make_state(gib: float, rank: int = 0) -> Tensors:
+    """About 300 float32 tensors, names unlike those of other ranks; the largest a sixteenth of the whole."""
     elements = int(gib * 2**28)
     sizes = [elements // 16] * 4
     sizes += [(elements - sum(sizes)) // 296] * 296
-    return {f"layers.{i}.weight": torch.randn(n // 64, 64) for i, n in enumerate(sizes)}
+    return {f"rank{rank}.layers.{i}.weight": torch.randn(n // 64, 64) for i, n in enumerate(sizes)}
 
 
 def nbytes(state: Tensors) -> int:
@@ -62,7 +75,7 @@ class Limits:
         self.size = -(-nbytes(state) // mmap.PAGESIZE) * mmap.PAGESIZE
         self.memory = mmap.mmap(-1, self.size)
         torch.frombuffer(self.memory, dtype=torch.uint8).fill_(1)
-        self.file = folder / "limit"
+        self.file = folder / f"limit-{os.getpid()}"
 
     def memcpy(self, state: Tensors) -> None:
         for name, tensor in state.items():
@@ -76,11 +89,17 @@ class Limits:
         os.fsync(descriptor)
         os.close(descriptor)
 
-    def cached_read(self, file: Path) -> None:
+    def cached_read(self, file: Path, threads: int) -> None:
         descriptor = os.open(file, os.O_RDONLY)
-        view, done = memoryview(self.memory), 0
-        while done < self.size and (got := os.preadv(descriptor, [view[done : done + (8 << 20)]], done)):
-            done += got
+        view = memoryview(self.memory)
+
+        def read(start: int) -> None:
+            done, stop = start, min(start + (8 << 20), self.size)
+            while done < stop and (got := os.preadv(descriptor, [view[done:stop]], done)):
+                done += got
+
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(read, range(0, self.size, 8 << 20)))
         os.close(descriptor)
 
 
@@ -88,77 +107,229 @@ def warm_cache(folder: Path) -> None:
     """Brings a checkpoint's files into the page cache."""
     for file in folder.rglob("*"):
         if file.is_file():
-            file.read_bytes()
+            with file.open("rb") as data:
+                while data.read(8 << 20):
+                    pass
 
 
-def fsync_all(path: Path) -> None:
-    """Flushes a file and its folder."""
-    for target in (path, path.parent):
+def fsync_tree(folder: Path) -> None:
+    """Flushes all files and folders."""
+    for target in (*folder.rglob("*"), folder):
         descriptor = os.open(target, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
 
 
-class Bench:
-    """All measurements over one state."""
+class Training:
+    """Steps that compute and then change every tensor, as an optimizer does."""
 
-    def __init__(self, gib: float, folder: Path) -> None:
-        self.folder = folder
-        self.state = make_state(gib)
+    def __init__(self, state: Tensors, compute: int = 2) -> None:
+        self.state = state
+        self.compute = compute
+        self.matrix = torch.randn(1024, 1024)
+        self.gradients = {n: torch.full_like(t, 1e-3) for n, t in state.items()}
+
+    def step(self, before_update: Callable[[], None] = lambda: None) -> float:
+        """One step; `before_update` runs where the optimizer would start."""
+        started = time.perf_counter()
+        for _ in range(self.compute):
+            self.matrix = torch.tanh(self.matrix @ self.matrix * 1e-3)
+        before_update()
+        for name, tensor in self.state.items():
+            tensor.add_(self.gradients[name], alpha=-1e-3)
+        return time.perf_counter() - started
+
+
+class Bench:
+    """All measurements over one rank's state."""
+
+    def __init__(self, gib: float, folder: Path, files: int) -> None:
+        self.folder, self.rank, self.ranks = folder, dist.get_rank(), dist.get_world_size()
+        self.state = make_state(gib, self.rank)
         self.limits = Limits(self.state, folder)
-        self.group = dist.new_group(backend="gloo")
-        self.savers = {m.name: StepSaver(folder / m.name, m, torch.device("cpu"), self.group) for m in AsyncMode}
+        self.training = Training(self.state)
+        group = dist.new_group(backend="gloo")
+        assert group is not None
+        self.group = group
+        options = SaverOptions(files_per_rank=files)
+        self.savers = {m.name: StepSaver(folder / m.name, m, torch.device("cpu"), group, options) for m in AsyncMode}
+        # Each rank's tensors are its own: nobody else holds them.
+        self.holders = {name: [self.rank] for name in self.state}
         self.step = 0
+        # Reused, so that their memory is warm, as ours is.
+        self.stagers = {kind: _stager(kind) for kind in AsyncCheckpointerType}
         self.target = {n: torch.zeros_like(t) for n, t in self.state.items()}
         for name in self.savers:
-            (folder / name).mkdir()
             self.save(name)  # plans and warms the image
+
+    def barrier(self) -> None:
+        dist.barrier(self.group)
+
+    def timed(self, action: Callable[[], object]) -> float:
+        """The slowest rank's time, all starting together."""
+        self.barrier()
+        mine = torch.tensor(seconds(action), dtype=torch.float64)
+        dist.all_reduce(mine, op=dist.ReduceOp.MAX, group=self.group)
+        return float(mine)
+
+    def begin(self, mode: str) -> None:
+        self.step += 1
+        self.savers[mode].begin(self.state, Manifest(step=self.step, lineage="a"), self.holders)
 
     def save(self, mode: str) -> float:
         """Time that the call blocks; the write behind it has ended when this returns."""
-        self.step += 1
-        saver = self.savers[mode]
-        blocked = seconds(lambda: saver.begin(self.state, Manifest(step=self.step, lineage="a")))
-        saver.wait_staged()
-        saver.wait()
+        blocked = self.timed(lambda: self.begin(mode))
+        self.savers[mode].wait_staged()
+        self.finish(mode)
         return blocked
 
-    def newest(self, mode: str) -> Path:
-        return max((self.folder / mode).glob("step-*"), key=lambda p: int(p.name[5:]))
+    def finish(self, mode: str) -> None:
+        for result in self.savers[mode].wait():
+            assert result.error is None, result.error
 
-    def round(self) -> dict[str, float]:
+    def newest(self, mode: str) -> Path:
+        steps = [p for p in (self.folder / mode).glob("step-*") if "." not in p.name]
+        return max(steps, key=lambda p: int(p.name[5:]))
+
+    def round(self, peers: bool) -> dict[str, float]:
         """One measurement of each kind."""
-        for tensor in self.state.values():
-            tensor.add_(1e-3)
-        times = {"memcpy": seconds(lambda: self.limits.memcpy(self.state)), "direct": seconds(self.limits.direct)}
+        self.training.step()
+        times = {
+            "memcpy": self.timed(lambda: self.limits.memcpy(self.state)),
+            "direct": self.timed(self.limits.direct),
+        }
         for mode in self.savers:
             times[mode] = self.save(mode)
-        times |= self._peers()
+        times |= self._loads()
+        times |= self._lost(peers)
+        if peers:
+            times |= self._peers()
+        self.barrier()
+        if self.rank == 0:
+            for mode in self.savers:
+                for old in (self.folder / mode).glob("step-*"):
+                    if old != self.newest(mode):
+                        shutil.rmtree(old)
+        self.barrier()
+        return times
+
+    def _loads(self) -> dict[str, float]:
         ours = self.newest("disabled")
         warm_cache(ours)
-        times["cached read"] = seconds(lambda: self.limits.cached_read(ours / "__0_0.distcp"))
-        times["load"] = seconds(lambda: load_tensors(ours, self.target, self.group))
-        assert all(torch.equal(t, self.target[n]) for n, t in self.state.items())
-        times["dcp.load"] = seconds(lambda: dcp.load(self.target, checkpoint_id=ours, process_group=self.group))
-        for mode in self.savers:
-            for old in sorted((self.folder / mode).glob("step-*"))[:-1]:
-                shutil.rmtree(old)
+        file = ours / f"__{self.rank}_0.distcp"
+        times = {
+            "cached read": self.timed(lambda: self.limits.cached_read(file, 1)),
+            "cached read, threads": self.timed(lambda: self.limits.cached_read(file, _READERS)),
+            "load": self.timed(lambda: load_tensors(ours, self.target, self.group)),
+        }
+        stored = load_tensors(ours, self.target, self.group)
+        assert stored >= nbytes(self.state)
+        times["dcp.load"] = self.timed(
+            lambda: dcp.load(dict(self.target), checkpoint_id=ours, process_group=self.group)
+        )
         return times
+
+    def _lost(self, peers: bool) -> dict[str, float]:
+        """Training time that each way of saving costs, and the drift of the steps beside it."""
+        lost: dict[str, float] = {}
+        ways: dict[str, Callable[[], tuple[Callable[[], None], Callable[[], bool]]]] = {
+            "lost, async": lambda: self._ours("async"),
+            "lost, async_with_pinned_mem": lambda: self._ours("async_with_pinned_mem"),
+            "lost, disabled": lambda: self._ours("disabled"),
+        }
+        if peers:
+            ways["lost, dcp.async_save (thread)"] = lambda: self._dcp_async(AsyncCheckpointerType.THREAD)
+            ways["lost, dcp.async_save (process)"] = lambda: self._dcp_async(AsyncCheckpointerType.PROCESS)
+        before = [self.training.step() for _ in range(4)]
+        drift = 0.0
+        for name, start in ways.items():
+            steps, spent = 0, 0.0
+            self.barrier()
+            begun = time.perf_counter()
+            gate, done = start()
+            spent += time.perf_counter() - begun
+            while steps < 2 or not done():
+                spent += self.training.step(gate)
+                steps += 1
+            after = [self.training.step() for _ in range(4)]
+            base = statistics.median([*before, *after])
+            drift = max(drift, abs(statistics.median(after) / statistics.median(before) - 1))
+            lost[name] = max(spent - steps * base, 1e-9)
+            before = after
+        both = torch.tensor([*lost.values(), drift], dtype=torch.float64)
+        dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self.group)
+        return dict(zip([*lost, "drift"], both.tolist(), strict=True))
+
+    def _ours(self, mode: str) -> tuple[Callable[[], None], Callable[[], bool]]:
+        self.begin(mode)
+        saver = self.savers[mode]
+
+        def done() -> bool:
+            if saver.is_busy:
+                return False
+            self.finish(mode)
+            return True
+
+        return saver.wait_staged, done
+
+    def _dcp_async(self, kind: AsyncCheckpointerType) -> tuple[Callable[[], None], Callable[[], bool]]:
+        out = self.folder / "peer-async"
+        if self.rank == 0:
+            shutil.rmtree(out, ignore_errors=True)
+        self.barrier()
+        future: Any = dcp.async_save(
+            dict(self.state),
+            checkpoint_id=out,
+            process_group=self.group,
+            async_checkpointer_type=kind,
+            async_stager=self.stagers[kind],
+        )
+        return lambda: None, lambda: bool(future.done())
 
     def _peers(self) -> dict[str, float]:
         out = self.folder / "peer"
+        own = out / f"rank{self.rank}"
         times = {}
         for name, action in {
             "dcp.save": lambda: dcp.save(dict(self.state), checkpoint_id=out / "dcp", process_group=self.group),
-            "torch.save": lambda: torch.save(self.state, out / "torch.pt"),
-            "safetensors": lambda: safetensors.torch.save_file(self.state, out / "s.safetensors"),
+            "torch.save": lambda: torch.save(self.state, own / "torch.pt"),
+            "safetensors": lambda: safetensors.torch.save_file(self.state, own / "s.safetensors"),
+            "torch_checkpointing": lambda: _torch_checkpointing(self.state, own / "tc"),
         }.items():
-            shutil.rmtree(out, ignore_errors=True)
-            out.mkdir()
-            times[name] = seconds(action)
+            self.barrier()
+            if self.rank == 0:
+                shutil.rmtree(out, ignore_errors=True)
+            self.barrier()
+            own.mkdir(parents=True)
+            times[name] = self.timed(action)
             if name != "dcp.save":
-                times[name] += seconds(lambda: fsync_all(next(out.iterdir())))
+                times[name] += self.timed(lambda: fsync_tree(own))
         return times
+
+
+def _torch_checkpointing(state: Tensors, folder: Path) -> None:
+    """PyPI's torch_checkpointing, synchronously."""
+    from torch_checkpointing import CheckpointManager
+    from torch_checkpointing.config import SyncCheckpointSaverConfig
+    from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
+
+    manager = CheckpointManager.Config(
+        save=SyncCheckpointSaverConfig(), storage_config=LocalFileSystemStorageConfig(use_direct_io=False)
+    ).build()
+    manager.save(str(folder), {"state": state})
+    manager.close()
+
+
+def _stager(kind: AsyncCheckpointerType) -> DefaultStager:
+    shared = kind is AsyncCheckpointerType.PROCESS
+    return DefaultStager(
+        StagingOptions(
+            use_pinned_memory=False,
+            use_shared_memory=shared,
+            use_async_staging=False,
+            use_non_blocking_copy=False,
+        )
+    )
 
 
 RATIOS = {
@@ -166,47 +337,89 @@ RATIOS = {
     "dcp.save": ("dcp.save", "direct"),
     "torch.save + fsync": ("torch.save", "direct"),
     "safetensors + fsync": ("safetensors", "direct"),
+    "torch_checkpointing": ("torch_checkpointing", "direct"),
     "call blocks, async": ("async", "memcpy"),
     "call blocks, async_with_pinned_mem": ("async_with_pinned_mem", "memcpy"),
-    "load, verified": ("load", "cached read"),
+    "lost, async": ("lost, async", "memcpy"),
+    "lost, async_with_pinned_mem": ("lost, async_with_pinned_mem", "memcpy"),
+    "lost, disabled": ("lost, disabled", "memcpy"),
+    "lost, dcp.async_save (thread)": ("lost, dcp.async_save (thread)", "memcpy"),
+    "lost, dcp.async_save (process)": ("lost, dcp.async_save (process)", "memcpy"),
+    "load, verified / one thread": ("load", "cached read"),
+    "load, verified / as many threads": ("load", "cached read, threads"),
     "dcp.load": ("dcp.load", "cached read"),
 }
 
 
 def summary(rounds: list[dict[str, float]]) -> dict[str, Any]:
-    """Median seconds, and median ratios within a round."""
+    """Median seconds and median ratios of the rounds that count.
+
+    Raises:
+        SystemExit: too many were discarded.
+    """
+    counted = [r for r in rounds if r["drift"] <= _DRIFT]
+    if len(counted) * 3 < len(rounds) * 2:
+        raise SystemExit(f"no result: {len(rounds) - len(counted)} of {len(rounds)} rounds drifted by more than 20 %")
+    there = {name: pair for name, pair in RATIOS.items() if pair[0] in counted[0]}
     return {
-        "seconds": {name: statistics.median(r[name] for r in rounds) for name in rounds[0]},
+        "rounds": len(rounds),
+        "discarded": len(rounds) - len(counted),
+        "seconds": {name: statistics.median(r[name] for r in counted) for name in counted[0]},
         "ratios": {
-            f"{name} / {base}": statistics.median(r[measured] / r[base] for r in rounds)
-            for name, (measured, base) in RATIOS.items()
+            f"{name} / {base}": _spread([r[measured] / r[base] for r in counted])
+            for name, (measured, base) in there.items()
         },
     }
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
+
+
+def show(result: Mapping[str, Any], gib: float, args: argparse.Namespace) -> None:
+    """The table."""
+    print(f"{gib} GiB a rank, {args.ranks} ranks, {args.threads} threads a rank", end="; ")
+    print(f"{result['rounds']} rounds, {result['discarded']} discarded; medians (lowest to highest)")
+    for name, value in result["seconds"].items():
+        if name != "drift":
+            print(f"  {name:<34} {value * 1e3:10.1f} ms   {value * 1e3 / gib:10.1f} ms/GiB")
+    for name, r in result["ratios"].items():
+        print(f"  {name:<62} {r['median']:8.3f} x  ({r['lowest']:.3f} to {r['highest']:.3f})")
+
+
+def run_rank(rank: int, args: argparse.Namespace, folder: str) -> None:
+    """One rank of the benchmark."""
+    torch.set_num_threads(args.threads)
+    os.environ["LOCAL_WORLD_SIZE"] = str(args.ranks)
+    store = dist.FileStore(f"{folder}/store", args.ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=args.ranks)
+    bench = Bench(args.gib, Path(folder), args.files)
+    bench.round(peers=args.peers)
+    rounds = [bench.round(peers=args.peers) for _ in range(args.rounds)]
+    if rank == 0:
+        result = {"gib": args.gib, "ranks": args.ranks, "threads": args.threads, **summary(rounds)}
+        show(result, args.gib, args)
+        if args.json:
+            args.json.write_text(json.dumps(result, indent=1))
+    dist.barrier()
+    os._exit(0)
 
 
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gib", type=float, default=0.25, help="size of the state")
+    parser.add_argument("--gib", type=float, default=0.25, help="size of a rank's state")
+    parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2, help="torch's")
+    parser.add_argument("--threads", type=int, default=1, help="torch's, of each rank")
+    parser.add_argument("--files", type=int, default=1, help="files that a rank writes at once")
+    parser.add_argument("--no-peers", dest="peers", action="store_false", help="leave out what is not ours")
     parser.add_argument("--folder", type=Path, help="on the disk to measure; default: a temporary one")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        bench = Bench(args.gib, Path(folder))
-        bench.round()
-        result = summary([bench.round() for _ in range(args.rounds)])
-    print(f"{args.gib} GiB, 1 rank, {args.threads} threads, {args.rounds} rounds; medians")
-    for name, value in result["seconds"].items():
-        print(f"  {name:<28} {value * 1e3:10.1f} ms")
-    for name, value in result["ratios"].items():
-        print(f"  {name:<52} {value:8.3f} x")
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1))
-    os._exit(0)
+        start: Any = mp.start_processes
+        start(run_rank, args=(args, folder), nprocs=args.ranks, start_method="spawn")
 
 
 if __name__ == "__main__":

@@ -164,3 +164,24 @@ def test_extending_does_not_bend_the_schedule(corpus: Path, tmp_path: Path) -> N
     after = [r["lr"] for r in metrics(tmp_path / "run")]
     assert after[:10] == before
     assert after[10:] == [pytest.approx(before[-1])] * 4
+
+
+def test_a_save_that_is_due_during_another_is_left_out(corpus: Path, tmp_path: Path) -> None:
+    """With `when_busy=skip` no step waits; all ranks leave out the same steps, and the last one is always saved."""
+    arguments = tiny(
+        corpus, "data.global_batch_size=8", "hooks=none", "checkpoint.interval=1", "checkpoint.keep_latest_k=0",
+        "parallel.dp_shard=2", "train.steps=60",
+    )  # fmt: skip
+    train([*arguments, "checkpoint.when_busy=skip"], tmp_path / "skip", 2)
+    train(arguments, tmp_path / "wait", 2)
+    steps = {
+        name: sorted(int(p.name[5:]) for p in (tmp_path / name / "checkpoint").glob("step-*"))
+        for name in ("skip", "wait")
+    }
+    assert steps["wait"] == list(range(1, 61))
+    assert steps["skip"][-1] == 60
+    assert len(steps["skip"]) < 60
+    assert (
+        "is not saved: the save before it is still being written" in (tmp_path / "skip/logs/rank-0.log").read_text()
+    )
+    assert curve(tmp_path / "skip") == curve(tmp_path / "wait")

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hypothesis.strategies as st
 import pytest
@@ -25,6 +25,7 @@ from checkpoint.plan import Chunk, make_plan
 from checkpoint.reader import bytes_to_read, plan_reads, read_tensors
 from checkpoint.saver import SaverOptions, StepSaver
 from checkpoint.stream import frame_of
+from tests.pool import run_distributed
 
 MODES = list(AsyncMode)
 
@@ -332,3 +333,66 @@ def test_several_files_a_rank(tmp_path: Path, group: dist.ProcessGroup, files: i
     assert_equal(loaded, tensors)
     assert_equal(stock, tensors)
     saver.close()
+
+
+class _Broken(torch.Tensor):
+    """A tensor that cannot be copied."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.Tensor.detach:
+            raise RuntimeError("no such memory")
+        return super().__torch_function__(function, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async_with_pinned_mem"])
+def test_a_thread_that_dies_is_a_failed_save(tmp_path: Path, group: dist.ProcessGroup, mode: str) -> None:
+    """Whatever ends the background work is told with its cause, and the next save works."""
+    saver = StepSaver(tmp_path, AsyncMode[mode], torch.device("cpu"), group)
+    broken = {"w": torch.randn(10).as_subclass(_Broken)}
+    results = [*saver.begin(broken, Manifest(step=1, lineage="a")), *saver.wait()]
+    assert ["no such memory" in str(r.error) for r in results] == [True]
+    results = [*saver.begin(state(), Manifest(step=2, lineage="a")), *saver.wait()]
+    assert [r.error for r in results] == [None]
+    assert [p.name for p in tmp_path.iterdir()] == ["step-2"]
+    saver.close()
+
+
+def test_a_disk_without_room_is_not_written_to(
+    tmp_path: Path, group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver = StepSaver(tmp_path, AsyncMode["async"], torch.device("cpu"), group)
+    monkeypatch.setattr("checkpoint.storage.local.LocalStorage.free_bytes", lambda self: 1000)
+    results = [*saver.begin(state(), Manifest(step=1, lineage="a")), *saver.wait()]
+    assert ["No space left on device" in str(r.error) for r in results] == [True]
+    assert list(tmp_path.iterdir()) == []
+    saver.close()
+
+
+class _GoneStore:
+    """What a store is whose server has died."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError("the store is gone")
+
+
+def _save_without_a_store(folder: Path, breaks: bool) -> list[str | None]:
+    dist.init_process_group("gloo")
+    made = dist.new_group(backend="gloo")
+    assert made is not None
+    saver = StepSaver(folder, AsyncMode["async"], torch.device("cpu"), made, SaverOptions(use_store=breaks))
+    errors: list[str | None] = []
+    for step in (1, 2, 3):
+        if breaks and step == 2:
+            cast(Any, saver._exchange)._store = _GoneStore()
+        results = [*saver.begin({"a": torch.ones(5) * step}, Manifest(step=step, lineage="a")), *saver.wait()]
+        errors += [r.error for r in results]
+        dist.barrier(made)
+    return errors
+
+
+@pytest.mark.parametrize("breaks", [False, True], ids=["no store", "a store that fails"])
+def test_ranks_agree_by_files(tmp_path: Path, breaks: bool) -> None:
+    results = run_distributed(_save_without_a_store, tmp_path, breaks, world_size=2)
+    assert results == [[None] * 3] * 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-1", "step-2", "step-3"]
