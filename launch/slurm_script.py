@@ -90,10 +90,17 @@ def write_script(script: Script) -> str:
         "tasks_per_node": script.shape.tasks_per_node,
         "srun": "".join(f" {shlex.quote(o)}" for o in script.srun),
         "command": shlex.join(script.command),
+        "range": _range(script.shape),
         "max_requeues": script.max_requeues,
         "max_stuck": script.max_stuck,
         "folder": shlex.quote(script.folder).replace("%", "%%"),
     }
+
+
+def _range(shape: Shape) -> str:
+    """What an elastic run's requeued job asks for; empty where it has one size."""
+    low, high = shape.nodes
+    return f'"NumNodes={low}-{high} NumTasks={shape.ranks[-1]}"' if low < high else ""
 
 
 def _head(script: Script) -> list[str]:
@@ -152,6 +159,7 @@ _BODY = r"""
 id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 notes=%(folder)s/$id-${SLURM_RESTART_COUNT:-0}
 history=$run/slurm.jsonl
+range=%(range)s
 export REGROW_STOP_NOTE=$notes.stop
 
 # The newest step that is safe, as the last start that trained knows it.
@@ -172,7 +180,10 @@ wait_to_be_killed() { for _ in {1..180}; do running || exit 0; sleep 5; done; ex
 requeue() {
   # A job that its user cancelled is no longer running, and a requeue would bring it back.
   running || exit 3
+  trap '' TERM
   scontrol requeue "$id" || { note gave_up; exit 1; }
+  # A job that has run keeps the size it had; one that may have another asks for its range again.
+  [[ -z $range ]] || for _ in {1..5}; do scontrol update jobid="$id" $range && break; sleep 1; done
   trap 'exit 0' TERM
   sleep 600 & wait
   exit 3
@@ -217,6 +228,7 @@ crashed=0
 if [[ $signal == FAILED ]] || ((code > 128 && code != 143)); then crashed=1; fi
 if [[ $terminated == 1 || ( $crashed == 0 && ( -n $signal || $end == terminated || $code == 143 ) ) ]]; then
   note stopped
+  [[ -z $range ]] || requeue
   wait_to_be_killed
 fi
 note crashed

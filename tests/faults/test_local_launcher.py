@@ -33,7 +33,7 @@ def trainers(folder: Path) -> list[int]:
 
 
 def test_runs_side_by_side_stop_die_and_go_on(corpus: Path, tmp_path: Path) -> None:
-    grid = [*tiny(corpus, "hooks=none", "checkpoint.interval=500", "train.steps=1500"), *LOCAL, "-m", "seed=1,2"]
+    grid = [*tiny(corpus, "hooks=none", "checkpoint.interval=300", "train.steps=800"), *LOCAL, "-m", "seed=1,2"]
     folder = tmp_path / "outputs"
 
     def both_train(steps: int) -> bool:
@@ -61,7 +61,7 @@ def test_runs_side_by_side_stop_die_and_go_on(corpus: Path, tmp_path: Path) -> N
     assert code == 0, out
     for run_dir, attempt in reached.items():
         assert record(run_dir)["attempts"][1]["from_step"] == attempt["to_step"]
-        assert [s for s, *_ in curve(run_dir)] == list(range(1, 1501))
+        assert [s for s, *_ in curve(run_dir)] == list(range(1, 801))
     code, out = regrow([*grid, "hydra.launcher.cpus=1", "parallel.dp_shard=2"], tmp_path)
     assert code == 2
     assert "hydra.launcher.cpus must be at least a run's ranks × launch.threads_per_rank (2), but is 1" in out

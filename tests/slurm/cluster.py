@@ -211,11 +211,16 @@ class Cluster:
         return found
 
     def _nudge(self) -> None:
-        """A requeued job would wait for two minutes."""
+        """A requeued job would wait for two minutes.
+
+        It needs some seconds of them: the node takes a start within the second of the kill for the killed one.
+        """
+        since: dict[str, float] = {}
         while not self._nudging.wait(0.5):
             try:
-                waiting = [j.id for j in self.jobs() if j.state == "PENDING" and j.reason == "BeginTime"]
-                for job in waiting:
+                waiting = {j.id for j in self.jobs() if j.state == "PENDING" and j.reason == "BeginTime"}
+                since = {job: since.get(job, time.monotonic()) for job in waiting}
+                for job in (j for j, first in since.items() if time.monotonic() - first > 2.5):
                     self.command("scontrol", "update", f"jobid={job}", "StartTime=now", check=False)
             except (subprocess.SubprocessError, ValueError):
                 continue

@@ -124,10 +124,11 @@ def is_finished(run_dir: Path, steps: int) -> bool:
 def wait_finished(
     cluster: Cluster, runs: Mapping[str, Path] | Sequence[Path], steps: int, timeout_s: float = 400.0
 ) -> None:
-    """Until all have finished and left the queue; tells what their logs say when they do not."""
+    """Until all have finished, their jobs too; tells what their logs say when they do not."""
     folders = list(runs.values()) if isinstance(runs, Mapping) else list(runs)
     deadline = time.monotonic() + timeout_s
-    while not all(is_finished(f, steps) for f in folders):
+    # The batch script's last line comes a moment after the run's own record.
+    while not all(is_finished(f, steps) and history(f)[-1]["event"] == "finished" for f in folders):
         if time.monotonic() > deadline:
             raise AssertionError(
                 "\n".join(tell(f) for f in folders if not is_finished(f, steps)) + str(cluster.jobs())

@@ -87,7 +87,7 @@ def test_joblib_and_submitit_launch_too(cluster: Cluster, corpus: Path, tmp_path
     wide = ["model.dim=128", "model.ffn_dim=512", "model.n_layers=4", "data.global_batch_size=32"]
     grid = [*base(corpus, 300, *wide, interval=100), "-m", "seed=1,2"]
     submitit = ["hydra/launcher=submitit_slurm", "hydra.launcher.partition=low", "hydra.launcher.timeout_min=30",
-                "hydra.launcher.gpus_per_node=2", "hydra.launcher.additional_parameters={requeue:true}"]  # fmt: skip
+                "hydra.launcher.gpus_per_node=2", "+hydra.launcher.additional_parameters={requeue:true}"]  # fmt: skip
     login = start([*grid, *submitit, "run.root=submitit"], tmp_path, **cluster.environ)
     folder = tmp_path / "submitit"
     wait_until(lambda: len(list(folder.glob("*/run.json"))) == 2, 120.0, 0.2)
