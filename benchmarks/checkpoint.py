@@ -5,7 +5,8 @@
 Every rank has so many GiB of state. A round runs every measurement once, in turn, after changing all of the state;
 the table gives medians of ratios taken within a round, the slowest rank's time counting. "memcpy" is torch's copy
 into warm memory with the same number of threads, "direct" an O_DIRECT write and fsync of the same bytes from warm
-memory, "cached read" a read of them from the page cache into warm memory, with one thread and with as many as the load has.
+memory, "cached read" a read of them from the page cache into warm memory, with one thread and with as many as the
+load has.
 
 "Lost" is the training time that a save costs: steps that change all of the state and compute, from the call until the
 checkpoint is durable, beside the same number of steps without a save. A round whose steps without a save drift by

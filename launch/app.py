@@ -140,6 +140,9 @@ class Application:
         return self._train_here(spec, overrides), False
 
     def _train_here(self, spec: RankSpec, overrides: list[str]) -> Outcome:
+        from trainer.hooks.startup import mark
+
+        mark("config and checks")
         from launch.run_dir import leave_unused, own_run
 
         with own_run(spec.config, spec.run_dir) as ticket:

@@ -19,6 +19,7 @@ from torch.distributed.launcher.api import elastic_launch
 
 from launch.signals import SIGNALS
 from launch.worker import OUTCOME, STOP_NOTE, Outcome, RankSpec, read_outcome
+from trainer.hooks.startup import STARTED_VARIABLE
 from trainer.process import PARENT_VARIABLE
 
 __all__ = ["run_local"]
@@ -37,6 +38,7 @@ def run_local(spec: RankSpec) -> Outcome:
         with spec_file.open("wb") as out:
             pickle.dump(spec, out)
         os.environ[PARENT_VARIABLE] = str(os.getpid())
+        os.environ.setdefault(STARTED_VARIABLE, str(psutil.Process().create_time()))
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         previous = {number: signal.getsignal(number) for number in SIGNALS}
         received = _pass_signals_on(spec_file.with_name(STOP_NOTE))
@@ -51,6 +53,7 @@ def run_local(spec: RankSpec) -> Outcome:
             for number, handler in previous.items():
                 signal.signal(number, handler)
             os.environ.pop(PARENT_VARIABLE, None)
+            os.environ.pop(STARTED_VARIABLE, None)
     return read_outcome(spec.run_dir) or Outcome(kind="failed", step=0, message="the ranks left no stop record")
 
 

@@ -244,6 +244,7 @@ def _hooks(spec: RankSpec, context: "ParallelContext", threads: int, fingerprint
     from trainer.hooks.metrics import MetricsHook, SamplesHook
     from trainer.hooks.progress import ProgressHook
     from trainer.hooks.record import RecordHook
+    from trainer.hooks.startup import StartupHook
 
     config = spec.config
     hooks: list[Hook] = [*build_hooks(config), MetricsHook()]
@@ -257,6 +258,7 @@ def _hooks(spec: RankSpec, context: "ParallelContext", threads: int, fingerprint
     hooks.append(RecordHook(_attempt(context, threads)))
     if config.checkpoint.enable:
         hooks += _checkpoint_hooks(spec, fingerprint)
+    hooks.append(StartupHook())
     if context.is_main:
         log.info("hooks, in order: %s", ", ".join(type(h).__name__ for h in hooks))
     return hooks
@@ -383,6 +385,7 @@ def run_rank(spec: RankSpec, flag: StopFlag) -> Outcome:
     from checkpoint.files import write_json
     from launch.run_dir import share_run
     from trainer.device import pin_threads
+    from trainer.hooks.startup import mark
     from trainer.loop import NonFiniteLossError
     from trainer.parallel.context import close_parallel, open_parallel
 
@@ -391,8 +394,11 @@ def run_rank(spec: RankSpec, flag: StopFlag) -> Outcome:
     threads = pin_threads(spec.config.launch.threads_per_rank, local_ranks)
     try:
         with share_run(spec.run_dir):
+            mark("interpreter and imports")
             context = open_parallel(spec.layout, spec.device_type, spec.config.launch.timeout_s)
+            mark("process groups")
             trainer = build_trainer(spec, context, flag, threads)
+            mark("model and data")
             try:
                 result = trainer.fit()
                 outcome = Outcome(kind=result.reason.value, step=result.step)

@@ -1,10 +1,12 @@
 """What the engine asks of a place for checkpoints."""
 
+import errno
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import final
 
-__all__ = ["RangeReader", "Storage"]
+__all__ = ["RangeReader", "RemoteFile", "Storage", "as_os_error"]
 
 
 class RangeReader(ABC):
@@ -13,6 +15,41 @@ class RangeReader(ABC):
     @abstractmethod
     def read_into(self, offset: int, memory: memoryview) -> int:
         """Fills memory from the file's bytes at `offset`; returns how many there were, fewer only at its end."""
+
+
+@final
+class RemoteFile(RangeReader):
+    """A file of which ranges are asked for one by one.
+
+    Args:
+        read_range: given offset and length, those bytes; fewer at the file's end.
+    """
+
+    def __init__(self, read_range: Callable[[int, int], bytes | memoryview]) -> None:
+        self._read_range = read_range
+
+    def read_into(self, offset: int, memory: memoryview) -> int:
+        data = self._read_range(offset, len(memory))
+        memory[: len(data)] = data
+        return len(data)
+
+
+@contextmanager
+def as_os_error(what: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Turns a library's own errors into the OSError that a disk would raise.
+
+    Args:
+        what: the place, for the message.
+        kinds: the library's errors; OSErrors among them pass as they are.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except kinds as error:
+        # The first line says it; what follows is the request.
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise OSError(errno.EIO, f"{what}: {lines[0][:300]}") from error
 
 
 class Storage(ABC):

@@ -1,36 +1,14 @@
 """Whatever fsspec opens: `memory://`, `sftp://`, `hf://` and the like."""
 
-import errno
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, final
 
 import fsspec
 
-from checkpoint.storage.base import RangeReader, Storage
+from checkpoint.storage.base import RangeReader, RemoteFile, Storage, as_os_error
 
 __all__ = ["FsspecStorage"]
-
-
-@contextmanager
-def _as_os_error(what: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:
-        raise OSError(errno.EIO, f"{what}: {error}") from error
-
-
-@final
-class _File(RangeReader):
-    def __init__(self, storage: "FsspecStorage", name: str) -> None:
-        self._storage, self._name = storage, name
-
-    def read_into(self, offset: int, memory: memoryview) -> int:
-        data = self._storage.read_range(self._name, offset, len(memory))
-        memory[: len(data)] = data
-        return len(data)
 
 
 @final
@@ -47,7 +25,7 @@ class FsspecStorage(Storage):
     def __init__(self, url: str, options: Mapping[str, Any]) -> None:
         self.url = url.rstrip("/")
         self._options = dict(options)
-        with _as_os_error(url):
+        with as_os_error(url, Exception):
             self._fs, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False, **self._options)
 
     def child(self, name: str) -> "FsspecStorage":
@@ -57,12 +35,12 @@ class FsspecStorage(Storage):
         return f"{self._root.rstrip('/')}/{name}"
 
     def make(self) -> None:
-        with _as_os_error(self.url):
+        with as_os_error(self.url, Exception):
             self._fs.makedirs(self._root, exist_ok=True)
 
     def names(self) -> list[str]:
         try:
-            with _as_os_error(self.url):
+            with as_os_error(self.url, Exception):
                 found = self._fs.ls(self._root, detail=False)
         except (FileNotFoundError, NotADirectoryError):
             return []
@@ -70,45 +48,45 @@ class FsspecStorage(Storage):
 
     def sizes(self) -> dict[str, int]:
         try:
-            with _as_os_error(self.url):
+            with as_os_error(self.url, Exception):
                 found = self._fs.ls(self._root, detail=True)
         except (FileNotFoundError, NotADirectoryError):
             return {}
         return {str(f["name"]).rsplit("/", 1)[-1]: int(f["size"]) for f in found if f["type"] == "file"}
 
     def exists(self, name: str) -> bool:
-        with _as_os_error(self.url):
+        with as_os_error(self.url, Exception):
             return bool(self._fs.exists(self._path(name)))
 
     def read(self, name: str) -> bytes:
-        with _as_os_error(self.url):
+        with as_os_error(self.url, Exception):
             return bytes(self._fs.cat_file(self._path(name)))
 
     def read_range(self, name: str, offset: int, length: int) -> bytes:
         """A part of a file; shorter at its end."""
-        with _as_os_error(self.url):
+        with as_os_error(self.url, Exception):
             return bytes(self._fs.cat_file(self._path(name), start=offset, end=offset + length))
 
     @contextmanager
     def open(self, name: str) -> Iterator[RangeReader]:
-        yield _File(self, name)
+        yield RemoteFile(lambda offset, length: self.read_range(name, offset, length))
 
     def write(self, name: str, data: bytes, *, flush: bool = True) -> None:
-        with _as_os_error(self.url):
+        with as_os_error(self.url, Exception):
             self._fs.pipe_file(self._path(name), data)
 
     def create(self, name: str, data: bytes) -> bool:
         if self.exists(name):
             return False
         try:
-            with _as_os_error(self.url):
+            with as_os_error(self.url, Exception):
                 self._fs.pipe_file(self._path(name), data, mode="create")
         except FileExistsError:
             return False
         return True
 
     def stream(self, name: str, size: int, windows: Iterator[memoryview]) -> None:
-        with _as_os_error(self.url), self._fs.open(self._path(name), "wb") as out:
+        with as_os_error(self.url, Exception), self._fs.open(self._path(name), "wb") as out:
             for window in windows:
                 out.write(window)
 
@@ -116,13 +94,13 @@ class FsspecStorage(Storage):
         """What was closed is as durable as the place makes it."""
 
     def move(self, name: str, target: str) -> None:
-        with _as_os_error(self.url):
+        with as_os_error(self.url, Exception):
             self._fs.makedirs(self._path(target).rsplit("/", 1)[0], exist_ok=True)
             self._fs.mv(self._path(name), self._path(target), recursive=self._fs.isdir(self._path(name)))
 
     def remove(self, name: str) -> None:
         path = self._path(name)
-        with _as_os_error(self.url):
+        with as_os_error(self.url, Exception):
             # What makes a step valid goes first.
             if self._fs.exists(f"{path}/manifest.json"):
                 self._fs.rm_file(f"{path}/manifest.json")

@@ -1,13 +1,12 @@
 """Object stores (S3, Google, Azure) through obstore: multipart uploads, retries with back-off, exclusive creation."""
 
-import errno
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any, cast, final
 
-from checkpoint.storage.base import RangeReader, Storage
+from checkpoint.storage.base import RangeReader, RemoteFile, Storage, as_os_error
 
 __all__ = ["OBJECT_SCHEMES", "ObjectStorage"]
 
@@ -19,27 +18,10 @@ _PARTS_AT_ONCE = 4
 _RETRY = {"max_retries": 5, "retry_timeout": timedelta(seconds=60)}
 
 
-@contextmanager
-def _as_os_error(what: str) -> Iterator[None]:
-    """The store's own errors as the OSError that a disk would raise."""
+def _as_os_error(what: str) -> AbstractContextManager[None]:
     from obstore.exceptions import BaseError
 
-    try:
-        yield
-    except BaseError as error:
-        # The first line says it; what follows is the request.
-        raise OSError(errno.EIO, f"{what}: {str(error).strip().splitlines()[0][:300]}") from error
-
-
-@final
-class _Object(RangeReader):
-    def __init__(self, storage: "ObjectStorage", name: str) -> None:
-        self._storage, self._name = storage, name
-
-    def read_into(self, offset: int, memory: memoryview) -> int:
-        data = self._storage.read_range(self._name, offset, len(memory))
-        memory[: len(data)] = data
-        return len(data)
+    return as_os_error(what, BaseError)
 
 
 @final
@@ -125,7 +107,7 @@ class ObjectStorage(Storage):
 
     @contextmanager
     def open(self, name: str) -> Iterator[RangeReader]:
-        yield _Object(self, name)
+        yield RemoteFile(lambda offset, length: self.read_range(name, offset, length))
 
     def write(self, name: str, data: bytes, *, flush: bool = True) -> None:
         import obstore

@@ -1,0 +1,60 @@
+"""How long a start took, from the process' beginning to the end of its first step, split into its parts.
+
+`mark` is called where a part ends; the hook logs the line. Times are of rank 0; ranks that a launcher starts on this
+machine count from the launcher's beginning.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+from typing import Any, final
+
+import psutil
+
+from trainer.hook import Hook
+from trainer.loop import Trainer
+
+__all__ = ["STARTED_VARIABLE", "StartupHook", "mark"]
+
+log = logging.getLogger(__name__)
+
+# When the launcher's process began, in seconds since 1970.
+STARTED_VARIABLE = "REGROW_STARTED_AT"
+_marks: list[tuple[str, float]] = []
+
+
+def mark(part: str) -> None:
+    """A part of the start ends here."""
+    _marks.append((part, time.time()))
+
+
+def parts(marks: list[tuple[str, float]], began: float) -> dict[str, float]:
+    """Seconds of each part, in order; parts of one name add up."""
+    found: dict[str, float] = {}
+    for name, at in marks:
+        found[name] = found.get(name, 0.0) + at - began
+        began = at
+    return found
+
+
+@final
+class StartupHook(Hook):
+    """Logs where the time before the first step went; placed last, so that its marks come after the others' work."""
+
+    def __init__(self) -> None:
+        self._done = False
+
+    def fit_start(self, trainer: Trainer) -> None:
+        mark("state")
+
+    def on_metrics(self, trainer: Trainer, row: Mapping[str, Any]) -> None:
+        if self._done or not trainer.context.is_main:
+            return
+        self._done = True
+        mark("first step")
+        began = float(os.environ.get(STARTED_VARIABLE, psutil.Process().create_time()))
+        found = parts(_marks, began)
+        _marks.clear()
+        split = ", ".join(f"{name} {seconds:.2f}" for name, seconds in found.items())
+        log.info("first step %.2f s after the start: %s", sum(found.values()), split)
