@@ -7,7 +7,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import final
 
@@ -104,9 +104,16 @@ class LocalStorage(Storage):
     def sizes(self) -> dict[str, int]:
         try:
             with os.scandir(self.path) as entries:
-                return {e.name: e.stat().st_size for e in entries if e.is_file()}
+                found = list(entries)
         except (FileNotFoundError, NotADirectoryError):
             return {}
+        sizes = {}
+        for entry in found:
+            # Another process' lock or temporary file may be gone by now.
+            with suppress(FileNotFoundError):
+                if entry.is_file():
+                    sizes[entry.name] = entry.stat().st_size
+        return sizes
 
     def exists(self, name: str) -> bool:
         return (self.path / name).exists()

@@ -1,7 +1,9 @@
 """`regrow-ckpt`, as a user gives it: conversion, what is wrong with its input, and looking after steps."""
 
+import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +20,7 @@ from checkpoint.manifest import read_manifest
 from checkpoint.safetensors_io import INDEX
 from checkpoint.sources import open_source, read_whole
 from launch.checkpoint_command import main
+from launch.convert import import_checkpoint
 from launch.convert import main as reference_main
 from tests.interop.hf_models import KINDS, make
 from tests.runs import train
@@ -168,15 +171,16 @@ def wrong(tmp_path_factory: pytest.TempPathFactory) -> Path:
         theirs.model.get_parameter("model.norm.weight").fill_(1e6)
     theirs.model.save_pretrained(folder / "hf-large", max_shard_size="100KB")
     for source, out in (("hf", "step"), ("hf-large", "large")):
-        command = [
-            sys.executable,
-            "-m",
-            "launch.checkpoint_command",
-            "import",
-            str(folder / source),
-            str(folder / out),
-        ]
-        subprocess.run(command, check=True, capture_output=True)
+        arguments = argparse.Namespace(
+            checkpoint=str(folder / source),
+            out=folder / out,
+            format=None,
+            dtype=None,
+            model=None,
+            threads=1,
+            json=True,
+        )
+        import_checkpoint(arguments)
     torch.save({"a": torch.zeros(3)}, folder / "plain.pt")
     return folder
 
@@ -187,8 +191,6 @@ def test_wrong_input_is_one_sentence_and_nothing_half_written(case: str, wrong: 
     arguments, pattern = wrong_inputs(wrong)[case]
     code, _, err = ckpt(*arguments)
     assert code == 2
-    import re
-
     assert re.search(pattern, one_sentence(err)), err
     assert sorted(wrong.rglob("*")) == before
 
