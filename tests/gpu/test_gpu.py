@@ -1,0 +1,79 @@
+"""What only an accelerator can show: pinned copies beside training, and a run that continues from its own state."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from checkpoint.config import AsyncMode
+from checkpoint.loading import load_tensors
+from checkpoint.manifest import Manifest
+from checkpoint.saver import StepSaver
+from tests.support import assert_same_tensors, curve, metrics, regrow, tiny
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator"),
+]
+
+DEVICE = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def group() -> Iterator[dist.ProcessGroup]:
+    """A group of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    made = dist.new_group(backend="gloo")
+    assert made is not None
+    yield made
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("mode", list(AsyncMode), ids=lambda m: str(m.name))
+def test_a_snapshot_from_the_device_is_never_torn(tmp_path: Path, group: dist.ProcessGroup, mode: AsyncMode) -> None:
+    """Kernels that change everything are queued the moment that the call allows it."""
+    tensors = {f"t{i}": torch.randn(512, 1024, device=DEVICE) for i in range(12)}
+    saver = StepSaver(tmp_path, mode, DEVICE, group)
+    copies: dict[int, dict[str, torch.Tensor]] = {}
+    for step in range(1, 51):
+        copies[step] = {n: t.clone() for n, t in tensors.items()}
+        results = saver.begin(tensors, Manifest(step=step, lineage="a"))
+        saver.wait_staged()
+        for tensor in tensors.values():
+            tensor.add_(1.0)
+        for result in [*results, *(saver.wait() if step == 50 else [])]:
+            assert result.url is not None, result.error
+            loaded = {n: torch.zeros_like(t) for n, t in tensors.items()}
+            load_tensors(result.url, loaded, group)
+            assert all(torch.equal(t, copies[result.step][n]) for n, t in loaded.items())
+            del copies[result.step]
+    saver.close()
+    assert not copies
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_on_the_device_repeats_and_continues(corpus: Path, tmp_path: Path, precision: str) -> None:
+    """With deterministic algorithms a continued run is an undisturbed one, bit for bit."""
+    arguments = tiny(
+        corpus, "launch.device=cuda", "train.deterministic=true", f"precision={precision}", "hooks=none",
+        "checkpoint.interval=5", "scheduler.total_steps=20", "data.global_batch_size=8",
+    )  # fmt: skip
+    assert regrow([*arguments, "train.steps=20", "run.name=whole"], tmp_path)[0] == 0
+    for steps in (7, 20):
+        code, out = regrow([*arguments, f"train.steps={steps}", "run.name=grown"], tmp_path)
+        assert code == 0, out
+    whole, grown = tmp_path / "outputs/whole", tmp_path / "outputs/grown"
+    assert curve(grown) == curve(whole)
+    assert_same_tensors(grown / "checkpoint/step-20", whole / "checkpoint/step-20")
+    assert metrics(whole)[-1]["memory_gib"] > 0
+
+
+def test_the_device_trains_what_the_cpu_trains(corpus: Path, tmp_path: Path) -> None:
+    arguments = tiny(corpus, "train.steps=5", "hooks=none", "data.global_batch_size=8")
+    for device in ("cpu", "cuda"):
+        assert regrow([*arguments, f"launch.device={device}", f"run.name={device}"], tmp_path)[0] == 0
+    rows = zip(metrics(tmp_path / "outputs/cpu"), metrics(tmp_path / "outputs/cuda"), strict=True)
+    for cpu, cuda in rows:
+        assert cuda["loss"] == pytest.approx(cpu["loss"], rel=1e-4)
