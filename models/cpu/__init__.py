@@ -4,13 +4,13 @@ import torch
 from torch import Tensor, nn
 
 from models.cpu.attention import causal_attention
-from models.cpu.linear import linear
+from models.cpu.linear import PRODUCTS, linear
 from models.cpu.pointwise import rms_norm, swiglu
 
 __all__ = ["CPU_PRODUCTS", "causal_attention", "linear", "on_plain_cpu", "rms_norm", "swiglu"]
 
 # Operators whose results are dear to compute again.
-CPU_PRODUCTS = (torch.ops.mkldnn._linear_pointwise.default, torch.ops.regrow.causal_attention.default)
+CPU_PRODUCTS = (*PRODUCTS, torch.ops.regrow.causal_attention.default)
 
 
 def on_plain_cpu(*tensors: Tensor) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["linear"]
+__all__ = ["PRODUCTS", "linear"]
 
 
 def _onednn() -> Any:
@@ -18,6 +18,8 @@ def _onednn() -> Any:
 
 # MKL keeps to AVX2 on AMD's CPUs, at half of oneDNN's rate.
 _ONEDNN = _onednn()
+# Operators beside torch's own that multiply here.
+PRODUCTS = () if _ONEDNN is None else (_ONEDNN.default,)
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
