@@ -76,6 +76,11 @@ def check_config(config: Config) -> None:
     if not config.run.name or "/" in config.run.name or config.run.name.startswith("."):
         raise ValueError(f"run.name must be a folder's name, but is {config.run.name!r}; use run.root for folders")
     _check_checkpoint(config.checkpoint)
+    if config.model.load_weights and not config.checkpoint.enable:
+        raise ValueError(
+            "checkpoint.enable must be true to start from the weights of model.path, but is false; use "
+            "checkpoint.load_only=true to save nothing, or model.load_weights=false"
+        )
     if config.checkpoint.last_save_in_hf or config.checkpoint.export.every_n:
         hf_keys(config)
     build_schedule(config)
@@ -89,6 +94,11 @@ def _at_least(value: float, low: float, name: str, remedy: str) -> None:
 
 
 def _check_checkpoint(config: CheckpointConfig) -> None:
+    if config.initial_load_path is not None and not config.enable:
+        raise ValueError(
+            f"checkpoint.enable must be true to start from checkpoint.initial_load_path ({config.initial_load_path}),"
+            " but is false; use checkpoint.load_only=true to save nothing"
+        )
     if config.create_seed_checkpoint and not config.enable:
         raise ValueError(
             "checkpoint.enable must be true with checkpoint.create_seed_checkpoint, but is false; use checkpoint=seed"

@@ -11,8 +11,9 @@ import pytest
 from launch.signals import StopFlag
 from launch.train import _run
 from tests.runs import train
-from tests.support import metrics, tiny
+from tests.support import REPO, metrics, tiny
 
+HF_FOLDER = REPO / "tests/interop/qwen3_folder"
 FIELD, RULE, VALUE = "names the field", "the rule", "the value"
 
 
@@ -58,6 +59,10 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "not a folder of theirs": (["model=from_hf", "model.path=outputs"], r"outputs must be a Hugging Face folder, but has no config.json; give"),
     "seed without checkpoints": (["checkpoint=seed", "checkpoint.enable=false", "run.name=b"],
                                  r"checkpoint.enable must be true with checkpoint.create_seed_checkpoint, but is false; use"),
+    "weights without checkpoints": (["model=from_hf", f"model.path={HF_FOLDER}", "checkpoint=disabled"],
+                                    r"checkpoint.enable must be true to start from the weights of model.path, but is false; use"),
+    "start without checkpoints": (["checkpoint=disabled", "checkpoint.initial_load_path=x", "run.name=b"],
+                                  r"checkpoint.enable must be true to start from checkpoint.initial_load_path \(x\), but is false; use"),
     "shard size": (["checkpoint.export.max_shard_size=big"], r"checkpoint.export.max_shard_size must be a size like 5GB .*, but is 'big'; use"),
     "rename rule": (["checkpoint.load_rename=['a']"], r"checkpoint.load_rename must hold rules PATTERN=>REPLACEMENT, but holds 'a'; write"),
     "no assets": (["checkpoint.initial_load_in_hf=true"], r"checkpoint.initial_load_path must be set with checkpoint.initial_load_in_hf=true, .* add"),
