@@ -77,6 +77,8 @@ def folder_of(place: Storage) -> Storage:
             return folder
     if place.exists("run.json") or place.child("checkpoint").names():
         return place.child("checkpoint")
+    if any(n.startswith("lease-") for n in place.names()):
+        return place
     raise CheckpointError(f"RUN must be a run or a folder with steps, but {place.url} is neither; check the path")
 
 

@@ -5,11 +5,15 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
+
+from omegaconf import OmegaConf
 
 from checkpoint.care import Row, list_steps, pin, prune, repair, show, tree, unpin, verify
 from checkpoint.compare import compare
-from checkpoint.storage.opening import as_storage
+from checkpoint.storage.base import Storage
+from checkpoint.storage.opening import as_storage, is_url, open_storage
 from launch.convert import add_conversions, buffers_of, export_checkpoint, import_checkpoint, under_our_names
 from launch.worker import log_to_console
 
@@ -66,6 +70,20 @@ def main() -> None:
     sys.exit(code)
 
 
+def _run_place(run: str) -> Storage:
+    """Where a run's stored config says that its steps lie; without one, the place itself."""
+    stored = Path(run) / "config.yaml"
+    if is_url(run) or not stored.is_file():
+        return as_storage(run)
+    config = OmegaConf.load(stored)
+    folder, name = str(config.checkpoint.folder), str(config.run.name)
+    if is_url(folder):
+        options = OmegaConf.to_container(config.checkpoint.storage_options)
+        assert isinstance(options, dict)
+        return open_storage(f"{folder.rstrip('/')}/{name}", {str(k): v for k, v in options.items()})
+    return as_storage(Path(run) / folder)
+
+
 def _print(args: argparse.Namespace, value: Any, lines: list[str]) -> None:
     if args.json:
         print(json.dumps(value))
@@ -101,7 +119,7 @@ def _age_text(seconds: float | None) -> str:
 
 
 def _ls(args: argparse.Namespace) -> int:
-    rows = list_steps(as_storage(args.run))
+    rows = list_steps(_run_place(args.run))
 
     def cells(row: Row) -> dict[str, str]:
         marks = [m for m, on in (("best", row.best), ("pinned", row.pinned)) if on]
@@ -143,7 +161,7 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    reports = verify(as_storage(args.place))
+    reports = verify(_run_place(args.place))
     lines = [
         f"{r['place']}: {'sound' if not r['problems'] else '; '.join(r['problems'])} "
         f"({r['tensors']} tensors, {size_text(r['bytes'])})"
@@ -163,7 +181,7 @@ def _diff(args: argparse.Namespace) -> int:
 
 
 def _prune(args: argparse.Namespace) -> int:
-    removed = prune(as_storage(args.run), args.keep_latest, args.keep_every, dry_run=args.dry_run)
+    removed = prune(_run_place(args.run), args.keep_latest, args.keep_every, dry_run=args.dry_run)
     word = "would remove" if args.dry_run else "removed"
     _print(args, {"removed": removed}, [f"{word} step {s}" for s in removed] or ["nothing to remove"])
     return 0
@@ -182,7 +200,7 @@ def _unpin(args: argparse.Namespace) -> int:
 
 
 def _repair(args: argparse.Namespace) -> int:
-    done = repair(as_storage(args.run))
+    done = repair(_run_place(args.run))
     _print(args, {"done": done}, done or ["nothing to repair"])
     return 0
 

@@ -322,6 +322,15 @@ def test_ls_tells_complete_partial_damaged_and_pinned(run_copy: Path, ckpt: Comm
     assert not (folder / "step-2/pinned").exists()
 
 
+def test_a_folder_of_another_name_is_found(run_copy: Path, ckpt: Command) -> None:
+    (run_copy / "checkpoint").rename(run_copy / "steps")
+    config = (run_copy / "config.yaml").read_text()
+    (run_copy / "config.yaml").write_text(config.replace("folder: checkpoint", "folder: steps"))
+    rows = json.loads(ckpt("ls", run_copy, "--json")[1])
+    assert [r["step"] for r in rows] == [2, 4, 6]
+    assert ckpt("verify", run_copy)[0] == 0
+
+
 def test_best_is_marked(run_copy: Path, ckpt: Command) -> None:
     import dataclasses
 
