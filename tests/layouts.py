@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -132,6 +133,8 @@ def _observe(specs: Sequence[RankSpec]) -> list[Observed | str]:
         trainer.fit()
         dist.barrier()
         close_parallel()
+        # A run of its own would begin with nothing compiled.
+        torch._dynamo.reset()
         seen.append(recorder.seen)
     return seen if os.environ["RANK"] == "0" else []
 

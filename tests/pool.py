@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import pickle
+import random
 import signal
 import socket
 import threading
@@ -21,10 +22,12 @@ _context.set_forkserver_preload(
 
 
 def free_port() -> int:
-    """A port on loopback that nobody listens on."""
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port on loopback that nobody listens on, below those that the system gives to connections by itself."""
+    while True:
+        with contextlib.closing(socket.socket()) as probe, contextlib.suppress(OSError):
+            port = random.SystemRandom().randrange(12000, 32000)
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _end_with(pid: int) -> None:

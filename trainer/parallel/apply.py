@@ -156,8 +156,12 @@ def _checkpoint_activations(model: LanguageModel, *, selective: bool) -> None:
     if selective:
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_products)
     for block in model.blocks():
-        block.forward = functools.partial(
-            torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False, **options
+        mixture = any(isinstance(m, MixtureOfExperts) for m in block.modules())
+        # FSDP gathers experts within the block, which must not happen in a selective context; the products of experts
+        # would be kept in any case.
+        part = block.get_submodule("attention") if mixture and selective else block
+        part.forward = functools.partial(
+            torch.utils.checkpoint.checkpoint, part.forward, use_reentrant=False, **options
         )
 
 

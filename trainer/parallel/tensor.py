@@ -46,10 +46,19 @@ def local(parameter: Tensor) -> Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
+_JOINED: dict[tuple[type, type], type] = {}
+
+
+def _joined_class(behaviour: type, kind: type) -> type:
+    """One class for all modules of a kind: compiled code is shared by modules of the same class alone."""
+    if (behaviour, kind) not in _JOINED:
+        _JOINED[behaviour, kind] = type(f"{behaviour.__name__}{kind.__name__}", (behaviour, kind), {})
+    return _JOINED[behaviour, kind]
+
+
 def become(module: nn.Module, behaviour: type, **attributes: Any) -> None:
     """Puts `behaviour` before the module's own class; it stays the same object with the same parameters."""
-    kind = type(module)
-    module.__class__ = type(f"{behaviour.__name__}{kind.__name__}", (behaviour, kind), {})
+    module.__class__ = _joined_class(behaviour, type(module))
     for name, value in attributes.items():
         setattr(module, name, value)
 
