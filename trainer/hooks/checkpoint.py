@@ -332,10 +332,11 @@ class CheckpointHook(Hook):
             self._save(trainer, saver, ["in full"])
             self._settle(trainer, saver.wait())
             raise CheckpointError(f"{error} (step {trainer.state.step} was saved in full)") from error
+        holders = trainer.engine.holders(list(tensors))
         if last.export is not None:
-            save_in_hf(tensors, manifest, last, last.export, trainer.context)
+            save_in_hf(tensors, manifest, last, last.export, trainer.context, holders)
             return
-        self._settle(trainer, saver.begin(tensors, manifest))
+        self._settle(trainer, saver.begin(tensors, manifest, holders))
         saver.wait_staged()
 
     def _rows_are_durable(self, trainer: Trainer, step: int) -> bool:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -79,7 +79,12 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def save_in_hf(
-    tensors: Mapping[str, Tensor], manifest: Manifest, last: LastSave, export: HfExport, context: ParallelContext
+    tensors: Mapping[str, Tensor],
+    manifest: Manifest,
+    last: LastSave,
+    export: HfExport,
+    context: ParallelContext,
+    holders: Mapping[str, Sequence[int]],
 ) -> None:
     """All ranks write their shards aside; rank 0 makes the folder of them, and all learn how it ended.
 
@@ -92,7 +97,7 @@ def save_in_hf(
         work.mkdir(parents=True)
     dist.barrier(group=context.save_group)
     saver = StepSaver(work, AsyncMode.disabled, context.device, context.save_group)
-    (result,) = saver.begin(tensors, manifest)
+    (result,) = saver.begin(tensors, manifest, holders)
     saver.close()
     problem = [result.error]
     if context.is_main and result.url is not None:
