@@ -65,14 +65,16 @@ class Application:
         check_arguments(arguments)
         register_resolver()
         register_schemas()
-        if any(a.startswith("hydra/launcher=") for a in arguments):
+        launching = any(a.startswith("hydra/launcher=") for a in arguments)
+        if launching:
             from launch.launchers import register_launchers
 
             register_launchers()
-        if not any(a.startswith(("--info", "--cfg", "--help", "--hydra-help")) for a in arguments):
+        showing = any(a.startswith(("--info", "--cfg", "--help", "--hydra-help")) for a in arguments)
+        if not showing:
             # Hydra prints these itself, through loggers that would reach our console a second time.
             log_to_console()
-        if any(a.startswith("hydra/launcher=") for a in arguments) and not {"-m", "--multirun"} & set(arguments):
+        if launching and not showing and not {"-m", "--multirun"} & set(arguments):
             arguments = [*arguments, "--multirun"]
         # argparse takes overrides on one side of a flag only.
         sweeping = [a for a in arguments if a in ("-m", "--multirun")]
