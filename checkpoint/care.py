@@ -304,11 +304,13 @@ def repair(place: Storage) -> list[str]:
         LeaseHeldError: the run is being trained.
     """
     folder = folder_of(place)
-    left = [r.name for r in list_steps(folder) if r.state == "partial"]
+    before = [r.name for r in list_steps(folder) if r.state == "partial" and folder.renames]
     with _owned(folder):
-        # Taking the lease has removed some of them already.
+        # Listed again, since a run may have ended meanwhile; taking the lease has removed some of them already.
+        left = [r.name for r in list_steps(folder) if r.state == "partial"]
         for name in left:
             folder.remove(name)
+        left = sorted({*before, *left})
         done = [f"removed the incomplete {name}" for name in left]
         catalog = Catalog(folder, _LEASE_S)
         for report in [_verify_one(folder.child(step_folder_name(s)), 4) for s in catalog.candidates()]:

@@ -1,6 +1,7 @@
 """The steps of one checkpoint folder: finding, setting aside, removing."""
 
 import re
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,6 +160,7 @@ class Catalog:
         name = step_folder_name(step)
         if self.folder.renames:
             # Renamed first: a removal that is cut short must not leave half a step under its real name.
-            self.folder.move(name, f"{name}.removing-0")
-            name = f"{name}.removing-0"
+            doomed = f"{name}.removing-{uuid.uuid4().hex[:8]}"
+            self.folder.move(name, doomed)
+            name = doomed
         self.folder.remove(name)

@@ -1,12 +1,15 @@
 """Making a step valid: rank 0's part of a save, after all ranks' files are durable."""
 
 import dataclasses
+import errno
+import math
 from collections.abc import Sequence
 from typing import final
 
 import xxhash
 
 from checkpoint.contents import metadata_bytes, parse_rank_manifest, rank_manifest_name
+from checkpoint.errors import CheckpointError
 from checkpoint.exchange import Report
 from checkpoint.lease import LeaseLostError, Ticket
 from checkpoint.manifest import Manifest, write_manifest
@@ -23,10 +26,22 @@ def step_folder_name(step: int) -> str:
 
 
 def assemble_metadata(place: Storage, ranks: int) -> bytes:
-    """DCP's description of a step, from the ranks' manifests: costs time in ranks × tensors."""
-    return metadata_bytes(
-        item for rank in range(ranks) for item in parse_rank_manifest(place.read(rank_manifest_name(rank)))
-    )
+    """DCP's description of a step, from the ranks' manifests: costs time in ranks × tensors.
+
+    Raises:
+        CheckpointError: a tensor is not whole: a bug in who writes what, found before the step becomes valid.
+    """
+    items = [item for rank in range(ranks) for item in parse_rank_manifest(place.read(rank_manifest_name(rank)))]
+    written: dict[str, int] = {}
+    for item in items:
+        written[item.name] = written.get(item.name, 0) + math.prod(item.shape)
+    for item in items:
+        if written[item.name] != math.prod(item.global_shape):
+            raise CheckpointError(
+                f"{item.name} must be written once and whole, but {written[item.name]} of "
+                f"{math.prod(item.global_shape)} elements were; please report this"
+            )
+    return metadata_bytes(items)
 
 
 def complete_step(
@@ -77,6 +92,11 @@ class Committer:
         """The same as a storage."""
         return self._folder.child(self.working_name(step))
 
+    def check_absent(self, step: int) -> None:
+        """Raises OSError where the step is there already: without renames, saving it again would spoil it."""
+        if not self._folder.renames and self.is_committed(step):
+            raise FileExistsError(errno.EEXIST, f"{step_folder_name(step)} is there already")
+
     def check_lease(self) -> None:
         """Raises LeaseLostError where another writer has taken the folder over."""
         if self._ticket is not None and not self._ticket.is_held(self._folder):
@@ -108,4 +128,6 @@ class Committer:
 
     def discard(self, step: int) -> None:
         """Removes what was written of a step that did not become valid."""
+        if not self._folder.renames and self.is_committed(step):
+            return
         self._folder.remove(self.working_name(step))

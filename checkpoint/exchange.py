@@ -70,18 +70,18 @@ class Exchange:
         deadline = time.monotonic() + self._timeout_s
         try:
             if self._store is not None:
-                return self._collect_from_store(self._store, key, deadline)
+                return self._collect_from_store(self._store, key, partial, deadline)
         except RuntimeError as error:
             self._give_up_store(error)
         return self._collect_from_files(partial, deadline)
 
-    def _collect_from_store(self, store: dist.Store, key: str, deadline: float) -> list[Report]:
+    def _collect_from_store(self, store: dist.Store, key: str, partial: Storage, deadline: float) -> list[Report]:
         _poll(lambda: store.add(f"{key}/count", 0) >= self._ranks, deadline)
         reports: list[Report] = []
         for rank in range(self._ranks):
             name = f"{key}/{rank}"
             there = store.check([name])
-            reports.append(json.loads(store.get(name)) if there else self._silent())
+            reports.append(json.loads(store.get(name)) if there else self._report_from_file(rank, partial))
         self._forget(store)
         self._spent = [*(f"{key}/{rank}" for rank in range(self._ranks)), f"{key}/count", f"{key}/verdict"]
         return reports
@@ -89,11 +89,14 @@ class Exchange:
     def _collect_from_files(self, partial: Storage, deadline: float) -> list[Report]:
         names = [rank_manifest_name(rank) for rank in range(self._ranks)]
         _poll(lambda: partial.sizes().keys() >= set(names), deadline)
-        there = partial.sizes()
-        return [report_of(partial.read(name)) if name in there else self._silent() for name in names]
+        return [self._report_from_file(rank, partial) for rank in range(self._ranks)]
 
-    def _silent(self) -> Report:
-        return {"error": f"did not report within {self._timeout_s:g} s"}
+    def _report_from_file(self, rank: int, partial: Storage) -> Report:
+        """The report of a rank of which the store knows nothing."""
+        try:
+            return report_of(partial.read(rank_manifest_name(rank)))
+        except FileNotFoundError:
+            return {"error": f"did not report within {self._timeout_s:g} s"}
 
     def announce(self, key: str, verdict: str | None) -> None:
         """On rank 0: tells the others how the step ended; None is well."""
@@ -115,7 +118,8 @@ class Exchange:
             store = self._store
             if store is not None:
                 if not _poll(lambda: bool(store.check([f"{key}/verdict"])), deadline):
-                    return "rank 0 did not say in time whether the step is complete"
+                    # Rank 0 may have lost the store alone.
+                    return None if is_committed() else "rank 0 did not say in time whether the step is complete"
                 found: str | None = json.loads(store.get(f"{key}/verdict"))
                 return found
         except RuntimeError as error:

@@ -13,7 +13,9 @@ import re
 import threading
 import time
 import uuid
+import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from pathlib import Path
@@ -74,6 +76,7 @@ class Holder:
         started: the process' start, in ticks since boot; tells a pid that was used again.
         job: the scheduler's id of the job, of the array's task where it is one.
         restart: how often the scheduler has started that job again.
+        timeout_s: the holder's own measure: its counter moves six times within it.
         counter: moves as long as the holder lives.
         released: the holder is done.
     """
@@ -86,6 +89,7 @@ class Holder:
     started: int
     job: str | None = None
     restart: int = 0
+    timeout_s: float = 0.0
     counter: int = 0
     released: bool = False
 
@@ -137,9 +141,8 @@ def life_of(holder: Holder, me: Holder) -> Life:
     if holder.released:
         return Life.dead
     if (holder.host, holder.boot, holder.namespace) != (me.host, me.boot, me.namespace) or not me.boot:
-        # Another boot of this very host is the end of all its processes.
-        rebooted = holder.host == me.host and bool(me.boot) and bool(holder.boot) and holder.boot != me.boot
-        return Life.dead if rebooted and holder.namespace == me.namespace else Life.unknown
+        # Another boot of this host would be the end of all its processes, but host names are not unique.
+        return Life.unknown
     state, started = _process_stat(holder.pid)
     if not state or started != holder.started or state in "ZX":
         return Life.dead
@@ -197,7 +200,12 @@ def newest_lease(folder: Storage) -> tuple[int, Holder | None]:
         # Removed by the one that took it over in between.
         return newest_lease(folder)
     except (ValueError, TypeError):
-        return max(numbers), None
+        # Being written, or another version's: somebody's, until it has stood still for long enough.
+        body = folder.read(_name(max(numbers)))
+        return max(numbers), Holder(
+            token=f"unreadable-{max(numbers)}", host="an unreadable lease", boot="", namespace="", pid=0, started=0,
+            counter=zlib.crc32(body),
+        )  # fmt: skip
 
 
 def _name(number: int) -> str:
@@ -276,12 +284,15 @@ def acquire_lease(
     Raises:
         LeaseHeldError: another process lives and writes there.
     """
-    me = me or this_process()
+    me = replace(me or this_process(), timeout_s=timeout_s)
     folder.make()
     watch, announced = Watch(), False
     while True:
         number, holder = newest_lease(folder)
-        if holder is None or _may_take(holder, me, watch, timeout_s, what):
+        if holder is not None and holder.token == me.token:
+            # Written, although the storage's answer was lost and its retry was refused.
+            return _taken(folder, number, me, None, timeout_s, on_lost)
+        if holder is None or _may_take(holder, me, watch, max(timeout_s, holder.timeout_s), what):
             if folder.create(_name(number + 1), _encode(me)):
                 return _taken(folder, number + 1, me, holder, timeout_s, on_lost)
             continue
@@ -323,8 +334,10 @@ def _taken(
             folder.remove(name)
         elif _PARTIAL.fullmatch(name):
             # Renamed first: half of what the old writer has open must not keep the name that it will rename.
-            folder.move(name, f"{name.split('.')[0]}.removing-{me.token}")
-            folder.remove(f"{name.split('.')[0]}.removing-{me.token}")
+            doomed = f"{name.split('.')[0]}.removing-{me.token}"
+            with suppress(FileNotFoundError):  # its writer, still dying, has just committed or removed it
+                folder.move(name, doomed)
+                folder.remove(doomed)
     seized = before if before is not None and not before.released else None
     if seized is not None:
         log.info("took %s over from %s", folder.url, seized)

@@ -7,7 +7,6 @@ training thread.
 import dataclasses
 import errno
 import logging
-import os
 import threading
 import time
 import uuid
@@ -23,7 +22,6 @@ from torch import Tensor
 from checkpoint.commit import Committer, step_folder_name
 from checkpoint.config import AsyncMode
 from checkpoint.contents import rank_manifest, rank_manifest_name
-from checkpoint.errors import CheckpointError
 from checkpoint.exchange import Exchange, Report, own_store, report_of
 from checkpoint.image import FileImage
 from checkpoint.lease import LeaseLostError, Ticket
@@ -74,6 +72,25 @@ class SaverOptions:
     use_store: bool = True
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Work:
+    """What the background thread is given.
+
+    Attributes:
+        plan: of this rank.
+        image: the snapshot's memory; None where the tensors themselves are written.
+        tensors: kept alive until they are copied or written.
+        copied: the event after a GPU's copies.
+        problem: why there is nothing to write.
+    """
+
+    plan: SavePlan
+    image: FileImage | None
+    tensors: Mapping[str, Tensor]
+    copied: Any
+    problem: str | None
+
+
 @final
 class StepSaver:
     """One per run; every rank calls its methods in the same order. At most one save is in flight.
@@ -111,7 +128,6 @@ class StepSaver:
         self._running: Future[SaveResult] | None = None
         self._staged = threading.Event()
         self._staged.set()
-        self._stage_error: Exception | None = None
         # The event after a GPU's copies; the background thread has its own reference, since this one is dropped
         # as soon as the training stream waits for it.
         self._copied: Any = None
@@ -142,15 +158,15 @@ class StepSaver:
         held = dict(tensors)
         plan = self._plan_for(held, holders)
         self._staged.clear()
-        self._stage_error = None
-        image = None if self._mode is AsyncMode.disabled else self._image_for(plan)
-        if image is not None and self._device.type == "cuda":
-            self._copied = self._queue_copies(image, held)
-        elif image is not None and self._mode is not AsyncMode.async_with_pinned_mem:
-            image.copy_from(held)
-            self._staged.set()
+        image, problem = None, None
+        try:
+            image = self._snapshot(plan, held)
+        except Exception as error:
+            # No memory, say: this rank's part of the save has failed, which it reports like any other failure.
+            problem = f"copying the state failed: {error}"
         self._saves += 1
-        self._running = self._thread.submit(self._save, plan, image, held, self._copied, manifest, started)
+        work = _Work(plan=plan, image=image, tensors=held, copied=self._copied, problem=problem)
+        self._running = self._thread.submit(self._save, work, manifest, started)
         if self._mode is AsyncMode.disabled:
             finished += self.wait()
         elif self._mode.value == "async":
@@ -164,8 +180,6 @@ class StepSaver:
             self._copied = None
             return
         self._staged.wait()
-        if self._stage_error is not None:
-            raise CheckpointError(f"copying the state failed: {self._stage_error}") from self._stage_error
 
     def poll(self) -> list[SaveResult]:
         """The result of a save that has ended since the last question; does not wait."""
@@ -196,6 +210,18 @@ class StepSaver:
             self._image = FileImage(plan, pinned=self._device.type == "cuda")
         return self._image
 
+    def _snapshot(self, plan: SavePlan, tensors: Mapping[str, Tensor]) -> FileImage | None:
+        """What is copied in the call; None where the tensors themselves are written."""
+        if self._mode is AsyncMode.disabled:
+            return None
+        image = self._image_for(plan)
+        if self._device.type == "cuda":
+            self._copied = self._queue_copies(image, tensors)
+        elif self._mode is not AsyncMode.async_with_pinned_mem:
+            image.copy_from(tensors)
+            self._staged.set()
+        return image
+
     def _queue_copies(self, image: FileImage, tensors: Mapping[str, Tensor]) -> Any:
         """Copies on a side stream, after what is queued already; returns the event at their end."""
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
@@ -206,44 +232,41 @@ class StepSaver:
             copied.record(stream)
         return copied
 
-    def _save(
-        self,
-        plan: SavePlan,
-        image: FileImage | None,
-        tensors: Mapping[str, Tensor],
-        copied: Any,
-        manifest: Manifest,
-        started: float,
-    ) -> SaveResult:
-        """The background part: stage where that is left to do, write, commit."""
+    def _save(self, work: _Work, manifest: Manifest, started: float) -> SaveResult:
+        """The background part: stage where that is left to do, write, commit; never raises."""
         key = f"{manifest.step}-{self._saves}"
-        report = self._write_own(plan, image, tensors, copied, manifest.step)
-        self._exchange.report(key, report)
         final = False
-        if self._rank == 0:
-            error, final = self._commit(key, manifest)
-            self._exchange.announce(key, error)
-        else:
-            error = self._exchange.verdict(key, lambda: self._committer.is_committed(manifest.step))
+        try:
+            self._exchange.report(key, self._write_own(work, manifest.step))
+            if self._rank == 0:
+                error, final = self._commit(key, manifest)
+                self._exchange.announce(key, error)
+            else:
+                error = self._exchange.verdict(key, lambda: self._committer.is_committed(manifest.step))
+        except Exception as failure:
+            log.exception("saving step %d failed", manifest.step)
+            error = str(failure)
         url = None if error else self._folder.child(step_folder_name(manifest.step)).url
         seconds = time.perf_counter() - started
         return SaveResult(step=manifest.step, url=url, error=error, seconds=seconds, final=final)
 
-    def _write_own(
-        self, plan: SavePlan, image: FileImage | None, tensors: Mapping[str, Tensor], copied: Any, step: int
-    ) -> Report:
+    def _write_own(self, work: _Work, step: int) -> Report:
         """Makes this rank's files durable, its manifest last."""
+        plan = work.plan
         try:
-            self._stage(image, tensors, copied)
+            self._stage(work)
+            if work.problem is not None:
+                return {"error": work.problem}
             place = self._committer.working_place(step)
             self._committer.check_lease()
+            self._committer.check_absent(step)
             place.make()
             _check_room(place, plan.total_bytes)
             names = [file_name(self._rank, index) for index in range(len(plan.file_bytes))]
-            if image is None:
-                hashes = write_tensors(place, names, plan, tensors)
+            if work.image is None:
+                hashes = write_tensors(place, names, plan, work.tensors)
             else:
-                hashes = write_image(place, names, image, self._pool)
+                hashes = write_image(place, names, work.image, self._pool)
             body = rank_manifest(plan, names, [hashes[item.chunk.name] for item in plan.items])
             place.write(rank_manifest_name(self._rank), body, flush=self._rank != 0)
         except OSError as error:
@@ -253,16 +276,13 @@ class StepSaver:
             return {"error": str(error)}
         return report_of(body)
 
-    def _stage(self, image: FileImage | None, tensors: Mapping[str, Tensor], copied: Any) -> None:
+    def _stage(self, work: _Work) -> None:
         """Completes the snapshot."""
         try:
-            if copied is not None:
-                copied.synchronize()
-            elif image is not None and not self._staged.is_set():
-                image.copy_from(tensors)
-        except Exception as error:
-            self._stage_error = error
-            raise
+            if work.copied is not None:
+                work.copied.synchronize()
+            elif work.image is not None and not self._staged.is_set():
+                work.image.copy_from(work.tensors)
         finally:
             self._staged.set()
 
@@ -295,6 +315,5 @@ class StepSaver:
 def _check_room(place: Storage, needed: int) -> None:
     """Raises OSError before anything is written to a disk that cannot hold it."""
     free = place.free_bytes()
-    needed *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if free is not None and free < needed:
         raise OSError(errno.ENOSPC, f"No space left on device: {needed >> 20} MiB are needed, {free >> 20} are free")

@@ -37,7 +37,7 @@ def write_image(place: Storage, names: Sequence[str], image: FileImage, pool: Th
         place: the step's folder.
         names: of the files, none of which may be there.
         image: must not change before this returns.
-        pool: hashes, and writes all files but the first, while this thread writes that one.
+        pool: hashes while the files are written.
 
     Raises:
         OSError: the storage is full or fails.
@@ -91,7 +91,7 @@ def write_tensors(place: Storage, names: Sequence[str], plan: SavePlan, tensors:
 
 
 def _all_files(write: Callable[[int], None], files: int) -> None:
-    """Runs `write` for every file at once, one of them in this thread."""
+    """Runs `write` for every file at once."""
     if files < 2:
         for index in range(files):
             write(index)

@@ -145,16 +145,12 @@ class Application:
         from trainer.hooks.startup import mark
 
         mark("config and checks")
-        from launch.run_dir import leave_unused, own_run
+        from launch.run_dir import own_run
 
         with own_run(spec.config, spec.run_dir) as ticket:
             spec = dataclasses.replace(spec, ticket=ticket)
-            try:
-                with refusing():
-                    finished = _open(spec, overrides)
-            except Refused:
-                leave_unused(spec.config, spec.run_dir)
-                raise
+            with refusing():
+                finished = _open(spec, overrides)
             if finished:
                 return _already_finished(spec)
             if spec.config.checkpoint.create_seed_checkpoint:

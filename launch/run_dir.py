@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from omegaconf import OmegaConf
 
@@ -37,7 +37,7 @@ from trainer.hooks.export import exported_steps
 from trainer.hooks.metrics import METRICS, SAMPLES
 from trainer.run_record import FILE, RunRecord, new_id
 
-__all__ = ["leave_unused", "open_run", "own_run", "share_run"]
+__all__ = ["open_run", "own_run", "share_run"]
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +71,8 @@ def own_run(config: Config, run_dir: Path) -> Iterator[Ticket]:
         yield lease.ticket
     finally:
         lease.release()
+        if not (run_dir / FILE).exists():
+            _leave_unused(config, run_dir, place)
 
 
 def _stop_at_once() -> None:
@@ -79,14 +81,13 @@ def _stop_at_once() -> None:
     os._exit(1)
 
 
-def leave_unused(config: Config, run_dir: Path) -> None:
+def _leave_unused(config: Config, run_dir: Path, place: Storage) -> None:
     """Removes what owning it left in the folder of a run that was refused before it began."""
-    if not (run_dir / FILE).exists():
-        (run_dir / _RANKS_LOCK).unlink(missing_ok=True)
-        forget_lease(_lease_place(config, run_dir))
-        for folder in (run_dir / config.checkpoint.folder, run_dir):
-            with suppress(OSError):
-                folder.rmdir()
+    (run_dir / _RANKS_LOCK).unlink(missing_ok=True)
+    forget_lease(place)
+    for folder in (run_dir / config.checkpoint.folder, run_dir):
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _await_ranks(run_dir: Path) -> None:
@@ -95,18 +96,28 @@ def _await_ranks(run_dir: Path) -> None:
     with (run_dir / _RANKS_LOCK).open("a+") as ranks:
         while time.monotonic() < deadline:
             with suppress(BlockingIOError):
-                fcntl.flock(ranks, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                fcntl.flock(ranks, fcntl.LOCK_UN)
+                _lock(ranks, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(ranks, fcntl.LOCK_UN)
                 return
             time.sleep(0.05)
     log.warning("ranks of an earlier start of %s are still there; they can save nothing any more", run_dir)
+
+
+def _lock(file: IO[str], operation: int) -> None:
+    """Locks a file where its file system has locks: they only spare a wait, and the lease decides."""
+    try:
+        fcntl.flock(file, operation)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        log.info("%s cannot be locked (%s); going on without", file.name, error.strerror)
 
 
 @contextmanager
 def share_run(run_dir: Path) -> Iterator[None]:
     """Held by each rank, so that a later launcher can tell when the last one is gone."""
     with (run_dir / _RANKS_LOCK).open("a+") as ranks:
-        fcntl.flock(ranks, fcntl.LOCK_SH)
+        _lock(ranks, fcntl.LOCK_SH)
         yield
 
 

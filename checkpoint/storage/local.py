@@ -39,15 +39,26 @@ def takes_direct_io(folder: Path) -> bool:
         probe.unlink(missing_ok=True)
 
 
-def write_all(descriptor: int, data: memoryview, offset: int) -> None:
-    """Writes all of `data`, however much the file system takes at a time; raises OSError where it takes nothing."""
+def write_all(descriptor: int, data: memoryview, offset: int, *, aligned: bool = False) -> None:
+    """Writes all of `data`, however much the file system takes at a time.
+
+    Args:
+        descriptor: of the file.
+        data: all of it.
+        offset: in the file.
+        aligned: a short write may end within a page, but the next one must begin on one (past the page cache).
+
+    Raises:
+        OSError: the file system takes no more.
+    """
     done = 0
     while done < len(data):
         written = os.pwrite(descriptor, data[done:], offset + done)
-        # A short write past the page cache may end within a page; what follows must be aligned again.
-        done += written - written % PAGE if written < len(data) - done else written
+        if aligned and written < len(data) - done:
+            written -= written % PAGE
         if written == 0:
-            raise OSError(errno.EIO, "the file system wrote nothing")
+            raise OSError(errno.ENOSPC, "the file system takes no more")
+        done += written
 
 
 @final
@@ -146,8 +157,26 @@ class LocalStorage(Storage):
             os.link(temporary, self.path / name)
         except FileExistsError:
             return False
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK):
+                raise
+            return self._create_without_links(name, data)
         finally:
             temporary.unlink()
+        self.flush()
+        return True
+
+    def _create_without_links(self, name: str, data: bytes) -> bool:
+        """For file systems that know no links: exclusive, but a reader may see the file while it is written."""
+        try:
+            descriptor = os.open(self.path / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        except FileExistsError:
+            return False
+        try:
+            write_all(descriptor, memoryview(data), 0)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
         self.flush()
         return True
 
@@ -174,7 +203,7 @@ class LocalStorage(Storage):
         try:
             position = 0
             for window in windows:
-                write_all(descriptor, window, position)
+                write_all(descriptor, window, position, aligned=self._decided[0])
                 position += len(window)
             os.fsync(descriptor)
         finally:

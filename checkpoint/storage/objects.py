@@ -1,6 +1,7 @@
 """Object stores (S3, Google, Azure) through obstore: multipart uploads, retries with back-off, exclusive creation."""
 
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
@@ -15,6 +16,9 @@ log = logging.getLogger(__name__)
 OBJECT_SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss")
 _PART_BYTES = 8 << 20
 _PARTS_AT_ONCE = 4
+# S3 takes 10,000 parts, and copies 5 GB at most by itself.
+_MOST_PARTS = 9_000
+_LARGEST_COPY = 4 << 30
 _RETRY = {"max_retries": 5, "retry_timeout": timedelta(seconds=60)}
 
 
@@ -22,6 +26,11 @@ def _as_os_error(what: str) -> AbstractContextManager[None]:
     from obstore.exceptions import BaseError
 
     return as_os_error(what, BaseError)
+
+
+def _part_bytes(size: int) -> int:
+    """The size of an upload's parts."""
+    return max(_PART_BYTES, -(-size // _MOST_PARTS // _PART_BYTES) * _PART_BYTES)
 
 
 @final
@@ -50,7 +59,8 @@ class ObjectStorage(Storage):
         self._store = _store
         if _store is None:
             given = dict(options)
-            plain_http = str(given.get("endpoint", "")).startswith("http://")
+            ends = [given.get("endpoint"), os.environ.get("AWS_ENDPOINT_URL"), os.environ.get("AWS_ENDPOINT")]
+            plain_http = str(next((e for e in ends if e), "")).startswith("http://")
             with _as_os_error(url):
                 # Which options there are depends on the URL, which mypy cannot know.
                 self._store = cast(Any, from_url)(
@@ -140,7 +150,7 @@ class ObjectStorage(Storage):
         parts = (bytes(window) for window in windows)
         with _as_os_error(f"{self.url}/{name}"):
             obstore.put(
-                self._store, self._prefix + name, parts, chunk_size=_PART_BYTES, max_concurrency=_PARTS_AT_ONCE
+                self._store, self._prefix + name, parts, chunk_size=_part_bytes(size), max_concurrency=_PARTS_AT_ONCE
             )
 
     def flush(self) -> None:
@@ -155,14 +165,28 @@ class ObjectStorage(Storage):
         return sorted(str(path) for path in found)
 
     def move(self, name: str, target: str) -> None:
-        import obstore
 
         source, goal = self._prefix + name, self._prefix + target
         paths = self._below(name) or [source]
         with _as_os_error(f"{self.url}/{name}"):
             for path in paths:
-                obstore.copy(self._store, path, goal + path[len(source) :])
+                self._copy(path, goal + path[len(source) :])
         self.remove(name)
+
+    def _copy(self, path: str, goal: str) -> None:
+        import obstore
+
+        size = int(obstore.head(self._store, path)["size"])
+        if size <= _LARGEST_COPY:
+            obstore.copy(self._store, path, goal)
+            return
+        obstore.put(
+            self._store,
+            goal,
+            (bytes(part) for part in obstore.get(self._store, path).stream(min_chunk_size=_PART_BYTES)),
+            chunk_size=_part_bytes(size),
+            max_concurrency=_PARTS_AT_ONCE,
+        )
 
     def remove(self, name: str) -> None:
         import obstore

@@ -62,7 +62,7 @@ def test_other_hosts_and_namespaces_cannot_be_looked_into() -> None:
     me = this_process()
     assert life_of(ELSEWHERE, me) is Life.unknown
     assert life_of(dataclasses.replace(me, namespace="pid:[1]"), me) is Life.unknown
-    assert life_of(dataclasses.replace(me, boot="before"), me) is Life.dead, "the host has started anew"
+    assert life_of(dataclasses.replace(me, boot="before"), me) is Life.unknown, "another host may have the same name"
 
 
 @given(steps=st.lists(st.tuples(st.floats(0.1, 5), st.booleans()), max_size=20))
@@ -100,7 +100,11 @@ def test_a_remote_writer_whose_counter_moves_is_alive(folder: Storage) -> None:
 
 def test_a_silent_remote_writer_is_taken_over_and_can_commit_nothing(folder: Storage) -> None:
     lost = threading.Event()
-    first = acquire_lease(folder, 60.0, "the run", ELSEWHERE, lost.set)
+    first = acquire_lease(folder, 0.5, "the run", ELSEWHERE, lost.set)
+    # It is paused: its heart stands still.
+    first._done.set()
+    assert first._thread is not None
+    first._thread.join()
     committer = Committer(folder, "old", first.ticket)
     place = committer.working_place(5)
     place.make()
@@ -115,7 +119,7 @@ def test_a_silent_remote_writer_is_taken_over_and_can_commit_nothing(folder: Sto
     assert not folder.exists("step-5/manifest.json")
     assert [n for n in folder.names() if "partial" in n] == []
     # The old writer's heart beats once more, and sees that the folder is another's.
-    first._every_s = 0.0
+    first._done.clear()
     first._beat()
     assert lost.is_set()
     assert second.ticket.is_held(folder)

@@ -6,6 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, final
@@ -93,6 +94,7 @@ class CheckpointHook(Hook):
         self._plan = plan
         self._catalog = Catalog(plan.folder, plan.reader_timeout_s)
         self._saver: StepSaver | None = None
+        self._tidying = ThreadPoolExecutor(1, thread_name_prefix="retention")
         self._failures = 0
         self._saved_from = 0
         self._step_s = 0.0
@@ -105,25 +107,38 @@ class CheckpointHook(Hook):
         )
         tried: list[int] = []
         while True:
-            choice: list[StartPoint | None] = [self._choose_start(tried) if context.is_main else None]
-            dist.broadcast_object_list(choice, group=context.save_group, group_src=0)
-            start = choice[0]
-            assert start is not None
-            source, damage = self._try_start(trainer, start)
+            start = self._agree_on_start(trainer, tried)
+            source, error = self._try_start(trainer, start)
             # Loading is verifying: all ranks go on with a step, or none does.
-            answers: list[str | None] = [None] * context.world_size
-            dist.all_gather_object(answers, damage, group=context.save_group)
+            answers: list[CheckpointError | None] = [None] * context.world_size
+            dist.all_gather_object(answers, error, group=context.save_group)
             problem = next((a for a in answers if a is not None), None)
             if problem is None:
                 break
-            if not self._may_fall_back(start):
-                raise DamagedStepError(problem)
+            if not isinstance(problem, DamagedStepError) or not self._may_fall_back(start):
+                raise problem
             tried.append(start.step)
             if context.is_main:
                 log.warning("%s", problem)
         if context.is_main:
             without = f", without {', '.join(start.exclude)}" if start.exclude else ""
             log.info("state: %s%s; continuing after step %d", source, without, trainer.state.step)
+
+    def _agree_on_start(self, trainer: Trainer, damaged: Sequence[int]) -> StartPoint:
+        """Rank 0's choice on all ranks, or its error."""
+        choice: list[StartPoint | CheckpointError | None] = [None]
+        if trainer.context.is_main:
+            try:
+                choice[0] = self._choose_start(damaged)
+            except CheckpointError as error:
+                choice[0] = error
+            except OSError as error:
+                choice[0] = CheckpointError(f"{self._plan.folder.url} cannot be read: {error}; check the storage")
+        dist.broadcast_object_list(choice, group=trainer.context.save_group, group_src=0)
+        if isinstance(choice[0], CheckpointError):
+            raise choice[0]
+        assert choice[0] is not None
+        return choice[0]
 
     def _choose_start(self, damaged: Sequence[int]) -> StartPoint:
         """Rank 0's choice, after it has cleared away what cannot be used."""
@@ -178,8 +193,8 @@ class CheckpointHook(Hook):
         named = lineage.origin is StartKind.step and start.step == lineage.origin_step
         return start.kind is StartKind.step and not (named and lineage.request.load_step >= 0)
 
-    def _try_start(self, trainer: Trainer, start: StartPoint) -> tuple[str, str | None]:
-        """Brings the state to a starting point; returns where from, and what was damaged."""
+    def _try_start(self, trainer: Trainer, start: StartPoint) -> tuple[str, CheckpointError | None]:
+        """Brings the state to a starting point; returns where from, and what was wrong there."""
         if start.kind is StartKind.fresh:
             return "fresh weights", None
         if start.kind is StartKind.step:
@@ -193,8 +208,12 @@ class CheckpointHook(Hook):
         try:
             with reading(place) if is_verified(place) else nullcontext():
                 self._load(trainer, place, start)
-        except DamagedStepError as error:
-            return source, str(error)
+        except CheckpointError as error:
+            # Without its cause, which may not travel to the other ranks.
+            return source, type(error)(str(error)) if type(error) in (CheckpointError, DamagedStepError) else error
+        except OSError as error:
+            # What cannot be read is as good as damaged.
+            return source, DamagedStepError(f"{place.url} cannot be read ({error}); use another step")
         return source, None
 
     def _load(self, trainer: Trainer, place: Storage, start: StartPoint) -> None:
@@ -267,6 +286,7 @@ class CheckpointHook(Hook):
     def fit_end(self, trainer: Trainer) -> None:
         if self._saver is not None:
             self._saver.close()
+        self._tidying.shutdown()
 
     def _track(self, state: TrainState, measured: dict[str, float]) -> None:
         for name, lower in self._plan.tracked.items():
@@ -365,11 +385,19 @@ class CheckpointHook(Hook):
             if trainer.context.is_main:
                 log.info("saved %s, durable after %.2f s", result.url, result.seconds)
                 self._check_grace(trainer, result.seconds)
-                removed = self._catalog.prune(self._plan.rules, self._plan.lineages)
-                if removed:
-                    log.info("removed steps %s", ", ".join(str(s) for s in removed))
+                self._tidying.submit(self._prune)
             for hook in trainer.hooks:
                 hook.on_committed(trainer, result.step)
+
+    def _prune(self) -> None:
+        """Retention, beside training: what fails here costs room, not a step."""
+        try:
+            removed = self._catalog.prune(self._plan.rules, self._plan.lineages)
+        except (OSError, CheckpointError) as error:
+            log.warning("old steps cannot be removed now: %s", error)
+            return
+        if removed:
+            log.info("removed steps %s", ", ".join(str(s) for s in removed))
 
     def _complain(self, trainer: Trainer, result: SaveResult) -> None:
         message = f"step {result.step} was not saved: {result.error}"
