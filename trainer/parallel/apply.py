@@ -128,9 +128,10 @@ def _compile(model: LanguageModel, backend: str, overlap: ParallelContext | None
         inductor._micro_pipeline_tp = True
         enable_symm_mem_for_group(overlap.meshes.data.get_group("tp").group_name)
     for block in model.blocks():
-        # How many rows each expert gets is known on the host alone, which breaks the graph.
-        whole = not any(isinstance(m, MixtureOfExperts) for m in block.modules())
-        block.forward = torch.compile(block.forward, backend=backend, fullgraph=whole)
+        # How many rows each expert gets is known on the host alone: there the attention is compiled, not the experts.
+        mixture = any(isinstance(m, MixtureOfExperts) for m in block.modules())
+        part = block.get_submodule("attention") if mixture else block
+        part.forward = torch.compile(part.forward, backend=backend, fullgraph=True)
 
 
 # The results that selective activation checkpointing keeps: those that are dear to compute again.
