@@ -84,6 +84,12 @@ class Application:
         except RunFailed as error:
             print(f"error: {error}", file=sys.stderr)
             self._codes.append(error.exit_code)
+        finally:
+            if any(a.startswith("hydra/launcher=joblib") for a in arguments):
+                from joblib.externals.loky import get_reusable_executor
+
+                # Its processes would outlive this one by five minutes, which ends without Python's own clean-up.
+                get_reusable_executor(reuse=True).shutdown(wait=True, kill_workers=True)
 
     def exit_code(self) -> int:
         """That of the run, or the gravest of the sweep's: failed, bad input, resumable, done."""
