@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -34,6 +35,15 @@ def undisturbed(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) 
     code, out = regrow(arguments, place)
     assert code == 0, out
     return place / "outputs/a"
+
+
+@pytest.fixture(autouse=True)
+def no_survivors() -> Iterator[None]:
+    """A test that fails must leave no run behind, paused ones included."""
+    yield
+    for child in psutil.Process().children(recursive=True):
+        if "launch.train" in " ".join(child.cmdline()):
+            child.kill()
 
 
 def steps_of(run_dir: Path) -> list[int]:

@@ -206,7 +206,8 @@ class CheckpointHook(Hook):
         source += ", model only" if start.model_only else ""
         source += ", Hugging Face" if start.in_hf else ""
         try:
-            with reading(place) if is_verified(place) else nullcontext():
+            # One lock keeps the step for all ranks, which end their reading together.
+            with reading(place) if trainer.context.is_main and is_verified(place) else nullcontext():
                 self._load(trainer, place, start)
         except CheckpointError as error:
             # Without its cause, which may not travel to the other ranks.
