@@ -110,6 +110,9 @@ class Application:
         return result_of(run_dir)
 
     def _run_once(self, config: DictConfig) -> None:
+        from trainer.hooks.startup import begin
+
+        begin()
         try:
             outcome, external = self._train(config)
             if outcome.message:

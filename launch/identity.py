@@ -36,7 +36,7 @@ class Difference:
     given: Any
 
     def __str__(self) -> str:
-        return f"{self.name} is {self.given!r}, but the run has {self.stored!r}"
+        return f"{self.name} is {self.given!r} where the run has {self.stored!r}"
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from launch.errors import UserError
 from launch.launcher_config import SlurmConfig
-from launch.slurm_jobs import Job, Partition, list_jobs, read_partition, require_slurm, submit
+from launch.slurm_jobs import ClusterError, Job, Partition, list_jobs, read_partition, require_slurm, submit
 from launch.slurm_script import Script, ScriptRun, Shape, write_script
 from launch.sweep import Sweep, SweepRun, inspect_run, open_sweep
 from launch.sweep_plan import plan_runs
@@ -49,6 +49,16 @@ class SlurmLauncher(Launcher):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self._context, self._config = hydra_context, config
 
+    def _partition_if_there(self) -> Partition | None:
+        """The cluster's partition, for a script that is only shown: there need not be a cluster here."""
+        if shutil.which("scontrol") is None:
+            return None
+        try:
+            return read_partition(self._settings.partition)
+        except ClusterError as error:
+            log.info("the script is made without the cluster's limits: %s", error)
+            return None
+
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         assert self._config is not None
         assert self._context is not None
@@ -56,8 +66,7 @@ class SlurmLauncher(Launcher):
         folder = Path(str(self._config.hydra.sweep.dir)).absolute()
         if self._settings.dry_run:
             Sweep.load(folder)
-            partition = read_partition(self._settings.partition) if shutil.which("scontrol") else None
-            for _, script in scripts(folder, runs, partition):
+            for _, script in scripts(folder, runs, self._partition_if_there()):
                 print(script)
             return [_returned(list(o)) for o in job_overrides]
         submit_runs(folder, runs)

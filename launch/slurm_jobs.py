@@ -9,7 +9,17 @@ from dataclasses import dataclass
 
 from launch.errors import UserError
 
-__all__ = ["Job", "Partition", "cancel", "grace_seconds", "list_jobs", "read_partition", "require_slurm", "submit"]
+__all__ = [
+    "ClusterError",
+    "Job",
+    "Partition",
+    "cancel",
+    "grace_seconds",
+    "list_jobs",
+    "read_partition",
+    "require_slurm",
+    "submit",
+]
 
 _TIMEOUT_S = 60.0
 # Array tasks' numbers must stay below this where the cluster does not say otherwise.
@@ -61,11 +71,15 @@ def require_slurm() -> None:
         )
 
 
+class ClusterError(UserError):
+    """A command of Slurm's failed."""
+
+
 def _run(command: Sequence[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     if done.returncode:
         message = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        raise UserError(f"{command[0]} failed: {message[-1] if message else done.returncode}")
+        raise ClusterError(f"{command[0]} failed: {message[-1] if message else done.returncode}")
     return done.stdout
 
 

@@ -120,7 +120,7 @@ def test_comparing_tells_identity_from_hyperparameters_from_the_rest() -> None:
     given_ = settings_of(["optimizer.lr=1e-4", "model.n_layers=2", "train.steps=9", "seed=4", "data.prefetch=5"])
     identity, hyperparameters = compare(stored, given_)
     assert [d.name for d in identity] == ["model.n_layers", "seed"]
-    assert [str(d) for d in hyperparameters] == ["optimizer.lr is 0.0001, but the run has 0.001"]
+    assert [str(d) for d in hyperparameters] == ["optimizer.lr is 0.0001 where the run has 0.001"]
     assert compare(stored, stored) == ([], [])
     newer = {**stored, "optimizer": {**stored["optimizer"], "brand_new": 1}}
     assert compare(stored, newer) == ([], [])

@@ -76,7 +76,7 @@ def test_excluding_restarts_that_part_once(corpus: Path, run20: Path) -> None:
 
 
 def test_another_model_or_corpus_is_refused_with_the_difference(corpus: Path, run20: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"model\.n_layers is 3, but the run has 2"):
+    with pytest.raises(UserError, match=r"model\.n_layers is 3 where the run has 2"):
         train([*base(corpus), "train.steps=30", "model.n_layers=3"], run20)
     other = tmp_path / "other.jsonl"
     other.write_text(corpus.read_text().replace("a", "b"))

@@ -123,6 +123,14 @@ class CheckpointHook(Hook):
         if context.is_main:
             without = f", without {', '.join(start.exclude)}" if start.exclude else ""
             log.info("state: %s%s; continuing after step %d", source, without, trainer.state.step)
+            end = trainer.state.schedule_origin + trainer.state.schedule_total
+            if trainer.state.step and end < trainer.options.steps:
+                log.info(
+                    "the learning-rate schedule ends at step %d and stays there up to step %d; to stretch it, give "
+                    "scheduler.total_steps and run.allow_change=[scheduler.total_steps]",
+                    end,
+                    trainer.options.steps,
+                )
 
     def _agree_on_start(self, trainer: Trainer, damaged: Sequence[int]) -> StartPoint:
         """Rank 0's choice on all ranks, or its error."""

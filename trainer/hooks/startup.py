@@ -15,13 +15,21 @@ import psutil
 from trainer.hook import Hook
 from trainer.loop import Trainer
 
-__all__ = ["STARTED_VARIABLE", "StartupHook", "mark"]
+__all__ = ["STARTED_VARIABLE", "StartupHook", "begin", "mark"]
 
 log = logging.getLogger(__name__)
 
 # When the launcher's process began, in seconds since 1970.
 STARTED_VARIABLE = "REGROW_STARTED_AT"
 _marks: list[tuple[str, float]] = []
+# Of the second and later runs of this process; the first begins with the process.
+_began: list[float] = []
+
+
+def begin() -> None:
+    """A run begins here."""
+    _began.append(time.time())
+    _marks.clear()
 
 
 def mark(part: str) -> None:
@@ -53,7 +61,8 @@ class StartupHook(Hook):
             return
         self._done = True
         mark("first step")
-        began = float(os.environ.get(STARTED_VARIABLE, psutil.Process().create_time()))
+        process = float(os.environ.get(STARTED_VARIABLE, psutil.Process().create_time()))
+        began = _began[-1] if len(_began) > 1 else process
         found = parts(_marks, began)
         _marks.clear()
         split = ", ".join(f"{name} {seconds:.2f}" for name, seconds in found.items())
