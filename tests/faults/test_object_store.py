@@ -31,16 +31,20 @@ def server() -> Iterator[int]:
 
 
 @pytest.fixture
-def proxy(server: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[BreakingProxy]:
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+def proxy(server: int) -> Iterator[BreakingProxy]:
     proxy = BreakingProxy(server)
     yield proxy
     proxy.close()
 
 
 def options(port: int) -> dict[str, str]:
-    return {"endpoint": f"http://127.0.0.1:{port}", "region": "us-east-1"}
+    # Ranks of the pool have the environment of its beginning, so credentials go in here.
+    return {
+        "endpoint": f"http://127.0.0.1:{port}",
+        "region": "us-east-1",
+        "access_key_id": "key",
+        "secret_access_key": "secret",
+    }
 
 
 @pytest.fixture(params=["s3", "memory", "local"])

@@ -226,10 +226,10 @@ def test_rows_that_are_not_needed_are_not_read(tmp_path: Path, group: dist.Proce
 def test_loading_leaves_no_file_open(tmp_path: Path, group: dist.ProcessGroup) -> None:
     tensors = state()
     path = save(tmp_path / "c", group, tensors)
-    before = len(list(Path("/proc/self/fd").iterdir()))
-    for _ in range(3):
-        load_tensors(path, empty_like(tensors), group)
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    load_tensors(path, empty_like(tensors), group)
+    # Only names are compared: other tests' sockets and threads come and go in this process.
+    links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    assert not [link for link in links if str(link.readlink()).startswith(str(tmp_path))]
 
 
 def test_a_hole_is_damage(tmp_path: Path, group: dist.ProcessGroup) -> None:
