@@ -53,14 +53,15 @@ class PipelineSchedule(Enum):
 
 
 class ContextMethod(Enum):
-    """How attention sees the whole sequence: exchanging heads, or joining keys and values.
+    """How attention sees the whole sequence: exchanging heads, joining keys and values, or passing them on in a ring.
 
-    `auto` exchanges heads where their number allows.
+    `auto` exchanges heads where their number allows, and joins keys and values elsewhere.
     """
 
     auto = "auto"
     ulysses = "ulysses"
     gather = "gather"
+    ring = "ring"
 
 
 class WandbMode(Enum):

@@ -12,6 +12,7 @@ from checkpoint.loading import load_tensors
 from checkpoint.manifest import Manifest
 from checkpoint.saver import StepSaver
 from tests.support import assert_same_tensors, curve, metrics, regrow, tiny
+from trainer.parallel.ring import block_attention, block_gradients
 
 pytestmark = [
     pytest.mark.gpu,
@@ -77,3 +78,24 @@ def test_the_device_trains_what_the_cpu_trains(corpus: Path, tmp_path: Path) -> 
     rows = zip(metrics(tmp_path / "outputs/cpu"), metrics(tmp_path / "outputs/cuda"), strict=True)
     for cpu, cuda in rows:
         assert cuda["loss"] == pytest.approx(cpu["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "masked"), [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, True)]
+)
+@pytest.mark.parametrize("length", [64, 72])
+def test_blocks_of_a_ring_are_those_of_the_cpu(dtype: torch.dtype, masked: bool, length: int) -> None:
+    """Outputs, sums and gradients of a block, by the kernels of the device."""
+    q, k, v, grad = (torch.randn(2, 4, length, 32, dtype=dtype) for _ in range(4))
+    mask = (torch.rand(2, 1, length, length) < 0.4) | torch.eye(length, dtype=torch.bool) if masked else None
+    wide = [x.double() for x in (q, k, v, grad)]
+    out, lse = block_attention(wide[0], wide[1], wide[2], mask, causal=not masked)
+    expected = block_gradients(wide[3], wide[0], wide[1], wide[2], out, lse, mask, causal=not masked)
+    near = [x.to(DEVICE) for x in (q, k, v, grad)]
+    sight = mask.to(DEVICE) if mask is not None else None
+    found, found_lse = block_attention(near[0], near[1], near[2], sight, causal=not masked)
+    grads = block_gradients(near[3], near[0], near[1], near[2], found, found_lse, sight, causal=not masked)
+    limit = 5e-2 if dtype is torch.bfloat16 else 1e-4
+    for a, b in zip((found, found_lse, *grads), (out, lse, *expected), strict=True):
+        assert a.device.type == "cuda"
+        torch.testing.assert_close(a.double().cpu(), b.double(), rtol=limit, atol=limit)

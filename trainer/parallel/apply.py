@@ -86,7 +86,7 @@ def parallelise(
             ranks=layout.cp,
             balance=parallel.cp_balance,
         )
-        apply_context_parallel(model, sequence, ulysses=uses_ulysses(parallel, dims, layout.tp, layout.cp))
+        apply_context_parallel(model, sequence, context_method(parallel, dims, layout.tp, layout.cp))
     if layout.ep > 1:
         apply_expert_parallel(model, context.meshes.experts["ep"])
     data = context.meshes.data
@@ -104,10 +104,12 @@ def parallelise(
     return ParallelModel(model=model, parts=parts, stages=stages, tensor=tensor, sequence=sequence)
 
 
-def uses_ulysses(parallel: ParallelConfig, dims: DecoderConfig, tp: int, cp: int) -> bool:
-    """Whether ranks exchange heads for their sequences' parts."""
+def context_method(parallel: ParallelConfig, dims: DecoderConfig, tp: int, cp: int) -> ContextMethod:
+    """What `auto` stands for."""
+    if parallel.cp_method is not ContextMethod.auto:
+        return parallel.cp_method
     divides = dims.n_heads // tp % cp == 0 and dims.n_kv_heads // tp % cp == 0
-    return parallel.cp_method is ContextMethod.ulysses or (parallel.cp_method is ContextMethod.auto and divides)
+    return ContextMethod.ulysses if divides else ContextMethod.gather
 
 
 def _take_stages(whole: LanguageModel, stages: StagePlan) -> tuple[LanguageModel, list[LanguageModel]]:

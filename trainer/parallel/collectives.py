@@ -12,7 +12,9 @@ from torch import Tensor
 
 __all__ = [
     "all_to_all",
+    "begin_shift",
     "copy_to",
+    "end_shift",
     "exchange_now",
     "gather",
     "join",
@@ -38,6 +40,25 @@ def reduce_now(x: Tensor, operation: str, group: str) -> Tensor:
 def exchange_now(x: Tensor, received: list[int] | None, sent: list[int] | None, group: str) -> Tensor:
     """Rows to ranks and from them, as many each way where no numbers are given; autograd does not see it."""
     out: Tensor = _f.wait_tensor(_f.all_to_all_single(x.contiguous(), received, sent, group))
+    return out
+
+
+def begin_shift(x: Tensor, rank: int, ranks: int, group: str) -> Tensor:
+    """Starts sending `x` to the next rank of a ring; autograd does not see it.
+
+    Returns:
+        What `end_shift` waits for.
+    """
+    count = x.numel()
+    sent = [count if r == (rank + 1) % ranks else 0 for r in range(ranks)]
+    received = [count if r == (rank - 1) % ranks else 0 for r in range(ranks)]
+    out: Tensor = _f.all_to_all_single(x.reshape(-1), received, sent, group)
+    return out
+
+
+def end_shift(coming: Tensor, like: Tensor) -> Tensor:
+    """What the rank before has sent, once it is here, in the shape of `like`."""
+    out: Tensor = _f.wait_tensor(coming).view(like.shape)
     return out
 
 

@@ -1,8 +1,8 @@
 """Context parallelism: each rank has a part of every sequence.
 
 Ulysses (Jacobs et al. 2023, arXiv:2309.14509) exchanges parts of the sequence for heads, so that attention itself is
-that of one rank; the other way joins the keys and values of all ranks. With `balance` a rank holds a piece from the
-front and one from the back, so that causal attention costs all ranks the same.
+that of one rank; another way joins the keys and values of all ranks, and a third passes them on (`ring.py`). With
+`balance` a rank holds a piece from the front and one from the back: causal attention then costs all ranks the same.
 
 Shapes: B batch, T positions of a rank, S positions of the sequence, N query heads, K key/value heads, H head width.
 """
@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.layers import Attention, attend
+from trainer.config import ContextMethod
 from trainer.parallel.collectives import all_to_all, gather
+from trainer.parallel.ring import ring_attention
 
 __all__ = ["ContextGroup", "apply_context_parallel", "pieces", "positions_of"]
 
@@ -115,9 +117,16 @@ def _attend_up_to(q_BTNH: Tensor, k: Tensor, v: Tensor, start: int, mask: Tensor
     return out_BNTH.transpose(1, 2)
 
 
-def apply_context_parallel(model: nn.Module, group: ContextGroup, *, ulysses: bool) -> None:
+def _ring(g: ContextGroup, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    return ring_attention(q, k, v, mask, rank=g.rank, ranks=g.ranks, balance=g.balance, group=g.name)
+
+
+_WAYS = {ContextMethod.ulysses: _ulysses, ContextMethod.gather: _joined, ContextMethod.ring: _ring}
+
+
+def apply_context_parallel(model: nn.Module, group: ContextGroup, method: ContextMethod) -> None:
     """Gives every attention the way to see the whole sequence; masks then cover `(S, S)`."""
-    way = _ulysses if ulysses else _joined
+    way = _WAYS[method]
 
     def attend_across(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, mask: Tensor | None) -> Tensor:
         return way(group, q_BTNH, k_BTKH, v_BTKH, mask)
