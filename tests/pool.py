@@ -17,8 +17,9 @@ __all__ = ["run_distributed"]
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["torch.distributed.fsdp", "torch.distributed.checkpoint", "hydra", "launch.app", "launch.preflight"]
-)
+    ["torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.distributed.pipelining",
+     "torch._inductor.compile_fx", "networkx", "jinja2", "hydra", "launch.app", "launch.preflight"]
+)  # fmt: skip
 
 
 def free_port() -> int:

@@ -85,6 +85,22 @@ def test_weights_arrive_under_every_layout(corpus: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama3_tied", "qwen3_moe"])
+def test_weights_go_in_and_out_of_a_pipeline_with_tensor_parts(kind: str, corpus: Path, tmp_path: Path) -> None:
+    """Bitwise, the embedding at both ends of the pipeline and experts on different ranks included."""
+    theirs = make(kind, tmp_path / "hf")
+    layout = ["parallel.pp=2", "parallel.tp=2", *(["parallel.ep=2"] if kind == "qwen3_moe" else [])]
+    still = ["train.steps=1", "optimizer.lr=0.0", "data.global_batch_size=4", "data.micro_batch_size=1"]
+    out = ["checkpoint.last_save_in_hf=true", "checkpoint.export_dtype=float32"]
+    train(from_hf(tmp_path / "hf", corpus, *layout, *still, *out), tmp_path / "run", world_size=4)
+    model, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "run/export/step-1", output_loading_info=True)
+    assert not any(loading.values()), loading
+    found, expected = model.state_dict(), theirs.model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.slow
 def test_exports_while_training_and_after_a_kill(corpus: Path, tmp_path: Path) -> None:
     overrides = tiny(corpus, "hooks=none", "train.steps=6", "checkpoint.interval=3", "checkpoint.keep_latest_k=1")
     exporting = [*overrides, "checkpoint.export.every_n=2", "checkpoint.export_dtype=bfloat16"]
