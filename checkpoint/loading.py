@@ -24,7 +24,8 @@ from checkpoint.contents import StoredItem, parse_rank_manifest, rank_manifest_n
 from checkpoint.errors import CheckpointError, DamagedStepError
 from checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from checkpoint.plan import chunk_of, writer_of
-from checkpoint.reader import check_names, covered, read_tensors
+from checkpoint.read_plan import check_names, covered
+from checkpoint.reader import read_tensors
 from checkpoint.storage.base import Storage
 from checkpoint.storage.local import LocalStorage
 from checkpoint.storage.opening import as_storage

@@ -2,8 +2,7 @@
 
 import functools
 import threading
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,140 +13,17 @@ import torch
 from torch import Tensor
 
 from checkpoint.contents import StoredItem
-from checkpoint.errors import CheckpointError, DamagedStepError
+from checkpoint.errors import DamagedStepError
 from checkpoint.hashing import HASH_CHARS, block_hash, item_hash
 from checkpoint.plan import Chunk, chunk_of, local_tensor
+from checkpoint.read_plan import ReadPiece, check_names, plan_reads
 from checkpoint.storage.base import RangeReader, Storage
 from checkpoint.storage.opening import as_storage
 
-__all__ = [
-    "ReadPiece",
-    "bytes_to_read",
-    "check_names",
-    "covered",
-    "plan_reads",
-    "read_chunk",
-    "read_tensors",
-]
+__all__ = ["read_chunk", "read_tensors"]
 
 # What a thread reads at a time; a multiple of every block size.
 _WINDOW = 4 << 20
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReadPiece:
-    """The part of a stored chunk that a target needs.
-
-    Attributes:
-        item: the stored chunk.
-        box: for each dimension (start, stop) of the needed part, in the whole tensor.
-        rows: (first, last + 1) row of the stored chunk that is read.
-    """
-
-    item: StoredItem
-    box: tuple[tuple[int, int], ...]
-    rows: tuple[int, int]
-
-    @property
-    def row_bytes(self) -> int:
-        """Of one row of the stored chunk."""
-        return self.item.data_bytes // self.item.shape[0] if self.item.shape else self.item.data_bytes
-
-    @property
-    def needed(self) -> tuple[int, int]:
-        """The bytes of the rows, counted from the item's first."""
-        return self.rows[0] * self.row_bytes, self.rows[1] * self.row_bytes
-
-    @property
-    def verified(self) -> tuple[int, int]:
-        """The same, widened to whole blocks: what is read."""
-        block, (start, stop) = self.item.block_bytes, self.needed
-        return start // block * block, min(-(-stop // block) * block, self.item.data_bytes)
-
-
-def _overlap(item: StoredItem, target: Chunk) -> tuple[tuple[int, int], ...] | None:
-    box = []
-    for a, n, b, m in zip(item.offset, item.shape, target.offset, target.shape, strict=True):
-        start, stop = max(a, b), min(a + n, b + m)
-        if start >= stop:
-            return None
-        box.append((start, stop))
-    return tuple(box)
-
-
-def _pieces(items: Sequence[StoredItem], target: Chunk) -> Iterator[ReadPiece]:
-    for item in items:
-        box = _overlap(item, target)
-        if box is not None:
-            rows = (box[0][0] - item.offset[0], box[0][1] - item.offset[0]) if box else (0, 1)
-            yield ReadPiece(item=item, box=box, rows=rows)
-
-
-def _elements(pieces: Sequence[ReadPiece]) -> int:
-    return sum(torch.Size([stop - start for start, stop in piece.box]).numel() for piece in pieces)
-
-
-def covered(items: Sequence[StoredItem], target: Chunk) -> bool:
-    """Whether the stored chunks fill a target."""
-    return _elements(list(_pieces(items, target))) == torch.Size(target.shape).numel()
-
-
-def plan_reads(items: Sequence[StoredItem], target: Chunk) -> list[ReadPiece]:
-    """The pieces that fill a target.
-
-    Raises:
-        DamagedStepError: the stored chunks do not cover it.
-    """
-    pieces = list(_pieces(items, target))
-    found, wanted = _elements(pieces), torch.Size(target.shape).numel()
-    if found != wanted:
-        raise DamagedStepError(
-            f"{target.name} is not whole in the checkpoint: {found} of {wanted} elements are there; the step is "
-            "damaged, use another one"
-        )
-    return pieces
-
-
-def bytes_to_read(pieces: Sequence[ReadPiece]) -> int:
-    """What reading them costs."""
-    return sum(stop - start for start, stop in (piece.verified for piece in pieces))
-
-
-def check_names(
-    place: str, items: Sequence[StoredItem], tensors: Mapping[str, Tensor]
-) -> Mapping[str, list[StoredItem]]:
-    """The stored chunks by tensor, once every tensor is known to be there with its shape and dtype.
-
-    Args:
-        place: the step, for messages.
-        items: what is stored.
-        tensors: what is wanted.
-
-    Raises:
-        CheckpointError: one is not.
-    """
-    stored: dict[str, list[StoredItem]] = defaultdict(list)
-    for item in items:
-        stored[item.name].append(item)
-    missing = [name for name in tensors if name not in stored]
-    if missing:
-        raise CheckpointError(
-            f"{place} must hold {missing[0]}, but does not ({len(missing)} of {len(tensors)} names are missing); "
-            "use the model it was saved from, or exclude that part with checkpoint.exclude_from_loading"
-        )
-    for name, tensor in tensors.items():
-        item = stored[name][0]
-        if item.global_shape != tuple(tensor.shape):
-            raise CheckpointError(
-                f"{name} in {place} has shape {item.global_shape}, but the model's has {tuple(tensor.shape)}; "
-                "use the model's dimensions that it was saved with"
-            )
-        if item.torch_dtype != tensor.dtype:
-            raise CheckpointError(
-                f"{name} in {place} is {item.torch_dtype}, but the model's is {tensor.dtype}; "
-                "convert the checkpoint first"
-            )
-    return stored
 
 
 def read_tensors(

@@ -22,7 +22,8 @@ from checkpoint.hashing import BlockHasher, block_bytes_for, block_hashes, item_
 from checkpoint.loading import load_tensors, read_items
 from checkpoint.manifest import Manifest, read_manifest
 from checkpoint.plan import Chunk, make_plan
-from checkpoint.reader import bytes_to_read, plan_reads, read_tensors
+from checkpoint.read_plan import bytes_to_read, plan_reads
+from checkpoint.reader import read_tensors
 from checkpoint.saver import SaverOptions, StepSaver
 from checkpoint.stream import frame_of
 from tests.pool import run_distributed
