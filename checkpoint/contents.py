@@ -3,8 +3,7 @@
 import json
 import pickle
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -29,8 +28,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StoredItem:
+class StoredItem(NamedTuple):
     """A chunk on the disk.
 
     Attributes:
@@ -103,7 +101,7 @@ def rank_manifest(plan: SavePlan, names: Sequence[str], blocks: Sequence[str]) -
         for item, hashes in zip(plan.items, blocks, strict=True)
     ]
     files = dict(zip(names, plan.file_bytes, strict=True))
-    return json.dumps({"plan": plan.id, "files": files, "items": [asdict(i) for i in items]}).encode()
+    return json.dumps({"plan": plan.id, "files": files, "items": [i._asdict() for i in items]}).encode()
 
 
 def parse_rank_manifest(body: bytes) -> list[StoredItem]:

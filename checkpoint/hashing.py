@@ -2,9 +2,11 @@
 
 import xxhash
 
-__all__ = ["HASH_CHARS", "BlockHasher", "block_bytes_for", "block_hash", "block_hashes", "item_hash"]
+__all__ = ["HASH_CHARS", "BlockHasher", "Hashes", "block_bytes_for", "block_hashes", "item_hash"]
 
 HASH_CHARS = 32
+# Of each item's blocks, by name.
+Hashes = dict[str, str]
 _SMALLEST, _LARGEST = 1 << 16, 1 << 20
 
 
@@ -17,14 +19,10 @@ def block_bytes_for(data_bytes: int) -> int:
     return min(max(1 << max((data_bytes // 256).bit_length() - 1, 0), _SMALLEST), _LARGEST)
 
 
-def block_hash(data: memoryview) -> str:
-    """xxh3-128 in hex, `HASH_CHARS` characters."""
-    return str(xxhash.xxh3_128_hexdigest(data))
-
-
 def block_hashes(data: memoryview, block_bytes: int) -> str:
-    """The hashes of an item's blocks, one behind the other."""
-    return "".join(block_hash(data[s : s + block_bytes]) for s in range(0, len(data), block_bytes))
+    """xxh3-128 of each of an item's blocks, `HASH_CHARS` characters of hex, one behind the other."""
+    digest = xxhash.xxh3_128_hexdigest
+    return "".join([digest(data[s : s + block_bytes]) for s in range(0, len(data), block_bytes)])
 
 
 def item_hash(blocks: str) -> str:

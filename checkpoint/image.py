@@ -5,17 +5,21 @@ several times the copy, so the memory stays.
 """
 
 import itertools
-import mmap
 from collections.abc import Mapping
 from typing import Any, cast, final
 
 import torch
 from torch import Tensor
 
+from checkpoint.hashing import Hashes, block_bytes_for, block_hashes
+from checkpoint.memory import lasting_memory
 from checkpoint.plan import SavePlan, local_tensor
 from checkpoint.stream import frame_of
 
 __all__ = ["FileImage"]
+
+# What a core's own cache holds beside its source.
+_CACHED = 1 << 19
 
 
 @final
@@ -29,17 +33,9 @@ class FileImage:
 
     def __init__(self, plan: SavePlan, *, pinned: bool) -> None:
         self.plan = plan
-        size = max(plan.total_bytes, 1)
-        self._memory: mmap.mmap | None = None
-        if pinned:
-            # One page more than needed, so that the image can begin on a page.
-            raw = torch.empty(size + mmap.PAGESIZE, dtype=torch.uint8, pin_memory=True)
-            skip = -raw.data_ptr() % mmap.PAGESIZE
-            self._bytes = raw[skip : skip + size]
-        else:
-            self._memory = mmap.mmap(-1, size)
-            self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
+        self._bytes = lasting_memory(max(plan.total_bytes, 1), pinned=pinned)
         self._bases = [0, *itertools.accumulate(plan.file_bytes)]
+        self._data: dict[str, Tensor] = {}
         self._views: dict[str, Tensor] = {}
         for item in plan.items:
             frame = frame_of(item.chunk.dtype, item.chunk.shape)
@@ -47,6 +43,7 @@ class FileImage:
             self._write(base + item.start, frame.head)
             self._write(base + item.data + item.data_bytes, frame.tail)
             data = self._bytes[base + item.data : base + item.data + item.data_bytes]
+            self._data[item.chunk.name] = data
             self._views[item.chunk.name] = data.view(item.chunk.dtype).view(item.chunk.shape)
 
     def _write(self, start: int, data: bytes) -> None:
@@ -58,6 +55,37 @@ class FileImage:
         for name, view in self._views.items():
             view.copy_(local_tensor(tensors[name]), non_blocking=True)
 
+    @torch.no_grad()
+    def copy_hashed(self, tensors: Mapping[str, Tensor]) -> Hashes:
+        """The same on a CPU, with the hashes: each part is hashed while the core's cache still has it."""
+        found: Hashes = {}
+        for item in self.plan.items:
+            name, block = item.chunk.name, block_bytes_for(item.data_bytes)
+            source, data = local_tensor(tensors[name]), self._data[name]
+            if not source.is_contiguous():
+                self._views[name].copy_(source)
+                found[name] = block_hashes(_memory(data), block)
+                continue
+            raw, memory = source.reshape(-1).view(torch.uint8), _memory(data)
+            hashes, step = [], max(_CACHED, block)
+            for start in range(0, item.data_bytes, step):
+                stop = min(start + step, item.data_bytes)
+                data[start:stop].copy_(raw[start:stop])
+                hashes.append(block_hashes(memory[start:stop], block))
+            found[name] = "".join(hashes)
+        return found
+
     def file(self, index: int) -> memoryview:
         """One whole file, page-aligned."""
-        return memoryview(cast(Any, self._bytes[self._bases[index] : self._bases[index + 1]].numpy()))
+        return _memory(self._bytes[self._bases[index] : self._bases[index + 1]])
+
+    def hashes(self) -> Hashes:
+        """Of what was copied, read once more."""
+        return {
+            item.chunk.name: block_hashes(_memory(self._data[item.chunk.name]), block_bytes_for(item.data_bytes))
+            for item in self.plan.items
+        }
+
+
+def _memory(tensor: Tensor) -> memoryview:
+    return memoryview(cast(Any, tensor.numpy()))

@@ -1,10 +1,10 @@
 """Which stored bytes a tensor needs: arithmetic on boxes, rows and blocks."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from checkpoint.contents import StoredItem
@@ -14,8 +14,7 @@ from checkpoint.plan import Chunk
 __all__ = ["ReadPiece", "bytes_to_read", "check_names", "covered", "plan_reads"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReadPiece:
+class ReadPiece(NamedTuple):
     """The part of a stored chunk that a target needs.
 
     Attributes:
@@ -64,12 +63,12 @@ def _pieces(items: Sequence[StoredItem], target: Chunk) -> Iterator[ReadPiece]:
 
 
 def _elements(pieces: Sequence[ReadPiece]) -> int:
-    return sum(torch.Size([stop - start for start, stop in piece.box]).numel() for piece in pieces)
+    return sum(math.prod([stop - start for start, stop in piece.box]) for piece in pieces)
 
 
 def covered(items: Sequence[StoredItem], target: Chunk) -> bool:
     """Whether the stored chunks fill a target."""
-    return _elements(list(_pieces(items, target))) == torch.Size(target.shape).numel()
+    return _elements(list(_pieces(items, target))) == math.prod(target.shape)
 
 
 def plan_reads(items: Sequence[StoredItem], target: Chunk) -> list[ReadPiece]:
@@ -78,8 +77,13 @@ def plan_reads(items: Sequence[StoredItem], target: Chunk) -> list[ReadPiece]:
     Raises:
         DamagedStepError: the stored chunks do not cover it.
     """
+    if len(items) == 1 and items[0].shape == target.shape and items[0].offset == target.offset:
+        # As a rule the layout is that of the save.
+        (item,) = items
+        box = tuple([(start, start + n) for start, n in zip(item.offset, item.shape, strict=True)])
+        return [ReadPiece(item=item, box=box, rows=(0, item.shape[0]) if box else (0, 1))]
     pieces = list(_pieces(items, target))
-    found, wanted = _elements(pieces), torch.Size(target.shape).numel()
+    found, wanted = _elements(pieces), math.prod(target.shape)
     if found != wanted:
         raise DamagedStepError(
             f"{target.name} is not whole in the checkpoint: {found} of {wanted} elements are there; the step is "

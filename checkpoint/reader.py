@@ -1,35 +1,39 @@
-"""Reads a step into existing tensors: only the ranges that they need, every byte verified before it is used."""
+"""Reads a step into existing tensors: only the ranges that they need, every byte verified before it is used.
 
-import functools
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+Each thread reads a run of bytes that follow each other, through a descriptor of its own: the system then reads ahead.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from checkpoint.contents import StoredItem
-from checkpoint.errors import DamagedStepError
-from checkpoint.hashing import HASH_CHARS, block_hash, item_hash
+from checkpoint.fills import Box, Fill, Part, parts_of, requests_of
 from checkpoint.plan import Chunk, chunk_of, local_tensor
-from checkpoint.read_plan import ReadPiece, check_names, plan_reads
+from checkpoint.read_plan import check_names, plan_reads
 from checkpoint.storage.base import RangeReader, Storage
 from checkpoint.storage.opening import as_storage
 
 __all__ = ["read_chunk", "read_tensors"]
 
-# What a thread reads at a time; a multiple of every block size.
-_WINDOW = 4 << 20
+# A tensor's stored chunks, the box of it that is wanted, and the memory for that.
+_Wanted = tuple[Sequence[StoredItem], Chunk, Tensor]
 
 
 def read_tensors(
-    place: Storage | Path | str, items: Sequence[StoredItem], tensors: Mapping[str, Tensor], *, threads: int = 4
+    place: Storage | Path | str, items: Sequence[StoredItem], tensors: Mapping[str, Tensor], *, threads: int = 0
 ) -> int:
     """Fills the tensors' local parts in place; returns the bytes read.
+
+    Args:
+        place: the step.
+        items: what is stored there.
+        tensors: by flat name.
+        threads: that read at once; 0 takes what suits the storage and this rank's cores.
 
     Raises:
         CheckpointError: a name is missing, or has another shape or dtype.
@@ -37,25 +41,13 @@ def read_tensors(
     """
     storage = as_storage(place)
     by_name = check_names(storage.url, items, tensors)
-    fills = []
-    for name, tensor in tensors.items():
-        local = local_tensor(tensor)
-        if local.numel():
-            target = chunk_of(name, tensor)
-            fills += [(piece, target, local) for piece in plan_reads(by_name[name], target)]
-    with ExitStack() as opened:
-        files = {
-            name: opened.enter_context(storage.open(name)) for name in sorted({p.item.file for p, _, _ in fills})
-        }
-        with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
-            jobs: list[Future[int]] = []
-            for piece, target, local in fills:
-                source = _Source(storage.url, files[piece.item.file], piece.item)
-                if _is_straight(piece, target, local):
-                    jobs += [pool.submit(job) for job in _straight_jobs(source, piece, target, local)]
-                else:
-                    jobs.append(pool.submit(_fill_box, source, piece, target, local))
-            return sum(job.result() for job in jobs)
+    wanted = ((by_name[name], chunk_of(name, t), local_tensor(t)) for name, t in tensors.items())
+    fills = _fills(storage.url, wanted, storage.request_bytes)
+    shares = list(_shares(fills, threads or _threads(storage))) or [[]]
+    # This thread takes the first share: with as many as there are cores, the system keeps each on its own.
+    with ThreadPoolExecutor(max(1, len(shares) - 1), thread_name_prefix="read") as pool:
+        others = [pool.submit(_read_share, storage, share) for share in shares[1:]]
+        return _read_share(storage, shares[0]) + sum(job.result() for job in others)
 
 
 def read_chunk(
@@ -70,140 +62,52 @@ def read_chunk(
         target: which box.
         local: receives it.
     """
-    read = 0
-    for piece in plan_reads(items, target) if local.numel() else ():
-        source = _Source(place, files[piece.item.file], piece.item)
-        if _is_straight(piece, target, local):
-            read += sum(job() for job in _straight_jobs(source, piece, target, local))
-        else:
-            read += _fill_box(source, piece, target, local)
-    return read
+    request_bytes = next(iter(files.values())).request_bytes
+    return sum(fill.run(files[fill.file]) for fill in _fills(place, [(items, target, local)], request_bytes))
 
 
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """A stored chunk in an open file."""
-
-    place: str
-    file: RangeReader
-    item: StoredItem
-
-    def read(self, start: int, memory: memoryview) -> None:
-        """Reads and verifies whole blocks.
-
-        Args:
-            start: in the item's bytes, at the beginning of a block.
-            memory: to the end of a block, or of the item.
-        """
-        item = self.item
-        if self.file.read_into(item.data + start, memory) < len(memory):
-            raise DamagedStepError(
-                f"{self.place}/{item.file} ends within {item.name}; the step is damaged, use another one"
-            )
-        for done in range(0, len(memory), item.block_bytes):
-            index = (start + done) // item.block_bytes * HASH_CHARS
-            expected = item.blocks[index : index + HASH_CHARS]
-            if block_hash(memory[done : done + item.block_bytes]) != expected:
-                raise self._damage()
-
-    def check_item(self) -> None:
-        """The blocks' hashes against the item's."""
-        if item_hash(self.item.blocks) != self.item.hash:
-            raise self._damage()
-
-    def _damage(self) -> DamagedStepError:
-        return DamagedStepError(
-            f"{self.item.name} in {self.place}/{self.item.file} does not match its hash; the step is damaged, use "
-            "another one"
-        )
+def _fills(place: str, wanted: Iterable[_Wanted], request_bytes: int) -> list[Fill]:
+    """What threads can do apart from each other, in the order of the files' bytes."""
+    parts: list[Part] = []
+    fills: list[Fill] = []
+    for items, target, local in wanted:
+        if not local.numel():
+            continue
+        for piece in plan_reads(items, target):
+            straight = parts_of(place, piece, target, local)
+            if straight is None:
+                fills.append(Box(place, piece, target, local))
+            else:
+                parts += straight
+    parts.sort(key=lambda part: (part.item.file, part.item.data + part.start))
+    fills += requests_of(place, parts, request_bytes)
+    fills.sort(key=lambda fill: (fill.file, fill.start))
+    return fills
 
 
-_scratch = threading.local()
+def _threads(storage: Storage) -> int:
+    """As many streams as the storage likes, and on a disk no more than this rank has cores."""
+    if storage.is_remote:
+        return storage.streams
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(storage.streams, max(1, cores))
 
 
-def _scratch_bytes(size: int) -> Tensor:
-    """Memory of this thread's own, warm from the read before."""
-    held: Tensor | None = getattr(_scratch, "held", None)
-    if held is None or held.numel() < size:
-        held = torch.empty(size, dtype=torch.uint8)
-        _scratch.held = held
-    return held[:size]
+def _shares(fills: Sequence[Fill], count: int) -> Iterator[list[Fill]]:
+    """Cuts what is to be read into runs of about the same number of bytes."""
+    total, done, share = sum(fill.stop - fill.start for fill in fills), 0, 1
+    run: list[Fill] = []
+    for fill in fills:
+        run.append(fill)
+        done += fill.stop - fill.start
+        if done * count >= total * share:
+            yield run
+            run, share = [], done * count // total + 1
+    if run:
+        yield run
 
 
-def _memory(tensor: Tensor) -> memoryview:
-    return memoryview(cast(Any, tensor.numpy()))
-
-
-def _is_straight(piece: ReadPiece, target: Chunk, local: Tensor) -> bool:
-    """Whether the needed bytes lie in the target as they lie in the file."""
-    if local.device.type != "cpu" or not local.is_contiguous():
-        return False
-    whole_rows = all(stop - start == n for (start, stop), n in zip(piece.box[1:], piece.item.shape[1:], strict=True))
-    return whole_rows and tuple(target.shape[1:]) == tuple(piece.item.shape[1:])
-
-
-def _straight_jobs(source: _Source, piece: ReadPiece, target: Chunk, local: Tensor) -> list[Callable[[], int]]:
-    """One job per window of a piece that is read straight into its place."""
-    source.check_item()
-    first = (piece.box[0][0] - target.offset[0]) * piece.row_bytes if piece.box else 0
-    destination = _memory(local.reshape(-1).view(torch.uint8))[first : first + piece.needed[1] - piece.needed[0]]
-    start, stop = piece.verified
-    return [
-        functools.partial(_fill_window, source, piece, destination, s, min(s + _WINDOW, stop))
-        for s in range(start, stop, _WINDOW)
-    ]
-
-
-def _fill_window(source: _Source, piece: ReadPiece, destination: memoryview, start: int, stop: int) -> int:
-    """Blocks that lie within the needed bytes go into their place, those at the edges through scratch memory."""
-    block = piece.item.block_bytes
-    low, high = piece.needed
-    inner_start = min(max(start, -(-low // block) * block), stop)
-    inner_stop = stop if stop <= high else max(high // block * block, inner_start)
-    for edge_start, edge_stop in ((start, inner_start), (inner_stop, stop)):
-        if edge_start < edge_stop:
-            scratch = _memory(_scratch_bytes(edge_stop - edge_start))
-            source.read(edge_start, scratch)
-            a, b = max(edge_start, low), min(edge_stop, high)
-            destination[a - low : b - low] = scratch[a - edge_start : b - edge_start]
-    if inner_start < inner_stop:
-        source.read(inner_start, destination[inner_start - low : inner_stop - low])
-    return stop - start
-
-
-def _fill_box(source: _Source, piece: ReadPiece, target: Chunk, local: Tensor) -> int:
-    """Reads window after window and copies the box out of each one's whole rows; the rest is carried on."""
-    source.check_item()
-    row_bytes, (low, high) = piece.row_bytes, piece.needed
-    start, stop = piece.verified
-    carried, row = 0, piece.rows[0]
-    # The carried bytes end where the next window begins.
-    scratch = _scratch_bytes(row_bytes + _WINDOW)
-    for position in range(start, stop, _WINDOW):
-        end = min(position + _WINDOW, stop)
-        source.read(position, _memory(scratch[row_bytes : row_bytes + end - position]))
-        first = row_bytes - carried if position > low else row_bytes + low - position
-        last = row_bytes + min(end, high) - position
-        rows = max(last - first, 0) // row_bytes
-        if rows:
-            _copy_rows(scratch[first : first + rows * row_bytes], piece, row, rows, target, local)
-            row += rows
-        left = scratch[first + rows * row_bytes : last]
-        carried = left.numel()
-        scratch[row_bytes - carried : row_bytes] = left.clone()
-    return stop - start
-
-
-def _copy_rows(raw: Tensor, piece: ReadPiece, row: int, rows: int, target: Chunk, local: Tensor) -> None:
-    item = piece.item
-    # The rows begin anywhere in a block; a copy aligns them for the dtype.
-    raw = raw if raw.data_ptr() % 16 == 0 else raw.clone()
-    if not item.shape:
-        local.copy_(raw.view(item.torch_dtype).view(()))
-        return
-    source = raw.view(item.torch_dtype).view(rows, *item.shape[1:])
-    destination = local.narrow(0, item.offset[0] + row - target.offset[0], rows)
-    for dim, (low, high) in enumerate(piece.box[1:], start=1):
-        source = source.narrow(dim, low - item.offset[dim], high - low)
-        destination = destination.narrow(dim, low - target.offset[dim], high - low)
-    destination.copy_(source)
+def _read_share(storage: Storage, fills: Sequence[Fill]) -> int:
+    with ExitStack() as opened:
+        files = {name: opened.enter_context(storage.open(name)) for name in sorted({f.file for f in fills})}
+        return sum(fill.run(files[fill.file]) for fill in fills)

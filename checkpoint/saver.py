@@ -25,6 +25,7 @@ from checkpoint.commit import Committer, step_folder_name
 from checkpoint.config import AsyncMode
 from checkpoint.contents import rank_manifest, rank_manifest_name
 from checkpoint.exchange import Exchange, Report, own_store, report_of
+from checkpoint.hashing import Hashes
 from checkpoint.image import FileImage
 from checkpoint.lease import LeaseLostError, Ticket
 from checkpoint.manifest import Manifest
@@ -257,7 +258,7 @@ class StepSaver:
         """Makes this rank's files durable, its manifest last."""
         plan = work.plan
         try:
-            self._stage(work)
+            hashes = self._stage(work)
             if work.problem is not None:
                 return {"error": work.problem}
             place = self._committer.working_place(step)
@@ -269,7 +270,7 @@ class StepSaver:
             if work.image is None:
                 hashes = write_tensors(place, names, plan, work.tensors)
             else:
-                hashes = write_image(place, names, work.image, self._pool)
+                hashes = write_image(place, names, work.image, self._pool, hashes)
             body = rank_manifest(plan, names, [hashes[item.chunk.name] for item in plan.items])
             place.write(rank_manifest_name(self._rank), body, flush=self._rank != 0)
         except OSError as error:
@@ -279,13 +280,14 @@ class StepSaver:
             return {"error": str(error)}
         return report_of(body)
 
-    def _stage(self, work: _Work) -> None:
-        """Completes the snapshot."""
+    def _stage(self, work: _Work) -> Hashes | None:
+        """Completes the snapshot; the hashes, where they came with it."""
         try:
             if work.copied is not None:
                 work.copied.synchronize()
             elif work.image is not None and not self._staged.is_set():
-                work.image.copy_from(work.tensors)
+                return work.image.copy_hashed(work.tensors)
+            return None
         finally:
             self._staged.set()
 

@@ -1,6 +1,5 @@
 """Sends a rank's files to the storage and hashes them meanwhile: from a file image, or straight from the tensors."""
 
-import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -9,20 +8,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from checkpoint.hashing import BlockHasher, block_bytes_for, block_hashes
+from checkpoint.hashing import BlockHasher, Hashes, block_bytes_for
 from checkpoint.image import FileImage
+from checkpoint.memory import lasting_memory
 from checkpoint.plan import Item, SavePlan, local_tensor
 from checkpoint.storage.base import Storage
 from checkpoint.stream import frame_of
 
-__all__ = ["Hashes", "file_name", "write_image", "write_tensors"]
+__all__ = ["file_name", "write_image", "write_tensors"]
 
 _WINDOW = 8 << 20
 # Windows in turn: one is filled while the other is written.
 _WINDOWS = 2
-
-# Of each item's blocks, by name.
-Hashes = dict[str, str]
 
 
 def file_name(rank: int, index: int) -> str:
@@ -30,26 +27,22 @@ def file_name(rank: int, index: int) -> str:
     return f"__{rank}_{index}.distcp"
 
 
-def write_image(place: Storage, names: Sequence[str], image: FileImage, pool: ThreadPoolExecutor) -> Hashes:
+def write_image(
+    place: Storage, names: Sequence[str], image: FileImage, pool: ThreadPoolExecutor, hashes: Hashes | None
+) -> Hashes:
     """Writes the image's files, durable when this returns.
 
     Args:
         place: the step's folder.
         names: of the files, none of which may be there.
         image: must not change before this returns.
-        pool: hashes while the files are written.
+        pool: hashes while the files are written, unless `hashes` are known.
+        hashes: of the items.
 
     Raises:
         OSError: the storage is full or fails.
     """
-    hashes = {
-        item.chunk.name: pool.submit(
-            block_hashes,
-            image.file(item.file)[item.data : item.data + item.data_bytes],
-            block_bytes_for(item.data_bytes),
-        )
-        for item in image.plan.items
-    }
+    coming = pool.submit(image.hashes) if hashes is None else None
 
     def write(index: int) -> None:
         memory = image.file(index)
@@ -60,8 +53,8 @@ def write_image(place: Storage, names: Sequence[str], image: FileImage, pool: Th
         _all_files(write, len(image.plan.file_bytes))
     finally:
         # The image may be used again only when nobody reads it any more.
-        found = {name: future.result() for name, future in hashes.items()}
-    return found
+        found = coming.result() if coming is not None else {}
+    return hashes or found
 
 
 def write_tensors(place: Storage, names: Sequence[str], plan: SavePlan, tensors: Mapping[str, Tensor]) -> Hashes:
@@ -134,7 +127,7 @@ def _filled_windows(
 ) -> Iterator[memoryview]:
     """The file's bytes in order; a window is filled and hashed while the one before is written."""
     pinned = any(local_tensor(tensors[i.chunk.name]).device.type == "cuda" for i in items)
-    buffers = [_buffer(min(_WINDOW, size), pinned=pinned) for _ in range(_WINDOWS)]
+    buffers = [lasting_memory(min(_WINDOW, size), pinned=pinned) for _ in range(_WINDOWS)]
     flat: dict[str, Tensor] = {}
     pieces = _pieces(items, size)
     current = next(pieces)
@@ -176,11 +169,3 @@ def _flat_bytes(item: Item, tensors: Mapping[str, Tensor], flat: dict[str, Tenso
         flat.clear()
         flat[name] = local_tensor(tensors[name]).contiguous().reshape(-1).view(torch.uint8)
     return flat[name]
-
-
-def _buffer(size: int, *, pinned: bool) -> Tensor:
-    if pinned:
-        raw = torch.empty(size + mmap.PAGESIZE, dtype=torch.uint8, pin_memory=True)
-        skip = -raw.data_ptr() % mmap.PAGESIZE
-        return raw[skip : skip + size]
-    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)

@@ -2,7 +2,7 @@
 
 import errno
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import final
 
@@ -10,11 +10,21 @@ __all__ = ["RangeReader", "RemoteFile", "Storage", "as_os_error"]
 
 
 class RangeReader(ABC):
-    """An open file."""
+    """An open file.
+
+    Attributes:
+        request_bytes: see `Storage`.
+    """
+
+    request_bytes: int = 1 << 23
 
     @abstractmethod
     def read_into(self, offset: int, memory: memoryview) -> int:
         """Fills memory from the file's bytes at `offset`; returns how many there were, fewer only at its end."""
+
+    @abstractmethod
+    def read_into_all(self, offset: int, memories: Sequence[memoryview]) -> int:
+        """Fills pieces of memory, one after the other, from the file's bytes at `offset`, by one request."""
 
 
 @final
@@ -29,8 +39,15 @@ class RemoteFile(RangeReader):
         self._read_range = read_range
 
     def read_into(self, offset: int, memory: memoryview) -> int:
-        data = self._read_range(offset, len(memory))
-        memory[: len(data)] = data
+        return self.read_into_all(offset, [memory])
+
+    def read_into_all(self, offset: int, memories: Sequence[memoryview]) -> int:
+        data = memoryview(self._read_range(offset, sum(len(m) for m in memories)))
+        position = 0
+        for memory in memories:
+            part = data[position : position + len(memory)]
+            memory[: len(part)] = part
+            position += len(part)
         return len(data)
 
 
@@ -61,10 +78,17 @@ class Storage(ABC):
         url: what a person would type.
         renames: whether `move` of a folder is one atomic step. Where it is not, a step is written under its final
             name and its manifest, written last, makes it valid.
+        is_remote: whether threads that read wait for a network rather than use a core.
+        streams: so many reads at once are faster than fewer.
+        request_bytes: what is asked for at a time, a power of two from 1 MiB on; little where asking costs little:
+            it is hashed while a core's cache has it.
     """
 
     url: str
     renames: bool
+    is_remote: bool = True
+    streams: int = 8
+    request_bytes: int = 1 << 23
 
     @abstractmethod
     def child(self, name: str) -> "Storage":

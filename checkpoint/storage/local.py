@@ -6,7 +6,7 @@ import mmap
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import final
@@ -19,6 +19,8 @@ from checkpoint.storage.base import RangeReader, Storage
 __all__ = ["LocalStorage", "takes_direct_io", "write_all"]
 
 log = logging.getLogger(__name__)
+
+_REQUEST_BYTES = 1 << 20
 
 
 def takes_direct_io(folder: Path) -> bool:
@@ -63,6 +65,8 @@ def write_all(descriptor: int, data: memoryview, offset: int, *, aligned: bool =
 
 @final
 class _Descriptor(RangeReader):
+    request_bytes = _REQUEST_BYTES
+
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
 
@@ -73,6 +77,18 @@ class _Descriptor(RangeReader):
             if got == 0:
                 break
             done += got
+        return done
+
+    def read_into_all(self, offset: int, memories: Sequence[memoryview]) -> int:
+        done = os.preadv(self._descriptor, memories, offset)
+        position = 0
+        for memory in memories:
+            # As a rule all of it has come by now.
+            if done < position + len(memory):
+                done += self.read_into(offset + done, memory[done - position :])
+                if done < position + len(memory):
+                    break
+            position += len(memory)
         return done
 
 
@@ -86,6 +102,9 @@ class LocalStorage(Storage):
     """
 
     renames = True
+    is_remote = False
+    streams = 4
+    request_bytes = _REQUEST_BYTES
 
     def __init__(self, path: Path, direct_io: DirectIo = DirectIo.auto) -> None:
         self.path = path

@@ -176,7 +176,9 @@ def test_any_box_is_read_from_any_shards(tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("box")
     items, position, blob, start = [], 0, b"", 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("checkpoint.reader._WINDOW", data.draw(st.sampled_from([32, 64, 4096])))
+        request_bytes = data.draw(st.sampled_from([32, 64, 4096]))
+        for owner in ("LocalStorage", "_Descriptor"):
+            patch.setattr(f"checkpoint.storage.local.{owner}.request_bytes", request_bytes)
         for chunk in whole.tensor_split(parts, dim):
             offset = tuple(start if d == dim else 0 for d in range(len(shape)))
             start += chunk.shape[dim]
@@ -199,7 +201,7 @@ def test_any_box_is_read_from_any_shards(tmp_path_factory: pytest.TempPathFactor
         chunk_ = Chunk(name="t", dtype=torch.float32, global_shape=shape, offset=offset, shape=size)
         patch.setattr("checkpoint.reader.chunk_of", lambda name, tensor: chunk_)
         patch.setattr("checkpoint.reader.check_names", lambda folder, items, tensors: {"t": list(items)})
-        read_tensors(folder, items, {"t": target})
+        read_tensors(folder, items, {"t": target}, threads=data.draw(st.integers(1, 4)))
     expected = whole[tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))]
     assert torch.equal(target, expected)
 
