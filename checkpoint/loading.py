@@ -6,7 +6,7 @@ DCP, torchtitan's) go through the stock reader, without verification, and withou
 
 import pickle
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,27 +94,34 @@ def _needed_items(
     return _items_of(storage, manifest, range(manifest.ranks))
 
 
-def load_tensors(place: Place, tensors: Mapping[str, Tensor], group: dist.ProcessGroup) -> int:
+def load_tensors(
+    place: Place, tensors: Mapping[str, Tensor], group: dist.ProcessGroup, known: Collection[str] | None = None
+) -> int:
     """Reads a step into existing tensors, resharding to whatever layout they have.
 
     Args:
         place: the step's folder.
         tensors: by flat name; DTensors receive this rank's part.
         group: of all ranks, on the CPU; communicates for checkpoints without a manifest alone.
+        known: every name that the model has, on whichever rank; a weight of another name is then an error.
 
     Returns:
         The bytes that this rank read.
 
     Raises:
-        CheckpointError: a name is missing there, or has another shape or dtype.
+        CheckpointError: a name is missing there, or is not known, or has another shape or dtype.
         DamagedStepError: a byte is not what was written.
     """
     storage = as_storage(place)
     if is_verified(storage):
-        manifest = read_manifest(storage)
-        if dist.get_rank(group) == 0:
+        first = dist.get_rank(group) == 0
+        manifest = read_manifest(storage, check_files=first)
+        if first:
             _check_hash(storage, METADATA, manifest)
-        return read_tensors(storage, _needed_items(storage, manifest, tensors, group), tensors)
+        items = _needed_items(storage, manifest, tensors, group)
+        if known is not None:
+            _check_known(storage.url, items, known)
+        return read_tensors(storage, items, tensors)
     reader = _SafeReader(_local_path(storage))
     metadata = reader.read_metadata()
     _check_against(storage.url, metadata.state_dict_metadata, tensors)
@@ -123,6 +130,18 @@ def load_tensors(place: Place, tensors: Mapping[str, Tensor], group: dist.Proces
     except CheckpointException as error:
         raise CheckpointError(f"loading {storage.url} failed: {_causes(error)}") from error
     return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def _check_known(url: str, items: Iterable[StoredItem], known: Collection[str]) -> None:
+    """Whether the model has all weights that are stored; the optimizer's state goes with them."""
+    others = ("optimizer.", "train_state.")
+    found = sorted({i.name for i in items if i.name not in known and not i.name.startswith(others)})
+    if found:
+        raise CheckpointError(
+            f"{url} must hold the model's weights alone, but holds {found[0]} ({len(found)} such names); use the "
+            "model it was saved from, or start from it with checkpoint.initial_load_path and "
+            "checkpoint.load_strict=false"
+        )
 
 
 def check_compatible(place: Place, tensors: Mapping[str, Tensor]) -> None:

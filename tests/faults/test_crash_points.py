@@ -204,3 +204,27 @@ def test_a_crash_at_every_operation(tmp_path: Path, victim: int, crash: str) -> 
         # Only the last flush follows the rename that commits.
         assert outcomes[-2] == [1]
         assert outcomes[-1] == [1] if crash == "power" else outcomes[-1] == [1, 2]
+
+
+def save_and_lose_power(folder: Path, flushes: bool) -> None:
+    """Saves a step, and the power goes the moment that the save has succeeded."""
+    if not flushes:
+        os.fsync = lambda fd: None
+    dist.init_process_group("gloo")
+    group = dist.new_group(backend="gloo")
+    assert group is not None
+    saver = StepSaver(folder, AsyncMode["disabled"], torch.device("cpu"), group)
+    (result,) = saver.begin(make(1.0, dist.get_world_size()), Manifest(step=1, lineage="a"))
+    assert result.error is None
+    dist.barrier(group)
+    if dist.get_rank() == 0:
+        lose_power(folder)
+
+
+@pytest.mark.parametrize("flushes", [True, False])
+def test_a_power_cut_shows_whether_a_save_was_flushed(flushes: bool) -> None:
+    """What has succeeded is there afterwards; and the file system here hides no flush that is left out."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as memory, ext4(Path(memory)) as folder:
+        run_distributed(save_and_lose_power, folder, flushes, world_size=2, timeout_s=30.0)
+        with after_the_cut(Path(memory)) as found:
+            assert check(found) == ([1] if flushes else [])

@@ -243,6 +243,18 @@ def test_a_hole_is_damage(tmp_path: Path, group: dist.ProcessGroup) -> None:
         plan_reads([item], target)
 
 
+def test_weights_that_the_model_does_not_have_are_an_error(tmp_path: Path, group: dist.ProcessGroup) -> None:
+    path = save(
+        tmp_path / "c", group, {"w": torch.ones(3), "more": torch.ones(2), "optimizer.state.w.step": torch.ones(1)}
+    )
+    target = {"w": torch.zeros(3)}
+    with pytest.raises(CheckpointError, match=r"weights alone, but holds more \(1 such names\); use the model"):
+        load_tensors(path, target, group, known={"w"})
+    assert not target["w"].any()
+    load_tensors(path, target, group, known={"w", "more", "elsewhere"})
+    assert target["w"].all()
+
+
 def test_replicated_state_is_spread_evenly() -> None:
     tensors = {f"t{i}": torch.zeros(16) for i in range(400)}
     shares = [len(make_plan(tensors, rank, 4).items) for rank in range(4)]

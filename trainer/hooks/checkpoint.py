@@ -233,7 +233,7 @@ class CheckpointHook(Hook):
             with self._plan.open_initial(place.url, start.in_hf) as source:
                 load_from(source, tensors, self._plan.initial, optional=optional)
             tensors = {}
-        if start.kind is StartKind.step and read_manifest(place).kind == "model":
+        if start.kind is StartKind.step and read_manifest(place, check_files=False).kind == "model":
             log.info("%s is a seed checkpoint: weights alone", place.url)
         elif not start.model_only:
             if "optimizer" not in start.exclude:
@@ -244,7 +244,9 @@ class CheckpointHook(Hook):
             if self._plan.schedule_total is not None:
                 trainer.state.schedule_total = self._plan.schedule_total
         if tensors:
-            load_tensors(place, tensors, trainer.context.save_group)
+            # A run's own step holds what its model has; other starts say themselves what they leave out.
+            known = trainer.engine.names if start.kind is StartKind.step else None
+            load_tensors(place, tensors, trainer.context.save_group, known)
 
     def fit_start(self, trainer: Trainer) -> None:
         self._saved_from = trainer.state.step
@@ -448,7 +450,7 @@ def _state_tensors(state: TrainState) -> dict[str, Tensor]:
 
 def _train_state(place: Storage) -> dict[str, Any]:
     try:
-        return read_manifest(place).train_state
+        return read_manifest(place, check_files=False).train_state
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{place.url} has no manifest and so no train state; use checkpoint.initial_load_model_only=true"

@@ -41,6 +41,7 @@ class ParallelModel:
         stages: where the stages are.
         tensor: the ranks that share matrices, None without tensor parallelism.
         sequence: the ranks that share sequences, None without context parallelism.
+        names: of all parameters and stored buffers that the model has, on whichever rank.
     """
 
     model: LanguageModel
@@ -48,6 +49,7 @@ class ParallelModel:
     stages: StagePlan
     tensor: TensorGroup | None
     sequence: ContextGroup | None
+    names: frozenset[str]
 
 
 def parallelise(
@@ -74,6 +76,7 @@ def parallelise(
     layout = context.layout
     if precision is PrecisionName.fp64:
         whole.to(torch.float64)
+    names = frozenset(whole.state_dict())
     stages = plan_stages(parallel, layout.pp, dims.n_layers, context.place("pp"))
     model, parts = _take_stages(whole, stages)
     tensor = sequence = None
@@ -101,7 +104,7 @@ def parallelise(
     elif precision is PrecisionName.bf16:
         # As FSDP's mixed precision does it among several ranks, without its copies.
         model.compute_dtype = torch.bfloat16
-    return ParallelModel(model=model, parts=parts, stages=stages, tensor=tensor, sequence=sequence)
+    return ParallelModel(model=model, parts=parts, stages=stages, tensor=tensor, sequence=sequence, names=names)
 
 
 def context_method(parallel: ParallelConfig, dims: DecoderConfig, tp: int, cp: int) -> ContextMethod:

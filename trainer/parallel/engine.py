@@ -53,7 +53,7 @@ class Engine:
         precision: PrecisionName,
     ) -> None:
         self._parallel, self._context, self._dims = parallel, context, dims
-        self.model = parallel.model
+        self.model, self.names = parallel.model, parallel.names
         self._parameters = dict(parallel.model.named_parameters())
         self._mixtures = [m for m in parallel.model.modules() if isinstance(m, MixtureOfExperts)]
         self._losses: list[Tensor] = []
