@@ -25,13 +25,14 @@ def step_folder_name(step: int) -> str:
     return f"step-{step}"
 
 
-def assemble_metadata(place: Storage, ranks: int) -> bytes:
+def assemble_metadata(place: Storage, ranks: int, writer: str = "") -> bytes:
     """DCP's description of a step, from the ranks' manifests: costs time in ranks × tensors.
 
     Raises:
         CheckpointError: a tensor is not whole: a bug in who writes what, found before the step becomes valid.
     """
-    items = [item for rank in range(ranks) for item in parse_rank_manifest(place.read(rank_manifest_name(rank)))]
+    names = [rank_manifest_name(rank, writer) for rank in range(ranks)]
+    items = [item for name in names for item in parse_rank_manifest(place.read(name))]
     written: dict[str, int] = {}
     for item in items:
         written[item.name] = written.get(item.name, 0) + math.prod(item.shape)
@@ -59,9 +60,10 @@ def complete_step(
     hashes: dict[str, str] = {}
     for rank, report in enumerate(reports):
         files |= report["files"]
-        files[rank_manifest_name(rank)] = report["bytes"]
-        hashes[rank_manifest_name(rank)] = report["hash"]
-    metadata = assemble_metadata(place, len(reports)) if metadata is None else metadata
+        name = rank_manifest_name(rank, manifest.writer)
+        files[name], hashes[name] = report["bytes"], report["hash"]
+    if metadata is None:
+        metadata = assemble_metadata(place, len(reports), manifest.writer)
     place.write(METADATA, metadata, flush=False)
     files[METADATA], hashes[METADATA] = len(metadata), xxhash.xxh3_128_hexdigest(metadata)
     # Flushes the folder: all names in it are durable before the step's own is.
@@ -76,10 +78,14 @@ class Committer:
         folder: the checkpoint folder.
         token: of this attempt.
         ticket: proves that this attempt is the folder's one writer; None where nobody else can write.
+
+    Attributes:
+        writer: see `Manifest`.
     """
 
     def __init__(self, folder: Storage, token: str, ticket: Ticket | None) -> None:
         self._folder, self._token, self._ticket = folder, token, ticket
+        self.writer = "" if folder.renames else token
         # `.metadata` of the newest layout, which is the same for every step saved under it.
         self._metadata: tuple[tuple[str, ...], bytes] | None = None
 
@@ -95,7 +101,7 @@ class Committer:
     def check_absent(self, step: int) -> None:
         """Raises OSError where the step is there already: without renames, saving it again would spoil it."""
         if not self._folder.renames and self.is_committed(step):
-            raise FileExistsError(errno.EEXIST, f"{step_folder_name(step)} is there already")
+            raise FileExistsError(errno.EEXIST, f"{step_folder_name(step)} is complete already")
 
     def check_lease(self) -> None:
         """Raises LeaseLostError where another writer has taken the folder over."""
@@ -112,9 +118,10 @@ class Committer:
         place = self.working_place(manifest.step)
         plans = tuple(report["plan"] for report in reports)
         if self._metadata is None or self._metadata[0] != plans:
-            self._metadata = (plans, assemble_metadata(place, len(reports)))
+            self._metadata = (plans, assemble_metadata(place, len(reports), self.writer))
         self.check_lease()
-        complete_step(place, manifest, reports, self._metadata[1])
+        self.check_absent(manifest.step)
+        complete_step(place, dataclasses.replace(manifest, writer=self.writer), reports, self._metadata[1])
         if self._folder.renames:
             self.check_lease()
             self._folder.move(self.working_name(manifest.step), step_folder_name(manifest.step))

@@ -69,9 +69,14 @@ class StoredItem(NamedTuple):
         return found
 
 
-def rank_manifest_name(rank: int) -> str:
-    """The file's name in a step."""
-    return f"rank-{rank}.json"
+def rank_manifest_name(rank: int, writer: str = "") -> str:
+    """The file's name in a step.
+
+    Args:
+        rank: whose manifest it is.
+        writer: see `Manifest`.
+    """
+    return f"rank-{rank}-{writer}.json" if writer else f"rank-{rank}.json"
 
 
 def rank_manifest(plan: SavePlan, names: Sequence[str], blocks: Sequence[str]) -> bytes:

@@ -49,10 +49,13 @@ class Exchange:
         store: see `own_store`.
         token: tells this run of the ranks from others that meet in the same store.
         timeout_s: after which a rank that has not reported is taken for dead.
+        writer: see `Manifest`.
     """
 
-    def __init__(self, rank: int, ranks: int, store: dist.Store | None, token: str, timeout_s: float) -> None:
-        self._rank, self._ranks, self._timeout_s = rank, ranks, timeout_s
+    def __init__(
+        self, rank: int, ranks: int, store: dist.Store | None, token: str, timeout_s: float, writer: str = ""
+    ) -> None:
+        self._rank, self._ranks, self._timeout_s, self._writer = rank, ranks, timeout_s, writer
         self._store = None if store is None else dist.PrefixStore(f"regrow-save-{token}", store)
         self._spent: list[str] = []
 
@@ -87,14 +90,14 @@ class Exchange:
         return reports
 
     def _collect_from_files(self, partial: Storage, deadline: float) -> list[Report]:
-        names = [rank_manifest_name(rank) for rank in range(self._ranks)]
+        names = [rank_manifest_name(rank, self._writer) for rank in range(self._ranks)]
         _poll(lambda: partial.sizes().keys() >= set(names), deadline)
         return [self._report_from_file(rank, partial) for rank in range(self._ranks)]
 
     def _report_from_file(self, rank: int, partial: Storage) -> Report:
         """The report of a rank of which the store knows nothing."""
         try:
-            return report_of(partial.read(rank_manifest_name(rank)))
+            return report_of(partial.read(rank_manifest_name(rank, self._writer)))
         except FileNotFoundError:
             return {"error": f"did not report within {self._timeout_s:g} s"}
 

@@ -62,7 +62,7 @@ def _items_of(storage: Storage, manifest: Manifest, ranks: Iterable[int]) -> lis
     return [
         item
         for rank in ranks
-        for item in parse_rank_manifest(_check_hash(storage, rank_manifest_name(rank), manifest))
+        for item in parse_rank_manifest(_check_hash(storage, rank_manifest_name(rank, manifest.writer), manifest))
     ]
 
 

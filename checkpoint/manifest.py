@@ -5,6 +5,7 @@ rename that commits, or, where folders cannot be renamed, the last file of all.
 """
 
 import dataclasses
+import errno
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,8 @@ class Manifest:
         metrics: values measured at this step.
         layout: degrees that wrote it.
         ranks: how many wrote it, `rank-0.json` and so on.
+        writer: is in the names of the ranks' files where a step is written under its final name, so that a paused
+            writer that wakes up replaces nobody else's; empty elsewhere.
         data_fingerprint: identifies the data and the tokenizer.
         config_hash: hash of identity and hyperparameters.
         model: the model's config, as plain JSON; empty where it is not known.
@@ -49,6 +52,7 @@ class Manifest:
     metrics: dict[str, float] = field(default_factory=dict)
     layout: dict[str, int] = field(default_factory=dict)
     ranks: int = 1
+    writer: str = ""
     data_fingerprint: str = ""
     config_hash: str = ""
     model: dict[str, Any] = field(default_factory=dict)
@@ -64,10 +68,19 @@ def checksum(body: dict[str, Any]) -> str:
 
 
 def write_manifest(place: Storage | Path | str, manifest: Manifest) -> None:
-    """Writes `manifest.json` into a step's folder, durable when it returns."""
+    """Writes `manifest.json` into a step's folder, durable when it returns.
+
+    Raises:
+        FileExistsError: where it is what commits the step, and there is one already.
+    """
     body = {"format": FORMAT, **dataclasses.asdict(manifest)}
-    text = json.dumps({"checksum": checksum(body), **body}, indent=1)
-    as_storage(place).write(MANIFEST, text.encode())
+    text = json.dumps({"checksum": checksum(body), **body}, indent=1).encode()
+    storage = as_storage(place)
+    if storage.renames:
+        storage.write(MANIFEST, text)
+    elif not storage.create(MANIFEST, text) and storage.read(MANIFEST) != text:
+        # The same bytes are this one's: the answer to a first attempt was lost.
+        raise FileExistsError(errno.EEXIST, f"{storage.url} is complete already")
 
 
 def read_manifest(place: Storage | Path | str, *, check_files: bool = True) -> Manifest:

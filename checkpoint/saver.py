@@ -122,7 +122,7 @@ class StepSaver:
         self._committer = Committer(self._folder, str(token[0]), self._options.ticket)
         store = own_store() if self._options.use_store else None
         timeout_s = self._options.commit_timeout_s
-        self._exchange = Exchange(self._rank, self._ranks, store, str(token[0]), timeout_s)
+        self._exchange = Exchange(self._rank, self._ranks, store, str(token[0]), timeout_s, self._committer.writer)
         self._saves = 0
         self._planned: tuple[LayoutKey, SavePlan] | None = None
         self._image: FileImage | None = None
@@ -266,13 +266,13 @@ class StepSaver:
             self._committer.check_absent(step)
             place.make()
             _check_room(place, plan.total_bytes)
-            names = [file_name(self._rank, index) for index in range(len(plan.file_bytes))]
+            names = [file_name(self._rank, index, self._committer.writer) for index in range(len(plan.file_bytes))]
             if work.image is None:
                 hashes = write_tensors(place, names, plan, work.tensors)
             else:
                 hashes = write_image(place, names, work.image, self._pool, hashes)
             body = rank_manifest(plan, names, [hashes[item.chunk.name] for item in plan.items])
-            place.write(rank_manifest_name(self._rank), body, flush=self._rank != 0)
+            place.write(rank_manifest_name(self._rank, self._committer.writer), body, flush=self._rank != 0)
         except OSError as error:
             return {"error": f"{error.strerror or error} ({self._folder.url})"}
         except Exception as error:

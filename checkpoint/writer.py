@@ -22,9 +22,9 @@ _WINDOW = 8 << 20
 _WINDOWS = 2
 
 
-def file_name(rank: int, index: int) -> str:
-    """As stock DCP names them."""
-    return f"__{rank}_{index}.distcp"
+def file_name(rank: int, index: int, writer: str = "") -> str:
+    """As stock DCP names them, but for the writer (see `Manifest`)."""
+    return f"__{rank}_{index}-{writer}.distcp" if writer else f"__{rank}_{index}.distcp"
 
 
 def write_image(

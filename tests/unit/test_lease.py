@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 
 from checkpoint.commit import Committer
+from checkpoint.contents import rank_manifest_name
 from checkpoint.lease import (
     Holder,
     LeaseHeldError,
@@ -108,7 +109,7 @@ def test_a_silent_remote_writer_is_taken_over_and_can_commit_nothing(folder: Sto
     committer = Committer(folder, "old", first.ticket)
     place = committer.working_place(5)
     place.make()
-    place.write("rank-0.json", b'{"plan": "p", "files": {}, "items": []}')
+    place.write(rank_manifest_name(0, committer.writer), b'{"plan": "p", "files": {}, "items": []}')
     started = time.monotonic()
     second = acquire_lease(folder, 0.5, "the run")
     assert time.monotonic() - started >= 0.5

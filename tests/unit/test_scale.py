@@ -44,9 +44,9 @@ def test_the_metadata_is_made_once_per_layout(tmp_path: Path, monkeypatch: pytes
     committer = Committer(folder, "t", None)
     real = checkpoint.commit.assemble_metadata
 
-    def counted(place: Storage, ranks: int) -> bytes:
+    def counted(place: Storage, ranks: int, writer: str) -> bytes:
         made.append(ranks)
-        return real(place, ranks)
+        return real(place, ranks, writer)
 
     monkeypatch.setattr("checkpoint.commit.assemble_metadata", counted)
     for step, plan in ((1, "p"), (2, "p"), (3, "q"), (4, "q")):
