@@ -155,7 +155,8 @@ class _Profiled(Hook):
     """Profiles all steps after the warm-up."""
 
     def __init__(self) -> None:
-        self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+        # Without a schedule there is one cycle; torch 2.11 warns of lost ones unless it is told to add them up.
+        self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True)
 
     def step_end(self, trainer: Trainer) -> None:
         if trainer.state.step == WARM_UP:

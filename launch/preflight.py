@@ -41,6 +41,7 @@ __all__ = [
     "check_parallel",
     "check_seed",
     "prepare_data",
+    "splits_backward",
 ]
 
 
@@ -146,7 +147,13 @@ def check_parallel(config: Config, layout: Layout, device_type: str) -> None:
         ),
         train=config.train,
         device_type=device_type,
+        splits_backward=splits_backward(),
     )
+
+
+def splits_backward() -> bool:
+    """Whether this torch runs the two halves of a backward pass through autograd functions of one's own."""
+    return tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13)
 
 
 def check_seed(environ: Mapping[str, str]) -> None:

@@ -24,7 +24,7 @@ SAVING = ["checkpoint=debug", "checkpoint.interval=3", "hooks=none", "data.log_s
     ("kind", "world", "layout"),
     [
         ("dense", 4, "dp_shard=2 tp=2"),
-        ("dense", 4, "pp=2 dp_shard=2 pp_schedule=zbv_zero_bubble"),
+        ("dense", 4, f"pp=2 dp_shard=2 pp_schedule={SCHEDULES[-1]}"),
         ("dense", 4, "tp=2 cp=2"),
         ("dense", 4, "dp_replicate=2 cp=2"),
         ("moe", 4, "dp_shard=2 tp=2 ep=4"),

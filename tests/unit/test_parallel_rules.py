@@ -64,6 +64,15 @@ def test_what_cannot_run_is_refused_in_a_sentence(overrides: list[str], words: s
     assert words in str(problem_of(typed_config([*tiny, "data.micro_batch_size=4", "data.seq_len=32", *overrides])))
 
 
+def test_a_torch_that_cannot_split_the_backward_pass_is_told() -> None:
+    layout, model = Layout(**{**ONES, "pp": 2}), plain_model("model=qwen3_debug")
+    batch = Batch(global_batch_size=16, micro_batch_size=2, seq_len=32)
+    parallel = ParallelConfig(pp=2, pp_schedule=PipelineSchedule.interleaved_zero_bubble)
+    check_layout(layout, parallel, model, batch, train=TrainConfig(), device_type="cpu")
+    with pytest.raises(ValueError, match="two halves with torch before 2.13, but is interleaved_zero_bubble; use"):
+        check_layout(layout, parallel, model, batch, train=TrainConfig(), device_type="cpu", splits_backward=False)
+
+
 @functools.cache
 def plain_model(choice: str) -> DecoderConfig:
     model = typed_config([choice]).model

@@ -63,8 +63,9 @@ def end_shift(coming: Tensor, like: Tensor) -> Tensor:
 
 
 def _gather(x: Tensor, dim: int, group: str) -> Tensor:
-    out: Tensor = _f.wait_tensor(_all_gather(x.contiguous(), dim, group))
-    return out
+    out: Tensor = _f.wait_tensor(_all_gather(x.contiguous(), 0, group))
+    # The library's own way to another dimension cannot be compiled in torch 2.11.
+    return out if dim == 0 else torch.cat(out.chunk(out.shape[0] // x.shape[0]), dim)
 
 
 def _scatter(x: Tensor, dim: int, group: str) -> Tensor:

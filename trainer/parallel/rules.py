@@ -50,8 +50,18 @@ def check_layout(
     *,
     train: TrainConfig,
     device_type: str,
+    splits_backward: bool = True,
 ) -> None:
     """Whether the model can be trained like this.
+
+    Args:
+        layout: the degrees.
+        parallel: their options.
+        model: its dimensions.
+        batch: of the data.
+        train: activation checkpointing and compilation.
+        device_type: `cpu` or `cuda`.
+        splits_backward: whether torch runs a backward pass in two halves through autograd functions of one's own.
 
     Raises:
         ValueError: naming field, rule, value and remedy.
@@ -61,7 +71,7 @@ def check_layout(
     problems = (
         *_tensor(layout, parallel, model, batch, train, device_type),
         *_context(layout, parallel, model, batch),
-        *_pipeline(layout, parallel, model, batch, train),
+        *_pipeline(layout, parallel, model, batch, train, splits_backward),
         *_experts(layout, model),
     )
     for problem in problems:
@@ -121,7 +131,12 @@ def _context(layout: Layout, parallel: ParallelConfig, model: DecoderConfig, bat
 
 
 def _pipeline(
-    layout: Layout, parallel: ParallelConfig, model: DecoderConfig, batch: Batch, train: TrainConfig
+    layout: Layout,
+    parallel: ParallelConfig,
+    model: DecoderConfig,
+    batch: Batch,
+    train: TrainConfig,
+    splits_backward: bool,
 ) -> Iterator[str]:
     for name in ("pp_stages_per_rank", "pp_input_weight", "pp_output_weight"):
         if getattr(parallel, name) < 0:
@@ -154,6 +169,11 @@ def _pipeline(
             "zbv_zero_bubble; use parallel.pp_schedule=interleaved_zero_bubble"
         )
     if kind in _SPLIT_BACKWARD:
+        if not splits_backward:
+            yield (
+                "parallel.pp_schedule must not run the backward pass in two halves with torch before 2.13, but is "
+                f"{kind.name}; use parallel.pp_schedule=interleaved"
+            )
         if train.activation_checkpoint is not ActivationCheckpoint.none:
             yield (
                 f"train.activation_checkpoint must be none with parallel.pp_schedule={kind.name}, whose backward "
