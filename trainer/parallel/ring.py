@@ -198,10 +198,11 @@ class _Ring(torch.autograd.Function):
                 seen = _mask_of(mask, rank, source, ranks, length, sight, balance=balance)
                 causal = sight.causal and mask is None
                 found, found_lse = block_attention(q_BNTH[:, :, sight.queries :], k, v, seen, causal=causal)
-                _merge(out[:, :, sight.queries :], lse[:, :, sight.queries :], found, found_lse)
+                out, lse = _merged(out, lse, found, found_lse)
             if coming is not None:
                 travelling = end_shift(coming, travelling)
-        result = out.to(q_BNTH.dtype)
+        # A `to` that changes nothing is another name of the same tensor, whose gradient torch 2.11's compiler loses.
+        result = out if out.dtype == q_BNTH.dtype else out.to(q_BNTH.dtype)
         ctx.save_for_backward(q_BNTH, k_BKTH, v_BKTH, mask, result, lse)
         ctx.place = (rank, ranks, balance, group)
         return result
@@ -230,9 +231,9 @@ class _Ring(torch.autograd.Function):
             if on_the_way is not None:
                 sums = end_shift(on_the_way, sums)
             if block is not None and sight is not None:
-                grad_q[:, :, sight.queries :] += block[0]
-                for total, part in zip(sums.unbind(), block[1:], strict=True):
-                    total[:, :, : sight.keys] += _narrow(part.to(sums.dtype), groups)
+                grad_q = grad_q + F.pad(block[0].to(lse.dtype), (0, 0, sight.queries, 0))
+                mine_KV = torch.stack([_narrow(part.to(lse.dtype), groups) for part in block[1:]])
+                sums = sums + F.pad(mine_KV, (0, 0, 0, length - sight.keys))
             on_the_way = begin_shift(sums, rank, ranks, group)
             if coming is not None:
                 travelling = end_shift(coming, travelling)
@@ -242,13 +243,17 @@ class _Ring(torch.autograd.Function):
         return (*grads, None, None, None, None, None)
 
 
-def _merge(out: Tensor, lse: Tensor, found: Tensor, found_lse: Tensor) -> None:
-    """Adds a block to what was found before, in place."""
+def _merged(out: Tensor, lse: Tensor, found: Tensor, found_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """What was found before with a block for its last positions; nothing is changed in place, for the compiler."""
+    missing = lse.shape[2] - found_lse.shape[2]
+    found, found_lse = (
+        F.pad(found.to(out.dtype), (0, 0, missing, 0)),
+        F.pad(found_lse, (missing, 0), value=-torch.inf),
+    )
     both = torch.logaddexp(lse, found_lse.to(lse.dtype))
     # Before the first block, both may be minus infinity.
     before, new = ((x - both).exp().nan_to_num(0.0)[..., None] for x in (lse, found_lse))
-    out.mul_(before).add_(found * new)
-    lse.copy_(both)
+    return out * before + found * new, both
 
 
 def ring_attention(
