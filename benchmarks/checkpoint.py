@@ -5,8 +5,8 @@
 Every rank has so many GiB of state. A round runs every measurement once, in turn, after changing all of the state;
 the table gives medians of ratios taken within a round, the slowest rank's time counting. "memcpy" is torch's copy
 into warm memory with the same number of threads, "direct" an O_DIRECT write and fsync of the same bytes from warm
-memory, "cached read" a read of them from the page cache into warm memory, with one thread and with as many as the
-load has.
+memory (or from huge pages, as ours is), "cached read" a read of them from the page cache into warm memory, with one
+thread and with as many as the load has.
 
 "Lost" is the training time that a save costs: steps that change all of the state and compute, from the call until the
 checkpoint is durable, beside the same number of steps without a save. A round whose steps without a save drift by
@@ -20,6 +20,7 @@ import os
 import shutil
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -38,14 +39,13 @@ from checkpoint.config import AsyncMode
 from checkpoint.loading import load_tensors
 from checkpoint.manifest import Manifest
 from checkpoint.saver import SaverOptions, StepSaver
-from checkpoint.storage.local import write_all
+from checkpoint.storage.local import LocalStorage, write_all
 
 __all__ = ["main", "make_state", "nbytes"]
 
 Tensors = dict[str, torch.Tensor]
 
 _DRIFT = 0.2
-_READERS = 4
 
 
 def make_state(gib: float, rank: int = 0) -> Tensors:
@@ -82,10 +82,10 @@ class Limits:
         for name, tensor in state.items():
             self.copies[name].copy_(tensor)
 
-    def direct(self) -> None:
+    def direct(self, memory: memoryview | None = None) -> None:
         descriptor = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_DIRECT | os.O_TRUNC)
-        view = memoryview(self.memory)
-        for start in range(0, self.size, 8 << 20):
+        view = memory if memory is not None else memoryview(self.memory)
+        for start in range(0, len(view), 8 << 20):
             write_all(descriptor, view[start : start + (8 << 20)], start)
         os.fsync(descriptor)
         os.close(descriptor)
@@ -157,6 +157,7 @@ class Bench:
         # Each rank's tensors are its own: nobody else holds them.
         self.holders = {name: [self.rank] for name in self.state}
         self.step = 0
+        self.readers = min(LocalStorage.streams, max(1, len(os.sched_getaffinity(0)) // self.ranks))
         # Reused, so that their memory is warm, as ours is.
         self.stagers = {kind: _stager(kind) for kind in AsyncCheckpointerType}
         self.target = {n: torch.zeros_like(t) for n, t in self.state.items()}
@@ -198,6 +199,7 @@ class Bench:
         times = {
             "memcpy": self.timed(lambda: self.limits.memcpy(self.state)),
             "direct": self.timed(self.limits.direct),
+            "direct, huge pages": self.timed(lambda: self.limits.direct(self._huge())),
         }
         for mode in self.savers:
             times[mode] = self.save(mode)
@@ -214,13 +216,19 @@ class Bench:
         self.barrier()
         return times
 
+    def _huge(self) -> memoryview:
+        """As many bytes in huge pages: an image that a save has left behind."""
+        image = self.savers["async"]._image
+        assert image is not None
+        return image.file(0)
+
     def _loads(self) -> dict[str, float]:
         ours = self.newest("disabled")
         warm_cache(ours)
         file = ours / f"__{self.rank}_0.distcp"
         times = {
             "cached read": self.timed(lambda: self.limits.cached_read(file, 1)),
-            "cached read, threads": self.timed(lambda: self.limits.cached_read(file, _READERS)),
+            "cached read, threads": self.timed(lambda: self.limits.cached_read(file, self.readers)),
             "load": self.timed(lambda: load_tensors(ours, self.target, self.group)),
         }
         stored = load_tensors(ours, self.target, self.group)
@@ -237,6 +245,7 @@ class Bench:
             "lost, async": lambda: self._ours("async"),
             "lost, async_with_pinned_mem": lambda: self._ours("async_with_pinned_mem"),
             "lost, disabled": lambda: self._ours("disabled"),
+            "lost, a write alone": self._write_alone,
         }
         if peers:
             ways["lost, dcp.async_save (thread)"] = lambda: self._dcp_async(AsyncCheckpointerType.THREAD)
@@ -260,6 +269,12 @@ class Bench:
         both = torch.tensor([*lost.values(), drift], dtype=torch.float64)
         dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self.group)
         return dict(zip([*lost, "drift"], both.tolist(), strict=True))
+
+    def _write_alone(self) -> tuple[Callable[[], None], Callable[[], bool]]:
+        """The least that a save beside training can cost when it copies and hashes nothing."""
+        thread = threading.Thread(target=self.limits.direct, args=(self._huge(),))
+        thread.start()
+        return lambda: None, lambda: not thread.is_alive()
 
     def _ours(self, mode: str) -> tuple[Callable[[], None], Callable[[], bool]]:
         self.begin(mode)
@@ -335,6 +350,7 @@ def _stager(kind: AsyncCheckpointerType) -> DefaultStager:
 
 RATIOS = {
     "save, durable and hashed (disabled)": ("disabled", "direct"),
+    "the same": ("disabled", "direct, huge pages"),
     "dcp.save": ("dcp.save", "direct"),
     "torch.save + fsync": ("torch.save", "direct"),
     "safetensors + fsync": ("safetensors", "direct"),
@@ -344,6 +360,7 @@ RATIOS = {
     "lost, async": ("lost, async", "memcpy"),
     "lost, async_with_pinned_mem": ("lost, async_with_pinned_mem", "memcpy"),
     "lost, disabled": ("lost, disabled", "memcpy"),
+    "lost, a write alone": ("lost, a write alone", "memcpy"),
     "lost, dcp.async_save (thread)": ("lost, dcp.async_save (thread)", "memcpy"),
     "lost, dcp.async_save (process)": ("lost, dcp.async_save (process)", "memcpy"),
     "load, verified / one thread": ("load", "cached read"),
