@@ -64,10 +64,18 @@ def complete_step(
         files[name], hashes[name] = report["bytes"], report["hash"]
     if metadata is None:
         metadata = assemble_metadata(place, len(reports), manifest.writer)
-    place.write(METADATA, metadata, flush=False)
+    _write_metadata(place, metadata)
     files[METADATA], hashes[METADATA] = len(metadata), xxhash.xxh3_128_hexdigest(metadata)
     # Flushes the folder: all names in it are durable before the step's own is.
     write_manifest(place, dataclasses.replace(manifest, ranks=len(reports), files=files, hashes=hashes))
+
+
+def _write_metadata(place: Storage, metadata: bytes) -> None:
+    """Where a step is written under its final name, a request that is late must not replace another writer's."""
+    if place.renames:
+        place.write(METADATA, metadata, flush=False)
+    elif not place.create(METADATA, metadata) and place.read(METADATA) != metadata:
+        raise FileExistsError(errno.EEXIST, f"another writer's {METADATA} is in {place.url}")
 
 
 @final
@@ -135,6 +143,11 @@ class Committer:
 
     def discard(self, step: int) -> None:
         """Removes what was written of a step that did not become valid."""
-        if not self._folder.renames and self.is_committed(step):
+        if self._folder.renames:
+            self._folder.remove(self.working_name(step))
             return
-        self._folder.remove(self.working_name(step))
+        place = self.working_place(step)
+        # Another writer may be at work there by now: only what bears this one's name goes.
+        for name in place.names() if not self.is_committed(step) else []:
+            if self.writer in name:
+                place.remove(name)

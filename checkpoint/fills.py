@@ -14,11 +14,12 @@ from torch import Tensor
 from checkpoint.contents import StoredItem
 from checkpoint.errors import DamagedStepError
 from checkpoint.hashing import HASH_CHARS, block_hashes, item_hash
+from checkpoint.memory import raw_bytes
 from checkpoint.plan import Chunk
 from checkpoint.read_plan import ReadPiece
 from checkpoint.storage.base import RangeReader
 
-__all__ = ["Box", "Fill", "Part", "parts_of", "requests_of"]
+__all__ = ["Box", "Fill", "Part", "forget_scratch", "parts_of", "requests_of"]
 
 # What lies between two items, and is read along rather than asked for apart: the frame of a `torch.save` stream.
 _GAP = 4096
@@ -257,6 +258,11 @@ class Box(Fill):
 _scratch = threading.local()
 
 
+def forget_scratch() -> None:
+    """Gives this thread's memory back."""
+    _scratch.held = None
+
+
 def _scratch_bytes(size: int) -> Tensor:
     """Memory of this thread's own, warm from the read before."""
     held: Tensor | None = getattr(_scratch, "held", None)
@@ -268,5 +274,4 @@ def _scratch_bytes(size: int) -> Tensor:
 
 def _memory(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor."""
-    raw = tensor.view(torch.uint8) if tensor.ndim else tensor.reshape(1).view(torch.uint8)
-    return memoryview(cast(Any, raw.numpy())).cast("B")
+    return memoryview(cast(Any, raw_bytes(tensor).numpy()))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from checkpoint.hashing import Hashes, block_bytes_for, block_hashes
-from checkpoint.memory import lasting_memory
+from checkpoint.memory import lasting_memory, raw_bytes
 from checkpoint.plan import SavePlan, local_tensor
 from checkpoint.stream import frame_of
 
@@ -28,12 +28,12 @@ class FileImage:
 
     Args:
         plan: the layout.
-        pinned: page-locked memory, for copies from an accelerator.
+        device: where the tensors live.
     """
 
-    def __init__(self, plan: SavePlan, *, pinned: bool) -> None:
+    def __init__(self, plan: SavePlan, device: torch.device) -> None:
         self.plan = plan
-        self._bytes = lasting_memory(max(plan.total_bytes, 1), pinned=pinned)
+        self._bytes = lasting_memory(max(plan.total_bytes, 1), device)
         self._bases = [0, *itertools.accumulate(plan.file_bytes)]
         self._data: dict[str, Tensor] = {}
         self._views: dict[str, Tensor] = {}
@@ -66,7 +66,7 @@ class FileImage:
                 self._views[name].copy_(source)
                 found[name] = block_hashes(_memory(data), block)
                 continue
-            raw, memory = source.reshape(-1).view(torch.uint8), _memory(data)
+            raw, memory = raw_bytes(source), _memory(data)
             hashes, step = [], max(_CACHED, block)
             for start in range(0, item.data_bytes, step):
                 stop = min(start + step, item.data_bytes)

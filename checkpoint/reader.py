@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from checkpoint.contents import StoredItem
-from checkpoint.fills import Box, Fill, Part, parts_of, requests_of
+from checkpoint.fills import Box, Fill, Part, forget_scratch, parts_of, requests_of
 from checkpoint.plan import Chunk, chunk_of, local_tensor
 from checkpoint.read_plan import check_names, plan_reads
 from checkpoint.storage.base import RangeReader, Storage
@@ -110,4 +110,7 @@ def _shares(fills: Sequence[Fill], count: int) -> Iterator[list[Fill]]:
 def _read_share(storage: Storage, fills: Sequence[Fill]) -> int:
     with ExitStack() as opened:
         files = {name: opened.enter_context(storage.open(name)) for name in sorted({f.file for f in fills})}
-        return sum(fill.run(files[fill.file]) for fill in fills)
+        try:
+            return sum(fill.run(files[fill.file]) for fill in fills)
+        finally:
+            forget_scratch()

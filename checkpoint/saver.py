@@ -211,7 +211,7 @@ class StepSaver:
         """The warm image of a plan."""
         if self._image is None or self._image.plan is not plan:
             self._image = None  # the old memory goes before the new is asked for
-            self._image = FileImage(plan, pinned=self._device.type == "cuda")
+            self._image = FileImage(plan, self._device)
         return self._image
 
     def _snapshot(self, plan: SavePlan, tensors: Mapping[str, Tensor]) -> FileImage | None:

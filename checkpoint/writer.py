@@ -10,7 +10,7 @@ from torch import Tensor
 
 from checkpoint.hashing import BlockHasher, Hashes, block_bytes_for
 from checkpoint.image import FileImage
-from checkpoint.memory import lasting_memory
+from checkpoint.memory import lasting_memory, raw_bytes
 from checkpoint.plan import Item, SavePlan, local_tensor
 from checkpoint.storage.base import Storage
 from checkpoint.stream import frame_of
@@ -126,8 +126,9 @@ def _filled_windows(
     filler: ThreadPoolExecutor,
 ) -> Iterator[memoryview]:
     """The file's bytes in order; a window is filled and hashed while the one before is written."""
-    pinned = any(local_tensor(tensors[i.chunk.name]).device.type == "cuda" for i in items)
-    buffers = [lasting_memory(min(_WINDOW, size), pinned=pinned) for _ in range(_WINDOWS)]
+    devices = {local_tensor(tensors[i.chunk.name]).device for i in items}
+    device = next((d for d in devices if d.type == "cuda"), torch.device("cpu"))
+    buffers = [lasting_memory(min(_WINDOW, size), device) for _ in range(_WINDOWS)]
     flat: dict[str, Tensor] = {}
     pieces = _pieces(items, size)
     current = next(pieces)
@@ -167,5 +168,5 @@ def _flat_bytes(item: Item, tensors: Mapping[str, Tensor], flat: dict[str, Tenso
     name = item.chunk.name
     if name not in flat:
         flat.clear()
-        flat[name] = local_tensor(tensors[name]).contiguous().reshape(-1).view(torch.uint8)
+        flat[name] = raw_bytes(local_tensor(tensors[name]).contiguous())
     return flat[name]

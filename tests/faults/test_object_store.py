@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from checkpoint.catalog import Catalog
-from checkpoint.commit import Committer
+from checkpoint.commit import Committer, complete_step
 from checkpoint.config import AsyncMode
 from checkpoint.contents import rank_manifest, rank_manifest_name
 from checkpoint.exchange import report_of
@@ -132,6 +132,10 @@ def test_a_rank_that_wakes_up_late_replaces_nothing(place: Storage, group: dist.
     late.write(rank_manifest_name(0, paused.writer), body)
     with pytest.raises(FileExistsError, match="complete already"):
         paused.commit(Manifest(step=1, lineage="a"), [report_of(body)])
+    # Paused later still: when it had seen already that nobody had written the step.
+    with pytest.raises(FileExistsError, match=r"another writer's .metadata"):
+        complete_step(late, Manifest(step=1, lineage="a", writer=paused.writer), [report_of(body)])
+    paused.discard(1)
     loaded = {"w": torch.zeros(300, 70)}
     (entry,) = Catalog(place).entries(LINE)
     load_tensors(entry.place, loaded, group)

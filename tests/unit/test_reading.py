@@ -11,7 +11,7 @@ from checkpoint.contents import StoredItem
 from checkpoint.errors import DamagedStepError
 from checkpoint.fills import Fill, parts_of, requests_of
 from checkpoint.hashing import block_hashes, item_hash
-from checkpoint.memory import lasting_memory
+from checkpoint.memory import lasting_memory, raw_bytes
 from checkpoint.plan import Chunk, place_chunks
 from checkpoint.read_plan import plan_reads
 from checkpoint.reader import _shares
@@ -102,8 +102,21 @@ def test_threads_have_runs_of_about_the_same_size(sizes: list[int], threads: int
         assert sum(f.stop - f.start for f in share) <= position / threads + 2 * max(sizes)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_bytes_of_tensors_with_odd_strides(dtype: torch.dtype) -> None:
+    for tensor in (
+        torch.zeros(1, 8, dtype=dtype).t(),
+        torch.zeros(10, dtype=dtype)[::5][:1],
+        torch.ones((), dtype=dtype),
+    ):
+        assert tensor.is_contiguous()
+        raw_bytes(tensor)[0] = 1
+        assert raw_bytes(tensor).numel() == tensor.numel() * tensor.element_size()
+        assert raw_bytes(tensor.clone())[0] == 1
+
+
 def test_memory_begins_on_a_page_and_holds_what_is_written() -> None:
-    memory = lasting_memory(3 << 20, pinned=False)
+    memory = lasting_memory(3 << 20, torch.device("cpu"))
     assert memory.data_ptr() % 4096 == 0
     assert memory.numel() == 3 << 20
     view = memory[5:10].fill_(7)

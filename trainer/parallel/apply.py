@@ -76,7 +76,7 @@ def parallelise(
     layout = context.layout
     if precision is PrecisionName.fp64:
         whole.to(torch.float64)
-    names = frozenset(whole.state_dict())
+    names = frozenset(n for n, _ in whole.named_parameters()) | _stored_buffers(whole)
     stages = plan_stages(parallel, layout.pp, dims.n_layers, context.place("pp"))
     model, parts = _take_stages(whole, stages)
     tensor = sequence = None
@@ -105,6 +105,10 @@ def parallelise(
         # As FSDP's mixed precision does it among several ranks, without its copies.
         model.compute_dtype = torch.bfloat16
     return ParallelModel(model=model, parts=parts, stages=stages, tensor=tensor, sequence=sequence, names=names)
+
+
+def _stored_buffers(model: nn.Module) -> frozenset[str]:
+    return frozenset(n for n, _ in model.named_buffers()) & frozenset(model.state_dict())
 
 
 def context_method(parallel: ParallelConfig, dims: DecoderConfig, tp: int, cp: int) -> ContextMethod:

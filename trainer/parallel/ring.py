@@ -103,7 +103,7 @@ def block_gradients(
 
 def _flash(q: Tensor, mask: Tensor | None) -> bool:
     """Whether the fastest kernel of a GPU takes it."""
-    return mask is None and q.dtype in (torch.bfloat16, torch.float16)
+    return mask is None and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
 
 def _bias(q_BNIH: Tensor, k_BNJH: Tensor, mask: Tensor | None) -> Tensor | None:
