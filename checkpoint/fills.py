@@ -274,4 +274,7 @@ def _scratch_bytes(size: int) -> Tensor:
 
 def _memory(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor."""
+    if tensor.ndim and tensor.stride(-1) == 1:
+        # The short way, which takes half of the time: there can be many tensors.
+        return memoryview(cast(Any, tensor.view(torch.uint8).numpy())).cast("B")
     return memoryview(cast(Any, raw_bytes(tensor).numpy()))
