@@ -5,6 +5,7 @@ through memory of the thread's own. Bytes are hashed as soon as they arrive, whi
 """
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, cast, final
 
@@ -45,7 +46,7 @@ class Part(NamedTuple):
     copy: tuple[memoryview, memoryview] | None
 
 
-class Fill:
+class Fill(ABC):
     """What one thread does at a time.
 
     Attributes:
@@ -60,9 +61,9 @@ class Fill:
     def __init__(self, place: str, file: str, start: int, stop: int) -> None:
         self.place, self.file, self.start, self.stop = place, file, start, stop
 
+    @abstractmethod
     def run(self, file: RangeReader) -> int:
         """Reads, verifies, fills; returns the bytes read."""
-        raise NotImplementedError
 
     def verify(self, item: StoredItem, start: int, memory: memoryview) -> None:
         """Blocks of an item against their hashes.
