@@ -16,8 +16,8 @@ from models.qwen3.config import Qwen3Config, Qwen3MoeConfig
 from tests.support import TINY_MODEL, typed_config
 from trainer.config import ContextMethod, ParallelConfig, PipelineSchedule, TrainConfig
 from trainer.parallel.layout import Layout, resolve_layout
+from trainer.parallel.pieces import pieces, positions_of
 from trainer.parallel.rules import Batch, check_layout
-from trainer.parallel.sequence import pieces, positions_of
 from trainer.parallel.stages import plan_stages, split_layers, stages_per_rank
 
 MOE = ["model=qwen3_moe_debug"]

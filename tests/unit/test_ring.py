@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.pool import run_distributed
+from trainer.parallel.pieces import positions_of
 from trainer.parallel.ring import block_attention, block_gradients, ring_attention
-from trainer.parallel.sequence import positions_of
 
 
 def whole(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

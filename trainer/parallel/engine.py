@@ -17,8 +17,8 @@ from trainer.loss import attention_mask, summed_cross_entropy
 from trainer.optimizer import global_grad_norm
 from trainer.parallel.apply import ParallelModel, reshard
 from trainer.parallel.context import ParallelContext
+from trainer.parallel.pieces import positions_of
 from trainer.parallel.pipeline import Pipeline, StageInput
-from trainer.parallel.sequence import positions_of
 from trainer.parallel.vocabulary import summed_vocabulary_cross_entropy
 
 __all__ = ["Engine"]

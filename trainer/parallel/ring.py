@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.parallel.collectives import begin_shift, end_shift
+from trainer.parallel.pieces import pieces
 
 __all__ = ["block_attention", "block_gradients", "ring_attention"]
 
@@ -146,8 +147,9 @@ def _sight(rank: int, source: int, length: int, *, balance: bool) -> _Sight | No
 
 def _positions(rank: int, ranks: int, length: int, *, balance: bool) -> list[slice]:
     """Where a rank's positions lie in the sequence."""
-    size = length // 2 if balance else length
-    return [slice(p * size, (p + 1) * size) for p in ([rank, 2 * ranks - 1 - rank] if balance else [rank])]
+    held = pieces(rank, ranks, balance=balance)
+    size = length // len(held)
+    return [slice(p * size, (p + 1) * size) for p in held]
 
 
 def _mask_of(

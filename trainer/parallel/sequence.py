@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from models.layers import Attention, attend
 from trainer.config import ContextMethod
 from trainer.parallel.collectives import all_to_all, gather
+from trainer.parallel.pieces import pieces, positions_of
 from trainer.parallel.ring import ring_attention
 
-__all__ = ["ContextGroup", "apply_context_parallel", "pieces", "positions_of"]
+__all__ = ["ContextGroup", "apply_context_parallel"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,18 +38,6 @@ class ContextGroup:
     rank: int
     ranks: int
     balance: bool
-
-
-def pieces(rank: int, ranks: int, *, balance: bool) -> list[int]:
-    """The pieces of the sequence that a rank holds: of `2 · ranks` with balance, else of `ranks`."""
-    return [rank, 2 * ranks - 1 - rank] if balance else [rank]
-
-
-def positions_of(rank: int, ranks: int, length: int, *, balance: bool) -> Tensor:
-    """The places in the sequence of a rank's tokens, int64 `(length / ranks,)`."""
-    held = pieces(rank, ranks, balance=balance)
-    size = length // (ranks * len(held))
-    return torch.cat([torch.arange(p * size, (p + 1) * size) for p in held])
 
 
 def _order(g: ContextGroup, length: int, device: torch.device) -> Tensor:
