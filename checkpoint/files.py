@@ -1,11 +1,59 @@
 """Durable small-file operations: what is written here survives a power cut once the call returns."""
 
+import errno
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
-__all__ = ["fsync_folder", "fsync_path", "read_json", "write_json"]
+__all__ = [
+    "SMALL_FILE_BYTES",
+    "fsync_folder",
+    "fsync_path",
+    "open_regular",
+    "read_json",
+    "read_regular",
+    "write_json",
+]
+
+# No document that is read whole is larger: the manifests of 16,384 ranks' largest models are far below.
+SMALL_FILE_BYTES = 1 << 30
+
+
+def open_regular(path: Path) -> int:
+    """A descriptor for reading a regular file.
+
+    A named pipe would keep the reader waiting, and a device never ends.
+
+    Raises:
+        OSError: it cannot be opened, or is another kind of file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    kind = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(kind):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(kind):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise OSError(errno.EINVAL, "Not a regular file", str(path))
+
+
+def read_regular(path: Path, limit: int = SMALL_FILE_BYTES) -> bytes:
+    """The bytes of a regular file.
+
+    Args:
+        path: the file.
+        limit: bytes; a larger file is refused before any of it is read.
+
+    Raises:
+        OSError: it cannot be read, is another kind of file, or is too large (EFBIG).
+    """
+    with open(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise OSError(errno.EFBIG, f"File too large ({size} bytes; at most {limit} are expected)", str(path))
+        return file.read(limit + 1)[:limit]
 
 
 def fsync_path(path: Path) -> None:
@@ -42,5 +90,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The value in `path`; raises FileNotFoundError or json.JSONDecodeError."""
-    return json.loads(path.read_text())
+    """The value in `path`.
+
+    Raises:
+        OSError: it cannot be read, or is not a regular file.
+        ValueError: it is no JSON.
+    """
+    return json.loads(read_regular(path))

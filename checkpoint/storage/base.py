@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import final
 
-__all__ = ["RangeReader", "RemoteFile", "Storage", "as_os_error"]
+from checkpoint.files import SMALL_FILE_BYTES
+
+__all__ = ["RangeReader", "RemoteFile", "Storage", "as_os_error", "too_large"]
 
 
 class RangeReader(ABC):
@@ -49,6 +51,11 @@ class RemoteFile(RangeReader):
             memory[: len(part)] = part
             position += len(part)
         return len(data)
+
+
+def too_large(url: str, size: int, limit: int) -> OSError:
+    """The error for a file that is larger than what is expected of it."""
+    return OSError(errno.EFBIG, f"File too large ({size} bytes; at most {limit} are expected)", url)
 
 
 @contextmanager
@@ -111,8 +118,8 @@ class Storage(ABC):
         """Whether there is such a file or folder."""
 
     @abstractmethod
-    def read(self, name: str) -> bytes:
-        """A small file."""
+    def read(self, name: str, limit: int = SMALL_FILE_BYTES) -> bytes:
+        """A small file; OSError (EFBIG) where it is larger than `limit` bytes, before any of it is kept."""
 
     @abstractmethod
     def open(self, name: str) -> AbstractContextManager[RangeReader]:

@@ -6,7 +6,8 @@ from typing import Any, final
 
 import fsspec
 
-from checkpoint.storage.base import RangeReader, RemoteFile, Storage, as_os_error
+from checkpoint.files import SMALL_FILE_BYTES
+from checkpoint.storage.base import RangeReader, RemoteFile, Storage, as_os_error, too_large
 
 __all__ = ["FsspecStorage"]
 
@@ -58,9 +59,12 @@ class FsspecStorage(Storage):
         with as_os_error(self.url, Exception):
             return bool(self._fs.exists(self._path(name)))
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, limit: int = SMALL_FILE_BYTES) -> bytes:
         with as_os_error(self.url, Exception):
-            return bytes(self._fs.cat_file(self._path(name)))
+            data = bytes(self._fs.cat_file(self._path(name), start=0, end=limit + 1))
+        if len(data) > limit:
+            raise too_large(f"{self.url}/{name}", len(data), limit)
+        return data
 
     def read_range(self, name: str, offset: int, length: int) -> bytes:
         """A part of a file; shorter at its end."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import final
 
 from checkpoint.config import DirectIo
-from checkpoint.files import fsync_folder
+from checkpoint.files import SMALL_FILE_BYTES, fsync_folder, open_regular, read_regular
 from checkpoint.plan import PAGE
 from checkpoint.storage.base import RangeReader, Storage
 
@@ -148,12 +148,12 @@ class LocalStorage(Storage):
     def exists(self, name: str) -> bool:
         return (self.path / name).exists()
 
-    def read(self, name: str) -> bytes:
-        return (self.path / name).read_bytes()
+    def read(self, name: str, limit: int = SMALL_FILE_BYTES) -> bytes:
+        return read_regular(self.path / name, limit)
 
     @contextmanager
     def open(self, name: str) -> Iterator[RangeReader]:
-        descriptor = os.open(self.path / name, os.O_RDONLY)
+        descriptor = open_regular(self.path / name)
         try:
             yield _Descriptor(descriptor)
         finally:

@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any, cast, final
 
-from checkpoint.storage.base import RangeReader, RemoteFile, Storage, as_os_error
+from checkpoint.files import SMALL_FILE_BYTES
+from checkpoint.storage.base import RangeReader, RemoteFile, Storage, as_os_error, too_large
 
 __all__ = ["OBJECT_SCHEMES", "ObjectStorage"]
 
@@ -100,11 +101,15 @@ class ObjectStorage(Storage):
             return bool(self.child(name).names())
         return True
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, limit: int = SMALL_FILE_BYTES) -> bytes:
         import obstore
 
         with _as_os_error(f"{self.url}/{name}"):
-            return bytes(obstore.get(self._store, self._prefix + name).bytes())
+            found = obstore.get(self._store, self._prefix + name)
+            size = int(found.meta["size"])
+            if size > limit:
+                raise too_large(f"{self.url}/{name}", size, limit)
+            return bytes(found.bytes())
 
     def read_range(self, name: str, offset: int, length: int) -> memoryview:
         """A part of an object; shorter at its end."""
