@@ -20,13 +20,14 @@ from typing import Any
 import torch
 
 from checkpoint.catalog import Catalog
-from checkpoint.commit import METADATA, assemble_metadata, complete_step
+from checkpoint.commit import assemble_metadata, complete_step
 from checkpoint.contents import rank_manifest, rank_manifest_name
 from checkpoint.exchange import report_of
 from checkpoint.hashing import HASH_CHARS, block_bytes_for
 from checkpoint.lineage import Lineage
 from checkpoint.manifest import Manifest
 from checkpoint.plan import Chunk, SavePlan, place_chunks, spread
+from checkpoint.step_name import METADATA
 from checkpoint.storage.local import LocalStorage
 from checkpoint.writer import file_name
 from launch.build import build_model

@@ -1,29 +1,30 @@
 """Looking after the steps of a folder: listing, verifying, pinning, pruning, repairing. No run is needed for it."""
 
 import re
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from checkpoint.catalog import ASIDE, PIN, Catalog
-from checkpoint.commit import METADATA, step_folder_name
 from checkpoint.config import KeepEveryNConfig
-from checkpoint.errors import CheckpointError, DamagedStepError
+from checkpoint.errors import CheckpointError, OtherFormatError
 from checkpoint.lease import acquire_lease
-from checkpoint.loading import is_verified
+from checkpoint.loading import is_incomplete, is_verified, read_items
 from checkpoint.manifest import Manifest, read_manifest
 from checkpoint.retention import KeepEveryN, KeepLatest, RetentionRule, StoredStep, removable_steps
 from checkpoint.source import TensorSource, pieces_of, whole
 from checkpoint.sources import DcpSource, StepSource, open_source
+from checkpoint.step_name import METADATA, is_leftover, parse_leftover, parse_step_name, step_folder_name
 from checkpoint.storage.base import Storage
 from checkpoint.storage.local import LocalStorage
+from checkpoint.stream_check import stream_problems
 
 __all__ = ["Row", "folder_of", "list_steps", "pin", "prune", "repair", "show", "tree", "unpin", "verify"]
 
-_STEP = re.compile(r"step-(\d+)")
-_LEFT = re.compile(r"step-(\d+)\.(partial|removing)-.*")
+_ASIDE_STEP = re.compile(r"step-([0-9]{1,18})(\.[0-9]+)?")
 _PIECE_BYTES = 32 << 20
 _LEASE_S = 60.0
 # The metric that `ls` calls best by, as retention does.
@@ -37,8 +38,8 @@ class Row:
     Attributes:
         name: of the folder, below the checkpoint folder.
         step: its number.
-        state: `complete`, `partial` (a save that is under way or was cut short), `damaged`, `unverified` (others
-            wrote it, without hashes), or `set aside`.
+        state: `complete`, `partial` (a save that is under way or was cut short), `damaged`, `other version` (of a
+            format that this version does not read), `unverified` (others wrote it, without hashes), or `set aside`.
         problem: what is wrong.
         nbytes: of its files.
         age_s: since its manifest was written; None where the storage cannot tell.
@@ -73,7 +74,7 @@ def folder_of(place: Storage) -> Storage:
         CheckpointError: neither is there.
     """
     for folder in (place, place.child("checkpoint")):
-        if any(_STEP.fullmatch(n) or _LEFT.fullmatch(n) or n == ASIDE for n in folder.names()):
+        if any(parse_step_name(n) is not None or is_leftover(n) or n == ASIDE for n in folder.names()):
             return folder
     if place.exists("run.json") or place.child("checkpoint").names():
         return place.child("checkpoint")
@@ -85,15 +86,16 @@ def folder_of(place: Storage) -> Storage:
 def list_steps(place: Storage) -> list[Row]:
     """Every step and what is left of one, by number; those set aside last."""
     folder = folder_of(place)
-    rows = [_row(folder, n, now=_now()) for n in folder.names() if _STEP.fullmatch(n) or _LEFT.fullmatch(n)]
+    names = [n for n in folder.names() if parse_step_name(n) is not None or is_leftover(n)]
+    rows = [_row(folder, n, now=time.time()) for n in names]
     rows.sort(key=lambda r: (r.step, r.name))
     measured = [r for r in rows if r.state == "complete" and r.metrics.get(_METRIC) is not None]
     best = min(measured, key=lambda r: (r.metrics[_METRIC], r.step), default=None)
-    rows = [r if r is not best else _with_best(r) for r in rows]
+    rows = [r if r is not best else replace(r, best=True) for r in rows]
     aside = folder.child(ASIDE)
     for reason in aside.names():
         for name in aside.child(reason).names():
-            found = re.match(r"step-(\d+)", name)
+            found = _ASIDE_STEP.fullmatch(name)
             if found:
                 size = sum(aside.child(reason).child(name).sizes().values())
                 rows.append(
@@ -108,33 +110,24 @@ def list_steps(place: Storage) -> list[Row]:
     return rows
 
 
-def _with_best(row: Row) -> Row:
-    return Row(**{**asdict(row), "best": True})
-
-
-def _now() -> float:
-    import time
-
-    return time.time()
-
-
 def _row(folder: Storage, name: str, now: float) -> Row:
-    left = _LEFT.fullmatch(name)
-    place = folder.child(name)
-    nbytes = sum(place.sizes().values())
-    if left:
-        return Row(name=name, step=int(left[1]), state="partial", nbytes=nbytes)
-    step = int(name.removeprefix("step-"))
-    pinned = place.exists(PIN)
+    left, place = parse_leftover(name), folder.child(name)
     try:
-        manifest = read_manifest(place)
-        if manifest.step != step:
-            raise DamagedStepError(f"its manifest is of step {manifest.step}")
-    except FileNotFoundError:
-        state = "unverified" if place.exists(METADATA) else "damaged" if folder.renames else "partial"
-        return Row(name=name, step=step, state=state, problem="no manifest", nbytes=nbytes, pinned=pinned)
+        nbytes, pinned = sum(place.sizes().values()), place.exists(PIN)
+    except OSError:
+        nbytes, pinned = 0, False
+    if left is not None:
+        return Row(name=name, step=left, state="partial", nbytes=nbytes)
+    step = parse_step_name(name)
+    assert step is not None, "the caller asks for steps and what is left of them"
+    try:
+        manifest = Catalog(folder).open(step).manifest
+    except OtherFormatError as error:
+        return Row(name=name, step=step, state="other version", problem=str(error), nbytes=nbytes, pinned=pinned)
     except CheckpointError as error:
-        return Row(name=name, step=step, state="damaged", problem=str(error), nbytes=nbytes, pinned=pinned)
+        state = _state_without_manifest(place) if isinstance(error.__cause__, FileNotFoundError) else "damaged"
+        problem = "no manifest" if state != "damaged" else str(error)
+        return Row(name=name, step=step, state=state, problem=problem, nbytes=nbytes, pinned=pinned)
     age = now - (place.path / "manifest.json").stat().st_mtime if isinstance(place, LocalStorage) else None
     return Row(
         name=name,
@@ -147,6 +140,16 @@ def _row(folder: Storage, name: str, now: float) -> Row:
         metrics=manifest.metrics,
         pinned=pinned,
     )
+
+
+def _state_without_manifest(place: Storage) -> str:
+    """On an object store a save that is under way, or was cut short, looks so."""
+    try:
+        if place.exists(METADATA) and not is_incomplete(place):
+            return "unverified"
+    except OSError:
+        return "damaged"
+    return "damaged" if place.renames else "partial"
 
 
 def show(place: Storage | str) -> dict[str, Any]:
@@ -195,7 +198,7 @@ def verify(place: Storage, threads: int = 4) -> list[dict[str, Any]]:
     if is_verified(place) or place.exists(METADATA) or not _has_steps(place):
         return [_verify_one(place, threads)]
     folder = folder_of(place)
-    rows = [r for r in list_steps(folder) if r.state in ("complete", "damaged", "unverified")]
+    rows = [r for r in list_steps(folder) if parse_step_name(r.name) is not None]
     if not rows:
         raise CheckpointError(f"RUN must hold a step, but {folder.url} holds none; check the path")
     return [_verify_one(folder.child(r.name), threads) for r in rows]
@@ -211,17 +214,22 @@ def _has_steps(place: Storage) -> bool:
 
 def _verify_one(place: Storage, threads: int) -> dict[str, Any]:
     report: dict[str, Any] = {"place": place.url, "tensors": 0, "bytes": 0, "hashed": False, "problems": []}
-    step = _STEP.fullmatch(place.url.rstrip("/").rpartition("/")[2])
+    step = parse_step_name(place.url.rstrip("/").rpartition("/")[2])
     try:
         with open_source(place) as source:
             report["hashed"] = isinstance(source, StepSource)
-            if isinstance(source, StepSource) and step and source.manifest.step != int(step[1]):
+            if isinstance(source, StepSource) and step is not None and source.manifest.step != step:
                 report["problems"].append(f"its manifest is of step {source.manifest.step}")
             report["tensors"] = len(source.infos)
             report["bytes"] = sum(i.nbytes for i in source.infos.values())
             with ThreadPoolExecutor(threads) as pool:
                 answers = list(pool.map(lambda name: _verify_tensor(source, name), source.infos))
             report["problems"] += [a for a in answers if a is not None]
+            if isinstance(source, StepSource):
+                m = source.manifest
+                report["problems"] += stream_problems(
+                    place, read_items(place, m), m.files, m.versions.get("torch", "")
+                )
     except FileNotFoundError as error:
         report["problems"].append(f"{error.filename or error} is missing")
     except (CheckpointError, OSError) as error:
@@ -313,9 +321,11 @@ def repair(place: Storage) -> list[str]:
         left = sorted({*before, *left})
         done = [f"removed the incomplete {name}" for name in left]
         catalog = Catalog(folder, _LEASE_S)
-        for report in [_verify_one(folder.child(step_folder_name(s)), 4) for s in catalog.candidates()]:
-            if report["problems"]:
-                step = int(str(report["place"]).rpartition("step-")[2])
+        others = {r.step for r in list_steps(folder) if r.state == "other version"}
+        done += [f"step {step} is of another version of regrow and stays as it is" for step in sorted(others)]
+        for step in catalog.candidates():
+            report = _verify_one(folder.child(step_folder_name(step)), 4) if step not in others else None
+            if report is not None and report["problems"]:
                 catalog.set_aside(step, "damaged")
                 done.append(f"set step {step} aside: {report['problems'][0]}")
     sound = [r for r in list_steps(folder) if r.state == "complete" and (r.kind == "full" or r.step == 0)]

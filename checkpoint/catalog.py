@@ -1,25 +1,23 @@
 """The steps of one checkpoint folder: finding, setting aside, removing."""
 
-import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from checkpoint.commit import step_folder_name
-from checkpoint.errors import DamagedStepError
+from checkpoint.errors import CheckpointError, DamagedStepError
 from checkpoint.lease import Watch
 from checkpoint.lineage import Lineage, is_visible
 from checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from checkpoint.reading import held_by_readers
 from checkpoint.retention import RetentionRule, StoredStep, removable_steps
+from checkpoint.step_name import is_leftover, parse_step_name, step_folder_name
 from checkpoint.storage.base import Storage
 from checkpoint.storage.opening import as_storage
 
 __all__ = ["ASIDE", "PIN", "Catalog", "Entry"]
 
-_STEP = re.compile(r"step-(\d+)")
-_PARTIAL = re.compile(r"step-\d+\.(partial|removing)-.*")
 PIN = "pinned"
 ASIDE = "set-aside"
 
@@ -56,71 +54,91 @@ class Catalog:
         return self.folder.child(step_folder_name(step))
 
     def candidates(self) -> list[int]:
-        """The numbers of all `step-N` folders, ascending, sound or not."""
-        matches = (_STEP.fullmatch(name) for name in self.folder.names())
-        return sorted(int(m.group(1)) for m in matches if m)
+        """The numbers of all that bears the name of a step, ascending, sound or not."""
+        return sorted(step for step in map(parse_step_name, self.folder.names()) if step is not None)
+
+    def open(self, step: int) -> Entry:
+        """A step that is complete, as far as its manifest and the sizes of its files show.
+
+        Raises:
+            DamagedStepError: it is not, or cannot be looked at.
+            OtherFormatError: another version wrote it.
+            CheckpointError: a remote storage does not answer, which says nothing of the step.
+        """
+        place = self.step_place(step)
+        try:
+            manifest = read_manifest(place)
+        except FileNotFoundError as error:
+            raise DamagedStepError(f"{place.url} is incomplete: it has no {MANIFEST}; use another step") from error
+        except OSError as error:
+            reason = f"{place.url} cannot be read ({error.strerror or error})"
+            if place.is_remote:
+                raise CheckpointError(f"{reason}; check the storage and try again") from error
+            raise DamagedStepError(f"{reason}; use another step") from error
+        if manifest.step != step:
+            # One that was moved here from another step.
+            raise DamagedStepError(
+                f"{place.url} must hold step {step}, but its manifest is of step {manifest.step}; "
+                "the step is damaged, use another one"
+            )
+        return Entry(step=step, place=place, manifest=manifest)
+
+    def scan(self) -> tuple[list[Entry], dict[int, str]]:
+        """The complete steps of whatever lineage, ascending; and the others, with what is wrong.
+
+        Raises:
+            OtherFormatError: another version wrote one, which may be the newest.
+        """
+        complete: list[Entry] = []
+        damaged: dict[int, str] = {}
+        for step in self.candidates():
+            try:
+                complete.append(self.open(step))
+            except DamagedStepError as error:
+                damaged[step] = str(error)
+        return complete, damaged
 
     def entries(self, lineages: Sequence[Lineage]) -> list[Entry]:
         """The complete steps of the newest lineage's line, ascending; damaged ones are left out."""
-        found = []
-        for step in self.candidates():
-            try:
-                manifest = self._manifest(step)
-            except (FileNotFoundError, DamagedStepError):
-                continue
-            if is_visible(lineages, step, manifest.lineage):
-                found.append(Entry(step=step, place=self.step_place(step), manifest=manifest))
-        return found
+        return [e for e in self.scan()[0] if is_visible(lineages, e.step, e.manifest.lineage)]
 
-    def _manifest(self, step: int) -> Manifest:
-        """A step's manifest; one that was moved here from another step is damage."""
-        manifest = read_manifest(self.step_place(step))
-        if manifest.step != step:
-            raise DamagedStepError(
-                f"{self.step_place(step).url} must hold step {step}, but its manifest is of step {manifest.step}; "
-                "the step is damaged, use another one"
-            )
-        return manifest
-
-    def damaged(self) -> dict[int, str]:
-        """The steps that are not complete and sound, with what is wrong."""
-        problems: dict[int, str] = {}
-        for step in self.candidates():
-            try:
-                self._manifest(step)
-            except FileNotFoundError:
-                problems[step] = f"{self.step_place(step).url} has no manifest"
-            except DamagedStepError as error:
-                problems[step] = str(error)
-        return problems
-
-    def tidy(self, lineages: Sequence[Lineage]) -> list[str]:
+    def tidy(self, lineages: Sequence[Lineage], damaged: Mapping[int, str] | None = None) -> list[str]:
         """Removes what a killed writer left, and moves away what the newest lineage does not descend from.
 
-        Safe to repeat and to be killed in: every action is one rename or the removal of a partial folder.
+        Safe to repeat and to be killed in: every action is one rename or the removal of a partial folder. What
+        cannot be moved stays: nothing that is damaged is ever loaded.
+
+        Args:
+            lineages: of the run, the newest last.
+            damaged: steps that were found to be damaged otherwise, with what is wrong.
 
         Returns:
-            One line for each thing done.
+            One line for each thing done, or that could not be done.
         """
         done = []
         for name in self.folder.names():
-            if _PARTIAL.fullmatch(name):
-                self.folder.remove(name)
-                done.append(f"removed the incomplete {name}")
-        for step, problem in self.damaged().items():
-            if not self.folder.renames and not self.step_place(step).exists(MANIFEST):
-                # Here a step is written under its own name, so this is a save that was cut short.
-                self.folder.remove(step_folder_name(step))
-                done.append(f"removed the incomplete {step_folder_name(step)}")
-                continue
-            self.set_aside(step, "damaged")
-            done.append(f"set step {step} aside: {problem}")
-        for step in self.candidates():
-            lineage = self._manifest(step).lineage
-            if not is_visible(lineages, step, lineage):
-                self.set_aside(step, lineage)
-                done.append(f"set step {step} of lineage {lineage} aside")
+            if is_leftover(name):
+                done += _attempt(f"removed the incomplete {name}", partial(self.folder.remove, name))
+        complete, problems = self.scan()
+        problems |= damaged or {}
+        for step, problem in problems.items():
+            done += self._clear(step, problem)
+        for entry in complete:
+            lineage = entry.manifest.lineage
+            if entry.step not in problems and not is_visible(lineages, entry.step, lineage):
+                done += _attempt(
+                    f"set step {entry.step} of lineage {lineage} aside",
+                    partial(self.set_aside, entry.step, lineage),
+                )
         return done
+
+    def _clear(self, step: int, problem: str) -> list[str]:
+        """Gets a damaged step out of the way."""
+        name = step_folder_name(step)
+        if not self.folder.renames and not self.step_place(step).exists(MANIFEST):
+            # Here a step is written under its own name, so this is a save that was cut short.
+            return _attempt(f"removed the incomplete {name}", partial(self.folder.remove, name))
+        return _attempt(f"set step {step} aside: {problem}", partial(self.set_aside, step, "damaged"))
 
     def set_aside(self, step: int, reason: str) -> None:
         """Moves a step to `set-aside/<reason>/`, where nothing looks for it but a person."""
@@ -164,3 +182,12 @@ class Catalog:
             self.folder.move(name, doomed)
             name = doomed
         self.folder.remove(name)
+
+
+def _attempt(line: str, act: Callable[[], None]) -> list[str]:
+    """Does something that the start does not depend on; the line that tells of it."""
+    try:
+        act()
+    except OSError as error:
+        return [f"not done ({error.strerror or error}): {line}"]
+    return [line]

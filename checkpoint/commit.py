@@ -13,16 +13,10 @@ from checkpoint.errors import CheckpointError
 from checkpoint.exchange import Report
 from checkpoint.lease import LeaseLostError, Ticket
 from checkpoint.manifest import Manifest, write_manifest
+from checkpoint.step_name import METADATA, step_folder_name
 from checkpoint.storage.base import Storage
 
-__all__ = ["METADATA", "Committer", "assemble_metadata", "complete_step", "step_folder_name"]
-
-METADATA = ".metadata"
-
-
-def step_folder_name(step: int) -> str:
-    """`step-N`."""
-    return f"step-{step}"
+__all__ = ["Committer", "assemble_metadata", "complete_step"]
 
 
 def assemble_metadata(place: Storage, ranks: int, writer: str = "") -> bytes:

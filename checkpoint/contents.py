@@ -1,11 +1,17 @@
 """What a step holds, tensor by tensor: each rank's manifest, and the metadata that stock readers want."""
 
+import itertools
 import json
+import math
 import pickle
+import re
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, NamedTuple
 
+import msgspec
 import torch
+from msgspec import Meta
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -15,10 +21,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from checkpoint.hashing import block_bytes_for, item_hash
+from checkpoint.documents import Count, DocumentError, FileName, FlatName
+from checkpoint.hashing import HASH_CHARS, block_bytes_for, item_hash
 from checkpoint.plan import SavePlan
 
 __all__ = [
+    "DTYPES",
     "StoredItem",
     "metadata_bytes",
     "metadata_of",
@@ -26,6 +34,15 @@ __all__ = [
     "rank_manifest",
     "rank_manifest_name",
 ]
+
+
+# By the name that stands in a manifest.
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in vars(torch).values()
+    if isinstance(dtype, torch.dtype)
+    and re.fullmatch(r"torch\.(bool|u?int\d\d?|b?float\d\d?.*|complex\d+)", str(dtype))
+}
 
 
 class StoredItem(NamedTuple):
@@ -64,9 +81,7 @@ class StoredItem(NamedTuple):
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype itself."""
-        found = getattr(torch, self.dtype)
-        assert isinstance(found, torch.dtype)
-        return found
+        return DTYPES[self.dtype]
 
 
 def rank_manifest_name(rank: int, writer: str = "") -> str:
@@ -109,15 +124,92 @@ def rank_manifest(plan: SavePlan, names: Sequence[str], blocks: Sequence[str]) -
     return json.dumps({"plan": plan.id, "files": files, "items": [i._asdict() for i in items]}).encode()
 
 
+Shape = Annotated[tuple[Count, ...], Meta(max_length=64)]
+
+
+class _Item(msgspec.Struct, frozen=True):
+    """A `StoredItem` as it stands in the document."""
+
+    name: FlatName
+    dtype: str
+    global_shape: Shape
+    offset: Shape
+    shape: Shape
+    file: FileName
+    start: Count
+    size: Count
+    data: Count
+    data_bytes: Count
+    hash: str
+    block_bytes: Annotated[int, Meta(ge=1, le=1 << 40)]
+    blocks: Annotated[str, Meta(pattern=r"^[0-9a-f]*\Z")]
+
+
+class _RankManifest(msgspec.Struct, frozen=True):
+    plan: Annotated[str, Meta(max_length=256)]
+    files: dict[FileName, Count]
+    items: list[_Item]
+
+
+_DECODER = msgspec.json.Decoder(_RankManifest)
+_FIELDS = StoredItem._fields
+
+
 def parse_rank_manifest(body: bytes) -> list[StoredItem]:
-    """The items of a rank's manifest."""
-    return [_item(row) for row in json.loads(body)["items"]]
+    """The items of a rank's manifest, each within its tensor and its file, none over another.
+
+    Raises:
+        DocumentError: it is no JSON, a field is missing or out of its bounds, or fields contradict each other.
+    """
+    try:
+        document = _DECODER.decode(body)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise DocumentError(str(error)) from None
+    items = [StoredItem(*[getattr(row, name) for name in _FIELDS]) for row in document.items]
+    for item in items:
+        _check_item(item, document.files)
+    _check_streams(items)
+    return items
 
 
-def _item(values: dict[str, Any]) -> StoredItem:
-    for name in ("global_shape", "offset", "shape"):
-        values[name] = tuple(values[name])
-    return StoredItem(**values)
+def _check_item(item: StoredItem, files: dict[str, int]) -> None:
+    """Whether an item's fields fit each other.
+
+    Raises:
+        DocumentError: they do not.
+    """
+    dtype, blocks = DTYPES.get(item.dtype), -(-item.data_bytes // item.block_bytes)
+    rules = {
+        "its dtype": dtype is not None,
+        "its number of dimensions": len(item.global_shape) == len(item.offset) == len(item.shape),
+        "its box": all(
+            o + n <= whole for o, n, whole in zip(item.offset, item.shape, item.global_shape, strict=False)
+        ),
+        "its bytes": dtype is not None and math.prod(item.shape) * dtype.itemsize == item.data_bytes,
+        "its file": item.start + item.size <= files.get(item.file, -1),
+        "its place in the file": item.start <= item.data and item.data + item.data_bytes <= item.start + item.size,
+        "the number of its hashes": len(item.blocks) == blocks * HASH_CHARS,
+        "its hash": item_hash(item.blocks) == item.hash,
+    }
+    wrong = next((rule for rule, holds in rules.items() if not holds), None)
+    if wrong is not None:
+        raise DocumentError(f"{wrong} cannot be right: {item.name}")
+
+
+def _check_streams(items: Sequence[StoredItem]) -> None:
+    """Whether no two streams of a file share bytes.
+
+    Raises:
+        DocumentError: two do.
+    """
+    by_file: dict[str, list[StoredItem]] = defaultdict(list)
+    for item in items:
+        by_file[item.file].append(item)
+    for stored in by_file.values():
+        stored.sort(key=lambda i: i.start)
+        for one, other in itertools.pairwise(stored):
+            if other.start < one.start + one.size:
+                raise DocumentError(f"{one.name} and {other.name} share bytes")
 
 
 def metadata_of(items: Iterable[StoredItem]) -> Metadata:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-__all__ = ["CheckpointError", "DamagedStepError", "StepNotFoundError"]
+__all__ = ["CheckpointError", "DamagedStepError", "OtherFormatError", "StepNotFoundError"]
 
 
 class CheckpointError(ValueError):
@@ -11,6 +11,10 @@ class CheckpointError(ValueError):
 
 class DamagedStepError(CheckpointError):
     """A step's files are not what its manifest says."""
+
+
+class OtherFormatError(CheckpointError):
+    """A step is of a format that this version does not read: it may be sound, and is left where it is."""
 
 
 class StepNotFoundError(CheckpointError, FileNotFoundError):

@@ -5,10 +5,14 @@ lineage from its newest step and loads everything. Pure: values in, values out.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from checkpoint.config import CheckpointConfig
+from checkpoint.documents import Count, DocumentError
 from checkpoint.errors import CheckpointError, StepNotFoundError
 
 __all__ = [
@@ -18,12 +22,15 @@ __all__ = [
     "Resume",
     "StartKind",
     "StartPoint",
+    "check_lineages",
     "choose_lineage",
     "is_visible",
     "start_point",
 ]
 
 EXCLUDABLE = ("optimizer", "lr_scheduler", "data_loader")
+# Ends up in the name of a folder.
+LineageId = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+\Z")]
 
 
 class Resume(Enum):
@@ -46,7 +53,7 @@ class StartKind(Enum):
 class LoadRequest:
     """The load options of one command."""
 
-    load_step: int = -1
+    load_step: Annotated[int, Meta(ge=-1, le=2**62)] = -1
     exclude: tuple[str, ...] = ()
     initial_load_path: str | None = None
     initial_load_model_only: bool = True
@@ -95,11 +102,30 @@ class Lineage:
         request: the load options that started it.
     """
 
-    id: str
+    id: LineageId
     origin: StartKind = StartKind.fresh
-    origin_step: int = 0
-    parent: str | None = None
+    origin_step: Count = 0
+    parent: LineageId | None = None
     request: LoadRequest = field(default_factory=LoadRequest)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**asdict(self), "origin": self.origin.value}
+
+
+def check_lineages(lineages: Sequence[Lineage]) -> None:
+    """Whether lineages read from a document descend from each other.
+
+    Raises:
+        DocumentError: an id stands twice, or a lineage continues one that does not stand before it.
+    """
+    known: set[str] = set()
+    for lineage in lineages:
+        if lineage.id in known:
+            raise DocumentError(f"the lineage {lineage.id!r} stands in it twice")
+        if lineage.origin is StartKind.step and lineage.parent not in known:
+            raise DocumentError(f"the lineage {lineage.id!r} must stand behind its parent {lineage.parent!r}")
+        known.add(lineage.id)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,6 +4,7 @@ Ours are read by their manifests, and every byte is verified before it is copied
 DCP, torchtitan's) go through the stock reader, without verification, and without running what a pickle holds.
 """
 
+import logging
 import pickle
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
@@ -19,25 +20,29 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from checkpoint.catalog import Catalog
-from checkpoint.commit import METADATA, step_folder_name
 from checkpoint.contents import StoredItem, parse_rank_manifest, rank_manifest_name
+from checkpoint.documents import DocumentError
 from checkpoint.errors import CheckpointError, DamagedStepError
 from checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from checkpoint.plan import chunk_of, writer_of
 from checkpoint.read_plan import check_names, covered
 from checkpoint.reader import read_tensors
+from checkpoint.step_name import METADATA, step_folder_name
 from checkpoint.storage.base import Storage
 from checkpoint.storage.local import LocalStorage
 from checkpoint.storage.opening import as_storage
 
 __all__ = [
     "check_compatible",
+    "is_incomplete",
     "is_verified",
     "load_tensors",
     "read_foreign_metadata",
     "read_items",
     "resolve_foreign",
 ]
+
+log = logging.getLogger(__name__)
 
 Place = Storage | Path | str
 
@@ -59,16 +64,28 @@ def read_items(place: Place, manifest: Manifest) -> list[StoredItem]:
 
 
 def _items_of(storage: Storage, manifest: Manifest, ranks: Iterable[int]) -> list[StoredItem]:
-    return [
-        item
-        for rank in ranks
-        for item in parse_rank_manifest(_check_hash(storage, rank_manifest_name(rank, manifest.writer), manifest))
-    ]
+    return [item for rank in ranks for item in _items_of_rank(storage, manifest, rank)]
+
+
+def _items_of_rank(storage: Storage, manifest: Manifest, rank: int) -> list[StoredItem]:
+    name = rank_manifest_name(rank, manifest.writer)
+    try:
+        items = parse_rank_manifest(_check_hash(storage, name, manifest))
+    except DocumentError as error:
+        raise DamagedStepError(f"{storage.url}/{name} is damaged ({error}); use another step") from error
+    strange = next((item.file for item in items if item.file not in manifest.files), None)
+    if strange is not None:
+        raise DamagedStepError(
+            f"{storage.url}/{name} names {strange}, which the step does not have; use another step"
+        )
+    return items
 
 
 def _check_hash(storage: Storage, name: str, manifest: Manifest) -> bytes:
-    body = storage.read(name)
-    if xxhash.xxh3_128_hexdigest(body) != manifest.hashes.get(name):
+    expected = manifest.hashes.get(name)
+    # A file of another size than the manifest's is never read.
+    body = storage.read(name, manifest.files.get(name, 0)) if expected else b""
+    if expected is None or xxhash.xxh3_128_hexdigest(body) != expected:
         raise DamagedStepError(f"{storage.url}/{name} does not match its hash; the step is damaged, use another one")
     return body
 
@@ -86,7 +103,7 @@ def _needed_items(
             by_name[item.name].append(item)
         if all(
             by_name[name]
-            and by_name[name][0].global_shape == tuple(tensor.shape)
+            and all(item.global_shape == tuple(tensor.shape) for item in by_name[name])
             and covered(by_name[name], chunk_of(name, tensor))
             for name, tensor in tensors.items()
         ):
@@ -259,13 +276,53 @@ def resolve_foreign(place: Place) -> Storage:
         CheckpointError: there is none.
     """
     storage = as_storage(place)
+    if storage.exists(MANIFEST):
+        return storage
+    if storage.exists(METADATA):
+        _check_foreign(storage)
+        return storage
+    others: list[str] = []
     for folder in (storage, storage.child("checkpoint")):
-        if folder.exists(METADATA):
-            return folder
-        for step in reversed(Catalog(folder).candidates()):
-            if folder.exists(f"{step_folder_name(step)}/{METADATA}"):
-                return folder.child(step_folder_name(step))
+        catalog = Catalog(folder)
+        for step in reversed(catalog.candidates()):
+            try:
+                return catalog.open(step).place
+            except DamagedStepError as error:
+                log.warning("step %d in %s is passed over: %s", step, folder.url, error)
+                others += [step_folder_name(step)] if folder.exists(f"{step_folder_name(step)}/{METADATA}") else []
+    if others:
+        raise CheckpointError(
+            "checkpoint.initial_load_path must name a step exactly where no manifest proves that it is complete, "
+            f"but is {storage.url}; if another program wrote it, give the path of its folder {others[0]}"
+        )
     raise CheckpointError(
         f"checkpoint.initial_load_path must be a checkpoint, or a folder with steps, but {storage.url} holds no "
         ".metadata; check the path"
+    )
+
+
+def _check_foreign(step: Storage) -> None:
+    """Refuses a step of a run of ours that has lost its manifest, or never had one: it is incomplete.
+
+    Raises:
+        CheckpointError: it is one.
+    """
+    if not is_incomplete(step):
+        return
+    raise CheckpointError(
+        f"{step.url} must have its {MANIFEST}, because a run of Regrow wrote it, but has not: the step is "
+        "incomplete; use another one"
+    )
+
+
+def is_incomplete(step: Storage) -> bool:
+    """Whether a folder without a manifest is what is left of a step of ours, and not somebody else's checkpoint."""
+    if step.exists(MANIFEST):
+        return False
+    if any(name.startswith("rank-") and name.endswith(".json") for name in step.names()):
+        return True
+    around = step.parent()
+    return around is not None and (
+        any(name.startswith("lease-") for name in around.names())
+        or any(around.exists(f"{step_folder_name(n)}/{MANIFEST}") for n in Catalog(around).candidates())
     )

@@ -1,8 +1,9 @@
 """Which stored bytes a tensor needs: arithmetic on boxes, rows and blocks."""
 
+import itertools
 import math
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -11,7 +12,9 @@ from checkpoint.contents import StoredItem
 from checkpoint.errors import CheckpointError, DamagedStepError
 from checkpoint.plan import Chunk
 
-__all__ = ["ReadPiece", "bytes_to_read", "check_names", "covered", "plan_reads"]
+__all__ = ["ReadPiece", "bytes_to_read", "check_names", "covered", "plan_reads", "tiles"]
+
+Box = tuple[tuple[int, int], ...]
 
 
 class ReadPiece(NamedTuple):
@@ -66,9 +69,35 @@ def _elements(pieces: Sequence[ReadPiece]) -> int:
     return sum(math.prod([stop - start for start, stop in piece.box]) for piece in pieces)
 
 
+def tiles(boxes: Iterable[Box], whole: Box) -> bool:
+    """Whether boxes cover a whole exactly once, none of it twice.
+
+    Each box is told by its corners, signed in turn: those of boxes that share a side cancel each other, and what is
+    left over is the corners of the whole just where the boxes' indicator functions sum up to that of the whole.
+
+    Args:
+        boxes: for each dimension (start, stop).
+        whole: likewise.
+    """
+    corners: Counter[tuple[int, ...]] = Counter()
+    for sign, box in [*((1, b) for b in boxes), (-1, whole)]:
+        if all(start < stop for start, stop in box):
+            for choice in itertools.product((0, 1), repeat=len(box)):
+                corner = tuple(side[end] for side, end in zip(box, choice, strict=True))
+                corners[corner] += sign * (-1) ** sum(choice)
+    return not any(corners.values())
+
+
+def _fills(pieces: Sequence[ReadPiece], target: Chunk) -> bool:
+    if _elements(pieces) != math.prod(target.shape):
+        return False
+    box = tuple((start, start + n) for start, n in zip(target.offset, target.shape, strict=True))
+    return len(pieces) <= 1 or tiles((piece.box for piece in pieces), box)
+
+
 def covered(items: Sequence[StoredItem], target: Chunk) -> bool:
     """Whether the stored chunks fill a target."""
-    return _elements(list(_pieces(items, target))) == math.prod(target.shape)
+    return _fills(list(_pieces(items, target)), target)
 
 
 def plan_reads(items: Sequence[StoredItem], target: Chunk) -> list[ReadPiece]:
@@ -83,11 +112,10 @@ def plan_reads(items: Sequence[StoredItem], target: Chunk) -> list[ReadPiece]:
         box = tuple([(start, start + n) for start, n in zip(item.offset, item.shape, strict=True)])
         return [ReadPiece(item=item, box=box, rows=(0, item.shape[0]) if box else (0, 1))]
     pieces = list(_pieces(items, target))
-    found, wanted = _elements(pieces), math.prod(target.shape)
-    if found != wanted:
+    if not _fills(pieces, target):
         raise DamagedStepError(
-            f"{target.name} is not whole in the checkpoint: {found} of {wanted} elements are there; the step is "
-            "damaged, use another one"
+            f"{target.name} must be in the checkpoint once and whole, but {_elements(pieces)} of "
+            f"{math.prod(target.shape)} elements are there, or some twice; the step is damaged, use another one"
         )
     return pieces
 
@@ -121,6 +149,11 @@ def check_names(
         )
     for name, tensor in tensors.items():
         item = stored[name][0]
+        if any((i.global_shape, i.dtype) != (item.global_shape, item.dtype) for i in stored[name]):
+            raise DamagedStepError(
+                f"the chunks of {name} in {place} must be of one tensor, but differ in shape or dtype; the step is "
+                "damaged, use another one"
+            )
         if item.global_shape != tuple(tensor.shape):
             raise CheckpointError(
                 f"{name} in {place} has shape {item.global_shape}, but the model's has {tuple(tensor.shape)}; "

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from checkpoint.commit import Committer, step_folder_name
+from checkpoint.commit import Committer
 from checkpoint.config import AsyncMode
 from checkpoint.contents import rank_manifest, rank_manifest_name
 from checkpoint.exchange import Exchange, Report, own_store, report_of
@@ -30,6 +30,7 @@ from checkpoint.image import FileImage
 from checkpoint.lease import LeaseLostError, Ticket
 from checkpoint.manifest import Manifest
 from checkpoint.plan import LayoutKey, SavePlan, layout_key, make_plan
+from checkpoint.step_name import step_folder_name
 from checkpoint.storage.base import Storage
 from checkpoint.storage.opening import as_storage
 from checkpoint.writer import file_name, write_image, write_tensors

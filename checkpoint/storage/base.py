@@ -102,6 +102,10 @@ class Storage(ABC):
         """A folder below this one; need not exist."""
 
     @abstractmethod
+    def parent(self) -> "Storage | None":
+        """The folder above this one; None at the top."""
+
+    @abstractmethod
     def make(self) -> None:
         """Makes the folder and those above it."""
 

@@ -32,6 +32,10 @@ class FsspecStorage(Storage):
     def child(self, name: str) -> "FsspecStorage":
         return FsspecStorage(f"{self.url}/{name}", self._options)
 
+    def parent(self) -> "FsspecStorage | None":
+        above, _, name = self.url.rpartition("/")
+        return FsspecStorage(above, self._options) if name and not above.endswith("/") else None
+
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
 

@@ -118,6 +118,10 @@ class LocalStorage(Storage):
         below._decided = self._decided
         return below
 
+    def parent(self) -> "LocalStorage | None":
+        path = self.path.absolute()
+        return LocalStorage(path.parent, self._direct_io) if path.parent != path else None
+
     def make(self) -> None:
         missing = self.path
         while not missing.parent.exists():

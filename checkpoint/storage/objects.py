@@ -73,6 +73,10 @@ class ObjectStorage(Storage):
             f"{self.url}/{name}", self._options, _store=self._store, _prefix=f"{self._prefix}{name}/"
         )
 
+    def parent(self) -> "ObjectStorage | None":
+        above, _, name = self.url.rpartition("/")
+        return ObjectStorage(above, self._options) if name and not above.endswith("/") else None
+
     def make(self) -> None:
         """Prefixes need not be made."""
 

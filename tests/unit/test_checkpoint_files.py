@@ -33,8 +33,8 @@ def test_manifest_round_trip(tmp_path: Path) -> None:
     [
         (lambda p: (p / "__0_0.distcp").write_bytes(b"x" * 99), "must have 100 bytes, but has 99"),
         (lambda p: (p / "__0_0.distcp").unlink(), "is missing"),
-        (lambda p: (p / MANIFEST).write_text("{"), "is not a manifest"),
-        (lambda p: (p / MANIFEST).write_bytes(b"\xff\xfe"), "is not a manifest"),
+        (lambda p: (p / MANIFEST).write_text("{"), "is not JSON"),
+        (lambda p: (p / MANIFEST).write_bytes(b"\xff\xfe"), "is damaged"),
         (lambda p: (p / MANIFEST).write_text((p / MANIFEST).read_text().replace('"step": 7', '"step": 8')),
          "does not match its own checksum"),
     ],
@@ -65,7 +65,7 @@ def test_only_complete_steps_of_the_line_are_listed(tmp_path: Path) -> None:
     (tmp_path / "step-50.partial-abc").mkdir()
     catalog = Catalog(tmp_path)
     assert [e.step for e in catalog.entries(LINE)] == [10, 20]
-    assert list(catalog.damaged()) == [40]
+    assert list(catalog.scan()[1]) == [40]
 
 
 def test_tidy_removes_partials_and_sets_the_rest_aside(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_a_step_under_another_name_is_damage(tmp_path: Path) -> None:
     make_step(tmp_path, 10).rename(tmp_path / "step-20")
     catalog = Catalog(tmp_path)
     assert catalog.entries(LINE) == []
-    assert "its manifest is of step 10" in catalog.damaged()[20]
+    assert "its manifest is of step 10" in catalog.scan()[1][20]
 
 
 def test_two_steps_of_one_number_are_set_aside_side_by_side(tmp_path: Path) -> None:
