@@ -1,5 +1,6 @@
 """One rank of ours and the same model in a plain `transformers` loop, step by step in turn."""
 
+import dataclasses
 import statistics
 import tempfile
 import time
@@ -128,7 +129,8 @@ def one_rank(overrides: Sequence[str]) -> Iterator[tuple[Config, Trainer]]:
             data_folder=prepare_data(config),
             sweep=None,
         )
-        open_run(config, settings, spec.run_dir, TokenStore(spec.data_folder), overrides=overrides)
+        opened = open_run(config, settings, spec.run_dir, TokenStore(spec.data_folder), overrides=overrides)
+        spec = dataclasses.replace(spec, record=opened.record)
         threads = pin_threads(config.launch.threads_per_rank, 1)
         try:
             yield config, build_trainer(spec, open_parallel(layout, "cpu", 60.0), StopFlag(), threads)

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 
 from checkpoint.lease import Ticket
 from launch.errors import UserError, check_arguments, describe
+from launch.failures import clear_failures, first_failure
 from launch.run_name import register_resolver
 from launch.schema import Config, Device, register_schemas
 from launch.signals import STOP_NOTE_VARIABLE, StopFlag
@@ -24,6 +25,9 @@ from launch.sweep import RunFailed, result_of
 from launch.typed import plain, to_config
 from launch.worker import Outcome, RankSpec, log_to_console, run_rank
 from trainer.config import ParallelConfig
+
+if TYPE_CHECKING:
+    from launch.run_dir import OpenedRun
 
 __all__ = ["Application"]
 
@@ -132,6 +136,10 @@ class Application:
             self._codes.append(2)
         except Exception:
             traceback.print_exc()
+            failure = first_failure(Path(HydraConfig.get().runtime.output_dir))
+            if failure is not None:
+                # Of several ranks the one that failed first says why; the others saw it go.
+                print(f"error: {failure}", file=sys.stderr)
             self._codes.append(1)
 
     def _train(self, config: DictConfig) -> tuple[Outcome, bool]:
@@ -146,11 +154,12 @@ class Application:
         except Refused:
             _remove_if_empty(run_dir)
             raise
+        spec = dataclasses.replace(spec, overrides=overrides)
         if external:
-            return _train_external(spec, self._flag, overrides), True
-        return self._train_here(spec, overrides), False
+            return _train_external(spec, self._flag), True
+        return self._train_here(spec), False
 
-    def _train_here(self, spec: RankSpec, overrides: list[str]) -> Outcome:
+    def _train_here(self, spec: RankSpec) -> Outcome:
         from trainer.hooks.startup import mark
 
         mark("config and checks")
@@ -159,9 +168,10 @@ class Application:
         with own_run(spec.config, spec.run_dir) as ticket:
             spec = dataclasses.replace(spec, ticket=ticket)
             with refusing():
-                finished = _open(spec, overrides)
-            if finished:
+                opened = _open(spec)
+            if opened.finished:
                 return _already_finished(spec)
+            spec = dataclasses.replace(spec, record=opened.record)
             if spec.config.checkpoint.create_seed_checkpoint:
                 from launch.seed import write_seed_checkpoint
 
@@ -264,35 +274,38 @@ def _local_devices(device_type: str) -> int:
     return torch.cuda.device_count() if device_type == "cuda" else 1
 
 
-def _open(spec: RankSpec, overrides: list[str]) -> bool:
-    """Opens the run; true when there is nothing left to do."""
+def _open(spec: RankSpec) -> "OpenedRun":
     from launch.run_dir import open_run
     from trainer.data.token_store import TokenStore
 
-    return open_run(spec.config, spec.settings, spec.run_dir, TokenStore(spec.data_folder), overrides=overrides)
+    return open_run(spec.config, spec.settings, spec.run_dir, TokenStore(spec.data_folder), overrides=spec.overrides)
 
 
-def _train_external(spec: RankSpec, flag: StopFlag, overrides: list[str]) -> Outcome:
+def _train_external(spec: RankSpec, flag: StopFlag) -> Outcome:
     """A rank that torchrun or srun started: rank 0 opens the run, the others wait for its word."""
     from launch.rendezvous import share_from_rank_zero
     from launch.run_dir import own_run
+    from trainer.run_record import RunRecord
 
     with ExitStack() as held:
         ticket: Ticket | None = None
 
-        def open_here() -> bool:
+        def open_here() -> dict[str, Any]:
             nonlocal ticket
             ticket = held.enter_context(own_run(spec.config, spec.run_dir))
+            clear_failures(spec.run_dir)
             with refusing():
-                return _open(spec, overrides)
+                run = _open(spec)
+            return {"finished": run.finished, "record": run.record.as_json()}
 
         opened = share_from_rank_zero(open_here, spec.config.launch.timeout_s)
         if isinstance(opened, str):
             raise Refused(opened)
-        if opened:
+        if opened["finished"]:
             return _already_finished(spec)
+        record = RunRecord.from_json(opened["record"])
         try:
             # Rank 0 makes steps valid, and it is the one that holds the lease.
-            return run_rank(dataclasses.replace(spec, ticket=ticket), flag)
+            return run_rank(dataclasses.replace(spec, ticket=ticket, record=record), flag)
         finally:
             flag.defer(deferring=False)

@@ -17,6 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig as ElasticConfig
 from torch.distributed.launcher.api import elastic_launch
 
+from launch.failures import clear_failures, first_failure
 from launch.signals import SIGNALS
 from launch.worker import OUTCOME, STOP_NOTE, Outcome, RankSpec, read_outcome
 from trainer.hooks.startup import STARTED_VARIABLE
@@ -33,6 +34,7 @@ _SHUTDOWN_S = 10
 def run_local(spec: RankSpec) -> Outcome:
     """Starts the ranks, passes signals on to them, restarts them as often as allowed, and says how it ended."""
     (spec.run_dir / OUTCOME).unlink(missing_ok=True)
+    clear_failures(spec.run_dir)
     with tempfile.TemporaryDirectory(prefix="regrow-") as folder:
         spec_file = Path(folder) / "spec"
         with spec_file.open("wb") as out:
@@ -116,4 +118,8 @@ def _failure(spec: RankSpec, error: ChildFailedError, received: list[int]) -> Ou
     rank, first = error.get_first_failure()
     how = f"signal {signal.Signals(-first.exitcode).name}" if first.exitcode < 0 else f"exit code {first.exitcode}"
     where = spec.run_dir / "logs" / f"rank-{rank}.log"
-    return Outcome(kind="failed", step=0, message=f"rank {rank} died ({how}); its log is {where}")
+    message = first_failure(spec.run_dir) or f"rank {rank} died ({how})"
+    outcome = read_outcome(spec.run_dir)
+    if outcome is not None and outcome.message:
+        return outcome
+    return Outcome(kind="failed", step=0, message=f"{message}; its log is {where}")

@@ -5,17 +5,18 @@ import json
 import os
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch.distributed as dist
 
 __all__ = ["share_from_rank_zero"]
 
 
-def share_from_rank_zero(decide: Callable[[], bool], timeout_s: float) -> bool | str:
+def share_from_rank_zero(decide: Callable[[], dict[str, Any]], timeout_s: float) -> dict[str, Any] | str:
     """Runs `decide` on rank 0 and gives every rank its answer, or the sentence of its error.
 
     Args:
-        decide: called on rank 0 alone.
+        decide: called on rank 0 alone; its answer is plain values.
         timeout_s: how long the others wait.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -30,11 +31,11 @@ def share_from_rank_zero(decide: Callable[[], bool], timeout_s: float) -> bool |
     )
     if rank == 0:
         try:
-            answer: bool | str = decide()
+            answer: dict[str, Any] | str = decide()
         except (ValueError, OSError) as error:
             answer = str(error)
         store.set("answer", json.dumps(answer))
-    result: bool | str = json.loads(store.get("answer"))
+    result: dict[str, Any] | str = json.loads(store.get("answer"))
     store.add("read", 1)
     deadline = time.monotonic() + timeout_s
     while rank == 0 and store.add("read", 0) < world_size:

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from checkpoint.catalog import Catalog, Entry
-from checkpoint.files import fsync_folder, fsync_path
+from checkpoint.files import fsync_folder, fsync_path, read_regular
 from checkpoint.lease import LeaseHeldError, Ticket, acquire_lease, forget_lease
 from checkpoint.lineage import (
     Lineage,
@@ -23,6 +25,7 @@ from checkpoint.lineage import (
     StartKind,
     StartPoint,
     choose_lineage,
+    is_visible,
     start_point,
 )
 from checkpoint.storage.base import Storage
@@ -30,6 +33,7 @@ from checkpoint.storage.local import LocalStorage
 from launch.build import checkpoint_folder, export_folder
 from launch.errors import UserError
 from launch.identity import Difference, compare
+from launch.lost_record import check_owner, newest_of, rebuild_record
 from launch.preflight import check_initial_load
 from launch.schema import Config
 from trainer.data.token_store import TokenStore
@@ -37,7 +41,7 @@ from trainer.hooks.export import exported_steps
 from trainer.hooks.metrics import METRICS, SAMPLES
 from trainer.run_record import FILE, RunRecord, new_id
 
-__all__ = ["open_run", "own_run", "share_run"]
+__all__ = ["begin_run", "open_run", "own_run", "share_run"]
 
 log = logging.getLogger(__name__)
 
@@ -121,6 +125,19 @@ def share_run(run_dir: Path) -> Iterator[None]:
         yield
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class OpenedRun:
+    """A run that the command fits.
+
+    Attributes:
+        record: as this start makes it; written by `begin_run`, once the state is loaded.
+        finished: whether the run has come to its end already; the record is then written.
+    """
+
+    record: RunRecord
+    finished: bool
+
+
 def open_run(
     config: Config,
     settings: dict[str, Any],
@@ -128,8 +145,8 @@ def open_run(
     store: TokenStore,
     *,
     overrides: Sequence[str],
-) -> bool:
-    """Compares the command with what is stored, chooses the lineage, and writes `run.json`.
+) -> OpenedRun:
+    """Compares the command with what is stored, and chooses the lineage; the run stays as it is until `begin_run`.
 
     Args:
         config: typed.
@@ -138,20 +155,27 @@ def open_run(
         store: the corpus.
         overrides: the command line, for `.hydra/`.
 
-    Returns:
-        Whether the run has come to its end already.
-
     Raises:
         UserError: the run is another one than the command describes.
         CheckpointError: what should be resumed is not there.
     """
+    catalog = Catalog(checkpoint_folder(config, run_dir))
+    complete, _ = catalog.scan()
     record = RunRecord.load(run_dir)
+    stored = _stored_config(run_dir, record, complete)
+    if record is None and config.checkpoint.enable:
+        record = rebuild_record(complete, settings, store.index.fingerprint, catalog.folder.url)
+        if record is not None:
+            newest = newest_of(complete)
+            stored = newest.manifest.config or settings
+            new = "" if newest.manifest.run_id else ", whose format does not tell the run's id: it is a new one"
+            log.warning("%s has no run.json: it is made anew from step %d%s", run_dir, newest.step, new)
     changes: list[Difference] = []
     if record is not None:
-        changes = _check_same(config, settings, run_dir, store, record)
+        check_owner(record, complete, run_dir, catalog.folder.url)
+        changes = _check_same(config, settings, run_dir, store, record, stored)
     record = record or RunRecord(data_fingerprint=store.index.fingerprint)
-    catalog = Catalog(checkpoint_folder(config, run_dir))
-    entries = catalog.entries(record.lineages)
+    entries = [e for e in complete if is_visible(record.lineages, e.step, e.manifest.lineage)]
     if not config.checkpoint.enable and entries:
         raise UserError(
             f"checkpoint.enable must not be false for a run that has checkpoints, but {catalog.folder.url} holds "
@@ -170,15 +194,12 @@ def open_run(
     )
     if lineage is not None:
         lineage = _from_weights(config, lineage)
-        if record.lineages:
-            _keep_rows(run_dir, record.lineages[-1])
         record.lineages.append(lineage)
-        entries = catalog.entries(record.lineages)
+        entries = [e for e in complete if is_visible(record.lineages, e.step, e.manifest.lineage)]
     start = start_point(record.lineages, [(e.step, e.manifest.lineage) for e in entries if e.resumable])
     if _is_finished(config, record, entries, run_dir):
-        _write_config(settings, run_dir, store, overrides)
-        record.save(run_dir)
-        return True
+        begin_run(settings, run_dir, store, overrides, record)
+        return OpenedRun(record=record, finished=True)
     _check_start(config, start, record, catalog.folder.url)
     _check_weights(start, record, entries, run_dir)
     for change in changes:
@@ -186,9 +207,51 @@ def open_run(
         record.changes.append(
             {"name": change.name, "from": change.stored, "to": change.given, "after_step": start.step}
         )
+    return OpenedRun(record=record, finished=False)
+
+
+def begin_run(
+    settings: dict[str, Any], run_dir: Path, store: TokenStore, overrides: Sequence[str], record: RunRecord
+) -> None:
+    """Writes what a start changes in the run: its config, and last its record. Safe to repeat and to be killed in.
+
+    Args:
+        settings: the accepted config as plain values.
+        run_dir: the run's directory.
+        store: the corpus.
+        overrides: the command line, for `.hydra/`.
+        record: as the start makes it. Attempts that were added meanwhile (ranks started again) stay.
+    """
+    before = RunRecord.load(run_dir)
+    if before is not None:
+        record = dataclasses.replace(record, attempts=before.attempts, wandb_step=before.wandb_step)
+        if before.lineages and before.lineages[-1].id != record.lineages[-1].id:
+            _keep_rows(run_dir, before.lineages[-1])
     _write_config(settings, run_dir, store, overrides)
     record.save(run_dir)
-    return False
+
+
+def _stored_config(run_dir: Path, record: RunRecord | None, complete: Sequence[Entry]) -> dict[str, Any] | None:
+    """The config that the run was accepted with; out of its newest step where the file is gone.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = run_dir / CONFIG
+    if record is not None and not path.exists():
+        return next((e.manifest.config for e in reversed(complete) if e.manifest.run_id == record.run_id), None)
+    if record is None:
+        return None
+    try:
+        stored = OmegaConf.to_container(OmegaConf.create(read_regular(path).decode()))
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(
+            f"{path} must be the run's config, but cannot be read ({str(error).splitlines()[0]}); restore it from "
+            f"{run_dir / '.hydra/config.yaml'}"
+        ) from error
+    if not isinstance(stored, dict):
+        raise UserError(f"{path} must be the run's config, but is not; restore it from {run_dir}/.hydra/config.yaml")
+    return {str(k): v for k, v in stored.items()}
 
 
 def _from_weights(config: Config, lineage: Lineage) -> Lineage:
@@ -246,17 +309,20 @@ def _lineage_id(lineages: Sequence[Lineage]) -> str:
 
 
 def _check_same(
-    config: Config, settings: dict[str, Any], run_dir: Path, store: TokenStore, record: RunRecord
+    config: Config,
+    settings: dict[str, Any],
+    run_dir: Path,
+    store: TokenStore,
+    record: RunRecord,
+    stored: dict[str, Any] | None,
 ) -> list[Difference]:
     """The allowed changes; raises UserError for the others."""
-    if not (run_dir / CONFIG).exists():
+    if stored is None:
         raise UserError(
             f"the run {run_dir} must have its {CONFIG} to be continued, but has not; restore it (from "
             ".hydra/config.yaml) or choose another run.name"
         )
-    stored = OmegaConf.to_container(OmegaConf.load(run_dir / CONFIG))
-    assert isinstance(stored, dict)
-    identity, hyperparameters = compare({str(k): v for k, v in stored.items()}, settings)
+    identity, hyperparameters = compare(stored, settings)
     if identity:
         more = f" ({len(identity) - 1} more: {', '.join(d.name for d in identity[1:])})" if identity[1:] else ""
         raise UserError(

@@ -8,21 +8,20 @@ import torch
 from torch import Tensor
 
 from checkpoint.catalog import Catalog
-from checkpoint.commit import step_folder_name
 from checkpoint.convert import convert
 from checkpoint.errors import CheckpointError
 from checkpoint.manifest import Manifest
 from checkpoint.outputs import plan_step
 from checkpoint.source import Box, TensorInfo, TensorSource
+from checkpoint.step_name import step_folder_name
 from checkpoint.storage.local import LocalStorage
 from launch.build import build_model, checkpoint_folder
 from launch.errors import UserError
-from launch.identity import config_hash
-from launch.worker import Outcome, RankSpec, software_versions
+from launch.run_dir import begin_run
+from launch.worker import Outcome, RankSpec, run_labels
 from models.base import LanguageModel
 from models.init import fill_shard
 from trainer.data.token_store import TokenStore
-from trainer.run_record import RunRecord
 
 __all__ = ["FirstWeights", "write_seed_checkpoint"]
 
@@ -71,7 +70,7 @@ def write_seed_checkpoint(spec: RankSpec) -> Outcome:
     Raises:
         UserError: the run has steps already.
     """
-    record = RunRecord.load(spec.run_dir)
+    record, store = spec.record, TokenStore(spec.data_folder)
     assert record is not None, "the run is opened first"
     catalog = Catalog(checkpoint_folder(spec.config, spec.run_dir))
     entries = catalog.entries(record.lineages)
@@ -96,11 +95,9 @@ def write_seed_checkpoint(spec: RankSpec) -> Outcome:
         lineage=record.lineages[-1].id,
         kind="model",
         layout={"world_size": 1},
-        data_fingerprint=TokenStore(spec.data_folder).index.fingerprint,
-        config_hash=config_hash(spec.settings),
-        model=spec.settings["model"],
-        versions=software_versions(),
+        **run_labels(spec, store.index.fingerprint),
     )
+    begin_run(spec.settings, spec.run_dir, store, spec.overrides, record)
     try:
         result = convert(
             FirstWeights(model, spec.config.seed),

@@ -9,7 +9,8 @@ import os
 import pickle
 import platform
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from trainer.loop import StopReason, Trainer
     from trainer.parallel.context import ParallelContext
     from trainer.parallel.layout import Layout
+    from trainer.run_record import RunRecord
 
 __all__ = ["Outcome", "RankSpec", "read_outcome", "run_rank"]
 
@@ -43,6 +45,8 @@ class RankSpec:
         run_dir: the run's directory.
         data_folder: the token store.
         sweep: the sweep's name, if any.
+        overrides: the command line.
+        record: the run's, as this start makes it; None until the run is opened.
         ticket: of the lease that the launcher holds for this run.
     """
 
@@ -53,6 +57,8 @@ class RankSpec:
     run_dir: Path
     data_folder: Path
     sweep: str | None
+    overrides: list[str] = field(default_factory=list)
+    record: "RunRecord | None" = None
     ticket: "Ticket | None" = None
 
 
@@ -61,7 +67,8 @@ class Outcome:
     """How a run's ranks ended; the stop record.
 
     Attributes:
-        kind: `finished`, `terminated`, `preempted` or `failed`.
+        kind: `finished`, `terminated`, `preempted`, `refused` (the state cannot be loaded as asked; nothing was
+            changed) or `failed`.
         step: reached.
         message: of the failure.
     """
@@ -72,17 +79,18 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        """0 done, 3 resumable stop, 1 anything else."""
-        return {"finished": 0, "terminated": 3, "preempted": 3}.get(self.kind, 1)
+        """0 done, 2 bad input, 3 resumable stop, 1 anything else."""
+        return {"finished": 0, "refused": 2, "terminated": 3, "preempted": 3}.get(self.kind, 1)
 
 
 def read_outcome(run_dir: Path) -> Outcome | None:
-    """The stop record, None where the ranks left none."""
-    from checkpoint.files import read_json
+    """The stop record, None where the ranks left none that can be read."""
+    from checkpoint.documents import DocumentError, read_document
+    from checkpoint.files import read_regular
 
     try:
-        return Outcome(**read_json(run_dir / OUTCOME))
-    except FileNotFoundError:
+        return read_document(read_regular(run_dir / OUTCOME), Outcome)
+    except (DocumentError, OSError):
         return None
 
 
@@ -241,13 +249,14 @@ def _hooks(spec: RankSpec, context: "ParallelContext", threads: int, fingerprint
     """All hooks in the order in which they run; the checkpoint is last, when the step's rows are written."""
     from launch.build import build_hooks, uses_wandb
     from trainer.hook import Hook
+    from trainer.hooks.begin import BeginHook
     from trainer.hooks.metrics import MetricsHook, SamplesHook
     from trainer.hooks.progress import ProgressHook
     from trainer.hooks.record import RecordHook
     from trainer.hooks.startup import StartupHook
 
     config = spec.config
-    hooks: list[Hook] = [*build_hooks(config), MetricsHook()]
+    hooks: list[Hook] = [BeginHook(partial(_begin, spec)), *build_hooks(config), MetricsHook()]
     if config.data.log_samples:
         hooks.append(SamplesHook())
     hooks.append(ProgressHook(config.train.log_every))
@@ -262,6 +271,38 @@ def _hooks(spec: RankSpec, context: "ParallelContext", threads: int, fingerprint
     if context.is_main:
         log.info("hooks, in order: %s", ", ".join(type(h).__name__ for h in hooks))
     return hooks
+
+
+def _begin(spec: RankSpec) -> None:
+    """Writes what this start changes in the run."""
+    from launch.run_dir import begin_run
+    from trainer.data.token_store import TokenStore
+
+    assert spec.record is not None, "the launcher opens the run before any rank starts"
+    begin_run(spec.settings, spec.run_dir, TokenStore(spec.data_folder), spec.overrides, spec.record)
+
+
+def run_labels(spec: RankSpec, fingerprint: str) -> dict[str, Any]:
+    """What each of a run's manifests says of the run.
+
+    Args:
+        spec: of the run.
+        fingerprint: of its data.
+    """
+    from launch.identity import config_hash
+
+    assert spec.record is not None, "the launcher opens the run before any rank starts"
+    # Options for a storage may be credentials.
+    checkpoint = {k: v for k, v in spec.settings["checkpoint"].items() if k != "storage_options"}
+    return {
+        "data_fingerprint": fingerprint,
+        "config_hash": config_hash(spec.settings),
+        "model": spec.settings["model"],
+        "versions": software_versions(),
+        "run_id": spec.record.run_id,
+        "config": {**spec.settings, "checkpoint": checkpoint},
+        "lineages": tuple(spec.record.lineages),
+    }
 
 
 def _attempt(context: "ParallelContext", threads: int) -> Any:
@@ -316,15 +357,12 @@ def _checkpoint_hooks(spec: RankSpec, fingerprint: str) -> list[Any]:
         rules,
         tracked_metrics,
     )
-    from launch.identity import config_hash
     from trainer.hooks.checkpoint import CheckpointHook, CheckpointPlan
     from trainer.hooks.export import ExportHook, ExportPlan
     from trainer.hooks.last_save import LastSave
-    from trainer.run_record import RunRecord
 
-    record = RunRecord.load(spec.run_dir)
-    assert record is not None, "the launcher writes run.json before any rank starts"
-    config = spec.config
+    config, record = spec.config, spec.record
+    assert record is not None, "the launcher opens the run before any rank starts"
     options, folder = config.checkpoint, checkpoint_folder(config, spec.run_dir)
     hooks: list[Any] = []
     if options.export.every_n and policies(options):
@@ -347,12 +385,7 @@ def _checkpoint_hooks(spec: RankSpec, fingerprint: str) -> list[Any]:
         lineages=record.lineages,
         tracked=tracked_metrics(options),
         schedule_total=config.scheduler.total_steps,
-        labels={
-            "data_fingerprint": fingerprint,
-            "config_hash": config_hash(spec.settings),
-            "model": spec.settings["model"],
-            "versions": software_versions(),
-        },
+        labels=run_labels(spec, fingerprint),
         mode=options.async_mode,
         saver=SaverOptions(
             files_per_rank=options.files_per_rank,
@@ -379,10 +412,13 @@ def _checkpoint_hooks(spec: RankSpec, fingerprint: str) -> list[Any]:
 def run_rank(spec: RankSpec, flag: StopFlag) -> Outcome:
     """Trains on this rank; rank 0 leaves the stop record. Joins and leaves the process groups.
 
-    Errors that repeat themselves (a loss that is not finite) become an outcome, so that nobody restarts them;
-    any other error is raised.
+    Errors that would repeat themselves (a loss that is not finite, a step that cannot be loaded, saves that fail)
+    become an outcome, so that nobody restarts them; any other error is raised.
     """
+    from checkpoint.errors import CheckpointError
     from checkpoint.files import write_json
+    from checkpoint.lease import LeaseLostError
+    from launch.failures import note_failure
     from launch.run_dir import share_run
     from trainer.device import pin_threads
     from trainer.hooks.startup import mark
@@ -402,15 +438,18 @@ def run_rank(spec: RankSpec, flag: StopFlag) -> Outcome:
             try:
                 result = trainer.fit()
                 outcome = Outcome(kind=result.reason.value, step=result.step)
-            except NonFiniteLossError as error:
-                outcome = Outcome(kind="failed", step=trainer.state.step, message=str(error))
+            except (NonFiniteLossError, CheckpointError) as error:
+                note_failure(spec.run_dir, rank, error)
+                before = trainer.batch is None and not isinstance(error, NonFiniteLossError | LeaseLostError)
+                outcome = Outcome(kind="refused" if before else "failed", step=trainer.state.step, message=str(error))
             if rank == 0:
                 write_json(
                     spec.run_dir / OUTCOME,
                     {"kind": outcome.kind, "step": outcome.step, "message": outcome.message},
                 )
             return outcome
-    except Exception:
+    except Exception as error:
+        note_failure(spec.run_dir, rank, error)
         log.exception("rank %d failed", rank)
         raise
     finally:

@@ -1,5 +1,6 @@
 """Whole runs on ranks from the pool: what the command does, without starting an interpreter per rank."""
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ def spec_of(overrides: Sequence[str], run_dir: Path, world_size: int) -> RankSpe
         run_dir=run_dir,
         data_folder=prepare_data(config),
         sweep=None,
+        overrides=list(overrides),
     )
 
 
@@ -52,8 +54,10 @@ def train(overrides: Sequence[str], run_dir: Path, world_size: int = 1) -> Resul
     """Opens the run and trains it on pool ranks, as `regrow` would."""
     run_dir.mkdir(parents=True, exist_ok=True)
     spec = spec_of(overrides, run_dir, world_size)
-    if _open(spec, list(overrides)):
+    opened = _open(spec)
+    if opened.finished:
         return Result("finished", spec.config.train.steps, "")
+    spec = dataclasses.replace(spec, record=opened.record)
     outcomes = run_distributed(_train_rank, spec, world_size=world_size)
     return Result(outcomes[0].kind, outcomes[0].step, outcomes[0].message)
 
@@ -66,7 +70,7 @@ def first_weights(overrides: Sequence[str], run_dir: Path, world_size: int) -> d
     """The whole model's starting weights under a layout."""
     run_dir.mkdir(parents=True, exist_ok=True)
     spec = spec_of(overrides, run_dir, world_size)
-    _open(spec, list(overrides))
+    spec = dataclasses.replace(spec, record=_open(spec).record)
     results: list[dict[str, torch.Tensor]] = run_distributed(_weights_of, spec, world_size=world_size)
     return results[0]
 

@@ -4,15 +4,23 @@ import secrets
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from checkpoint.files import read_json, write_json
-from checkpoint.lineage import Lineage, LoadRequest, StartKind
+from msgspec import Meta
 
-__all__ = ["Attempt", "RunRecord", "new_id"]
+from checkpoint.documents import Count, DocumentError, Token, convert_document, parse_json
+from checkpoint.files import read_regular, write_json
+from checkpoint.lineage import Lineage, check_lineages
+
+__all__ = ["Attempt", "RunRecord", "RunRecordError", "new_id"]
 
 FILE = "run.json"
 FORMAT = 1
+_LIMIT_BYTES = 256 << 20
+
+
+class RunRecordError(ValueError):
+    """A run's record is there, but cannot be read."""
 
 
 def new_id() -> str:
@@ -44,11 +52,11 @@ class Attempt:
     lineage: str = ""
     job: str | None = None
     host: str = ""
-    layout: dict[str, int] = field(default_factory=dict)
-    threads: int = 0
-    from_step: int = 0
-    to_step: int = 0
-    saved_step: int = 0
+    layout: dict[str, Count] = field(default_factory=dict)
+    threads: Count = 0
+    from_step: Count = 0
+    to_step: Count = 0
+    saved_step: Count = 0
     end: str | None = None
     error: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
@@ -67,60 +75,63 @@ class RunRecord:
         wandb_step: Weights & Biases has taken every row up to this step.
     """
 
-    run_id: str = field(default_factory=new_id)
+    run_id: Annotated[Token, Meta(min_length=1)] = field(default_factory=new_id)
     lineages: list[Lineage] = field(default_factory=list)
     attempts: list[Attempt] = field(default_factory=list)
     changes: list[dict[str, Any]] = field(default_factory=list)
     data_fingerprint: str = ""
-    wandb_step: int = 0
+    wandb_step: Count = 0
 
-    def save(self, run_dir: Path) -> None:
-        """Replaces the file, durably."""
-        body = {
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, in the order of the file."""
+        return {
             "format": FORMAT,
             "run_id": self.run_id,
             "data_fingerprint": self.data_fingerprint,
             "wandb_step": self.wandb_step,
-            "lineages": [
-                {**asdict(x), "origin": x.origin.value, "request": asdict(x.request)} for x in self.lineages
-            ],
+            "lineages": [x.as_json() for x in self.lineages],
             "attempts": [asdict(a) for a in self.attempts],
             "changes": self.changes,
         }
-        write_json(run_dir / FILE, body)
+
+    @classmethod
+    def from_json(cls, values: Any) -> "RunRecord":
+        """The inverse of `as_json`.
+
+        Raises:
+            DocumentError: a field is missing, of another type or out of its bounds.
+        """
+        if not isinstance(values, dict) or not {"run_id", "lineages", "attempts"} <= values.keys():
+            raise DocumentError("it is no run's record")
+        record = convert_document(values, cls)
+        check_lineages(record.lineages)
+        return record
+
+    def save(self, run_dir: Path) -> None:
+        """Replaces the file, durably."""
+        write_json(run_dir / FILE, self.as_json())
 
     @classmethod
     def load(cls, run_dir: Path) -> "RunRecord | None":
         """Reads the file; None where there is no run yet.
 
         Raises:
-            ValueError: written by another version.
+            RunRecordError: it is damaged, cannot be read, or another version wrote it.
         """
+        path = run_dir / FILE
         try:
-            body = read_json(run_dir / FILE)
+            values = parse_json(read_regular(path, _LIMIT_BYTES))
+            if isinstance(values, dict) and values.get("format") != FORMAT:
+                raise RunRecordError(
+                    f"{path} must have format {FORMAT}, which this version reads, but has {values.get('format')!r}; "
+                    "use the version of regrow that wrote it"
+                )
+            return cls.from_json(values)
         except FileNotFoundError:
             return None
-        if body.get("format") != FORMAT:
-            raise ValueError(
-                f"{run_dir / FILE} has format {body.get('format')}, but this version reads {FORMAT}; upgrade regrow"
-            )
-        return cls(
-            run_id=body["run_id"],
-            lineages=[_lineage(x) for x in body["lineages"]],
-            attempts=[Attempt(**a) for a in body["attempts"]],
-            changes=body["changes"],
-            data_fingerprint=body["data_fingerprint"],
-            wandb_step=body["wandb_step"],
-        )
-
-
-def _lineage(values: dict[str, Any]) -> Lineage:
-    request = dict(values["request"])
-    request["exclude"] = tuple(request["exclude"])
-    return Lineage(
-        id=values["id"],
-        origin=StartKind(values["origin"]),
-        origin_step=values["origin_step"],
-        parent=values["parent"],
-        request=LoadRequest(**request),
-    )
+        except (DocumentError, OSError) as error:
+            reason = (error.strerror if isinstance(error, OSError) else None) or error
+            raise RunRecordError(
+                f"{path} must be the run's record, but cannot be read ({reason}); restore it, or move it away: the "
+                "same command then makes it anew from the newest step"
+            ) from error

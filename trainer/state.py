@@ -1,7 +1,10 @@
 """The part of a run's state that is not a tensor of the model or the optimizer."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from checkpoint.documents import Count, convert_document
 
 __all__ = ["TrainState"]
 
@@ -19,11 +22,11 @@ class TrainState:
         best: the best value of each tracked metric.
     """
 
-    step: int = 0
-    samples_consumed: int = 0
-    tokens: int = 0
-    schedule_origin: int = 0
-    schedule_total: int = 0
+    step: Count = 0
+    samples_consumed: Count = 0
+    tokens: Count = 0
+    schedule_origin: Count = 0
+    schedule_total: Count = 0
     best: dict[str, float] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
@@ -31,9 +34,13 @@ class TrainState:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "TrainState":
-        """The inverse of `as_json`."""
-        return cls(**values)
+    def from_json(cls, values: Mapping[str, Any]) -> "TrainState":
+        """The inverse of `as_json`.
+
+        Raises:
+            DocumentError: a value is of another type, or below 0.
+        """
+        return convert_document(values, cls)
 
     def without(self, exclude: tuple[str, ...], *, schedule_total: int) -> "TrainState":
         """This state, freshly loaded, with the excluded parts as they start.

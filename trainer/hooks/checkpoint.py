@@ -17,6 +17,7 @@ from torch import Tensor
 
 from checkpoint.catalog import Catalog
 from checkpoint.config import AsyncMode, WhenBusy
+from checkpoint.documents import DocumentError
 from checkpoint.errors import CheckpointError, DamagedStepError
 from checkpoint.lease import LeaseLostError
 from checkpoint.lineage import Lineage, StartKind, StartPoint, start_point
@@ -33,7 +34,7 @@ from checkpoint.storage.opening import is_url, open_storage
 from trainer.hook import Hook
 from trainer.hooks.export import exported_steps
 from trainer.hooks.last_save import LastSave, cast_weights, save_in_hf
-from trainer.loop import Trainer
+from trainer.loop import StopReason, Trainer
 from trainer.state import TrainState
 
 __all__ = ["CheckpointHook", "CheckpointPlan", "stop_seconds"]
@@ -97,6 +98,11 @@ class CheckpointHook(Hook):
         self._tidying = ThreadPoolExecutor(1, thread_name_prefix="retention")
         self._failures = 0
         self._saved_from = 0
+        # The newest step that is known to be durable, and why the last save failed.
+        self._durable_step, self._save_error = 0, ""
+        # What a start found damaged, with the reason.
+        self._damaged: dict[int, str] = {}
+        self._start = StartPoint(kind=StartKind.fresh)
         self._step_s = 0.0
         self._save_seconds: deque[float] = deque(maxlen=5)
 
@@ -105,7 +111,7 @@ class CheckpointHook(Hook):
         self._saver = StepSaver(
             self._plan.folder, self._plan.mode, context.device, context.save_group, self._plan.saver
         )
-        tried: list[int] = []
+        tried = self._damaged
         while True:
             start = self._agree_on_start(trainer, tried)
             source, error = self._try_start(trainer, start)
@@ -117,9 +123,10 @@ class CheckpointHook(Hook):
                 break
             if not isinstance(problem, DamagedStepError) or not self._may_fall_back(start):
                 raise problem
-            tried.append(start.step)
+            tried[start.step] = str(problem)
             if context.is_main:
                 log.warning("%s", problem)
+        self._start = start
         if context.is_main:
             without = f", without {', '.join(start.exclude)}" if start.exclude else ""
             log.info("state: %s%s; continuing after step %d", source, without, trainer.state.step)
@@ -132,7 +139,7 @@ class CheckpointHook(Hook):
                     trainer.options.steps,
                 )
 
-    def _agree_on_start(self, trainer: Trainer, damaged: Sequence[int]) -> StartPoint:
+    def _agree_on_start(self, trainer: Trainer, damaged: Mapping[int, str]) -> StartPoint:
         """Rank 0's choice on all ranks, or its error."""
         choice: list[StartPoint | CheckpointError | None] = [None]
         if trainer.context.is_main:
@@ -148,21 +155,16 @@ class CheckpointHook(Hook):
         assert choice[0] is not None
         return choice[0]
 
-    def _choose_start(self, damaged: Sequence[int]) -> StartPoint:
-        """Rank 0's choice, after it has cleared away what cannot be used."""
-        for step in damaged:
-            if step in self._catalog.candidates():
-                self._catalog.set_aside(step, "damaged")
-        for line in self._catalog.tidy(self._plan.lineages):
-            log.warning("%s", line)
-        entries = self._catalog.entries(self._plan.lineages)
+    def _choose_start(self, damaged: Mapping[int, str]) -> StartPoint:
+        """Rank 0's choice; changes nothing, so that a start that is refused leaves the run as it was."""
+        entries = [e for e in self._catalog.entries(self._plan.lineages) if e.step not in damaged]
         resumable = [(e.step, e.manifest.lineage) for e in entries if e.resumable]
         start = start_point(self._plan.lineages, resumable)
-        self._leave_weights(start, [e.step for e in entries if not e.resumable])
         if damaged and start.kind is not StartKind.step:
+            steps = ", ".join(str(step) for step in sorted(damaged))
             raise CheckpointError(
-                f"{self._plan.folder.url} must hold a sound step, but the steps {damaged} are damaged and no other "
-                "is left; use run.resume=never to start afresh"
+                f"{self._plan.folder.url} must hold a sound step, but {steps} cannot be used and no other is left "
+                f"({next(iter(damaged.values()))}); use run.resume=never to start afresh"
             )
         if (
             start.path is not None
@@ -175,6 +177,13 @@ class CheckpointHook(Hook):
 
     def _foreign(self, path: str) -> Storage:
         return open_storage(path, self._plan.storage_options)
+
+    def _clear_folder(self) -> None:
+        """On rank 0, once the state is loaded: what this line of steps does not go on from gets out of its way."""
+        for line in self._catalog.tidy(self._plan.lineages, self._damaged):
+            log.warning("%s", line)
+        entries = self._catalog.entries(self._plan.lineages)
+        self._leave_weights(self._start, [e.step for e in entries if not e.resumable])
 
     def _leave_weights(self, start: StartPoint, weights_only: Sequence[int]) -> None:
         """Makes way for the steps to come where an earlier end of the run saved weights alone."""
@@ -219,7 +228,8 @@ class CheckpointHook(Hook):
                 self._load(trainer, place, start)
         except CheckpointError as error:
             # Without its cause, which may not travel to the other ranks.
-            return source, type(error)(str(error)) if type(error) in (CheckpointError, DamagedStepError) else error
+            kind = DamagedStepError if isinstance(error, DamagedStepError) else CheckpointError
+            return source, kind(str(error))
         except OSError as error:
             # What cannot be read is as good as damaged.
             return source, DamagedStepError(f"{place.url} cannot be read ({error}); use another step")
@@ -238,7 +248,7 @@ class CheckpointHook(Hook):
         elif not start.model_only:
             if "optimizer" not in start.exclude:
                 tensors |= optimizer_tensors(trainer)
-            saved = TrainState.from_json(_train_state(place))
+            saved = _train_state(trainer, place)
             total = self._plan.schedule_total or max(1, trainer.options.steps - saved.step)
             trainer.state = saved.without(start.exclude, schedule_total=total)
             if self._plan.schedule_total is not None:
@@ -249,7 +259,10 @@ class CheckpointHook(Hook):
             load_tensors(place, tensors, trainer.context.save_group, known)
 
     def fit_start(self, trainer: Trainer) -> None:
-        self._saved_from = trainer.state.step
+        # The run's record tells of this start by now (an earlier hook's): only then is anything moved.
+        if trainer.context.is_main:
+            self._clear_folder()
+        self._saved_from = self._durable_step = trainer.state.step
         trainer.last_save_clock = time.monotonic()
         last, step = self._plan.last, trainer.state.step
         if last.export is not None and step >= trainer.options.steps and step not in exported_steps(last.folder):
@@ -286,6 +299,32 @@ class CheckpointHook(Hook):
         trainer.saving = self._saver.is_busy
         if ending:
             self._settle(trainer, self._saver.wait())
+            self._check_last_save(trainer)
+
+    def _check_last_save(self, trainer: Trainer) -> None:
+        """Whether what was trained is durable: a result that exists nowhere is a failure.
+
+        Raises:
+            CheckpointError: the last step was to be saved, but was not. A run that was preempted goes on from the
+                step before in any case, so it is only told.
+        """
+        if not self._plan.policies:
+            return
+        # Rank 0 commits, so its word counts.
+        known: list[Any] = [(self._durable_step, self._save_error)]
+        dist.broadcast_object_list(known, group=trainer.context.save_group, group_src=0)
+        durable, problem = known[0]
+        if durable >= trainer.state.step:
+            return
+        message = (
+            f"step {trainer.state.step} must be saved at the end, but was not ({problem}); the newest step is "
+            f"{durable}: mend the storage and give the same command again, which trains the lost steps once more"
+        )
+        if trainer.stop is StopReason.preempted and trainer.state.step < trainer.options.steps:
+            if trainer.context.is_main:
+                log.error("%s", message)
+            return
+        raise CheckpointError(message)
 
     def stopped(self, trainer: Trainer) -> None:
         assert self._saver is not None
@@ -365,7 +404,15 @@ class CheckpointHook(Hook):
             raise CheckpointError(f"{error} (step {trainer.state.step} was saved in full)") from error
         holders = trainer.engine.holders(list(tensors))
         if last.export is not None:
-            save_in_hf(tensors, manifest, last, last.export, trainer.context, holders)
+            try:
+                save_in_hf(tensors, manifest, last, last.export, trainer.context, holders)
+            except OSError as error:
+                self._save_error = f"{error.strerror or error} ({last.folder})"
+                raise CheckpointError(
+                    f"step {trainer.state.step} must be saved in Hugging Face's format, but was not "
+                    f"({self._save_error}); mend the storage and give the same command again"
+                ) from error
+            self._durable_step = trainer.state.step
             return
         self._settle(trainer, saver.begin(tensors, manifest, holders))
         saver.wait_staged()
@@ -390,9 +437,11 @@ class CheckpointHook(Hook):
         for result in results:
             if result.error is not None:
                 self._failures += 1
+                self._save_error = result.error
                 self._complain(trainer, result)
                 continue
             self._failures = 0
+            self._durable_step = result.step
             if trainer.context.is_main:
                 log.info("saved %s, durable after %.2f s", result.url, result.seconds)
                 self._check_grace(trainer, result.seconds)
@@ -448,10 +497,24 @@ def _state_tensors(state: TrainState) -> dict[str, Tensor]:
     return {f"train_state.{name}": torch.tensor(value) for name, value in counters.items()}
 
 
-def _train_state(place: Storage) -> dict[str, Any]:
+def _train_state(trainer: Trainer, place: Storage) -> TrainState:
+    """The train state of a step, out of its manifest; rank 0 compares it with the counters among the tensors."""
     try:
-        return read_manifest(place, check_files=False).train_state
+        values = read_manifest(place, check_files=False).train_state
+        state = TrainState.from_json(values)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{place.url} has no manifest and so no train state; use checkpoint.initial_load_model_only=true"
         ) from error
+    except DocumentError as error:
+        raise DamagedStepError(f"the train state of {place.url} is damaged ({error}); use another step") from error
+    if trainer.context.is_main:
+        stored = {name: torch.zeros_like(value) for name, value in _state_tensors(state).items()}
+        load_tensors(place, stored, trainer.context.save_group)
+        wrong = [name for name, value in _state_tensors(state).items() if not torch.equal(value, stored[name])]
+        if wrong:
+            raise DamagedStepError(
+                f"{wrong[0]} in {place.url} must be what its manifest says, but is {int(stored[wrong[0]])}; use "
+                "another step"
+            )
+    return state

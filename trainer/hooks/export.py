@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import final
 
 from checkpoint.catalog import Catalog
-from checkpoint.commit import step_folder_name
 from checkpoint.lineage import Lineage
 from checkpoint.reading import reading
 from checkpoint.sources import open_source
+from checkpoint.step_name import step_folder_name
 from checkpoint.storage.base import Storage
 from trainer.hf_folder import HfExport, export_hf
 from trainer.hook import Hook
