@@ -13,12 +13,14 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-__all__ = ["run_distributed"]
+__all__ = ["context", "run_distributed"]
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(
     ["torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.distributed.pipelining",
-     "torch._inductor.compile_fx", "networkx", "jinja2", "hydra", "launch.app", "launch.preflight"]
+     "torch._inductor.compile_fx", "networkx", "jinja2", "hydra", "launch.app", "launch.preflight", "launch.run_dir",
+     "launch.build", "launch.local", "trainer.hooks.checkpoint", "trainer.data.text", "trainer.parallel.engine", "trainer.schedules.base",
+     "launch.ranks", "launch.signals", "launch.lost_record", "trainer.hooks.begin", "tests.attack.warm"]
 )  # fmt: skip
 
 
@@ -77,8 +79,8 @@ def run_distributed(body: Callable[..., Any], *args: Any, world_size: int, timeo
             "MASTER_PORT": port,
             "OMP_NUM_THREADS": "1",
         }
-        receiver, sender = _context.Pipe(duplex=False)
-        process = _context.Process(target=_rank, args=(body, args, environ, os.getpid(), sender), daemon=True)
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_rank, args=(body, args, environ, os.getpid(), sender), daemon=True)
         process.start()
         sender.close()
         processes.append(process)

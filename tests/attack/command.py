@@ -1,0 +1,153 @@
+"""The real `regrow` command in a forked child of a warm process: about a second instead of four to five."""
+
+import ctypes
+import gc
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.pool import context
+from trainer.process import die_with_parent
+
+__all__ = ["Ended", "run_command"]
+
+# A command that maps more than this beyond what it starts with is reading something that does not end.
+_ROOM_BYTES = 8 << 30
+# CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH and CAP_FOWNER: with them permissions mean nothing.
+_DROPPED = 1 << 1 | 1 << 2 | 1 << 3
+_CAPABILITY_VERSION = 0x20080522
+_TIMED_OUT = -1000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ended:
+    """How a command ended.
+
+    Attributes:
+        code: its exit code, negative for a signal.
+        output: what it wrote to both streams.
+    """
+
+    code: int
+    output: str
+
+    @property
+    def timed_out(self) -> bool:
+        """Whether it was killed for taking too long."""
+        return self.code == _TIMED_OUT
+
+    @property
+    def last_line(self) -> str:
+        """Of the output."""
+        return self.output.rstrip("\n").rpartition("\n")[2]
+
+    def problems(self, *codes: int) -> list[str]:
+        """What is wrong whatever the command was asked: it hangs, shows a traceback, fails without one sentence.
+
+        Args:
+            codes: the right exit codes.
+        """
+        if self.timed_out:
+            return ["it hangs"]
+        found = []
+        if self.code not in codes:
+            found.append(f"exit code {self.code} instead of {' or '.join(map(str, codes))}")
+        if "Traceback (most recent call last)" in self.output:
+            found.append("a traceback")
+        if self.code != 0 and not self.last_line.startswith("error: "):
+            found.append("the last line is no error")
+        return found
+
+
+def run_command(
+    arguments: Sequence[str],
+    log: Path,
+    *,
+    cwd: Path,
+    environ: dict[str, str] | None = None,
+    timeout_s: float = 60.0,
+    privileged: bool = True,
+    prepare: Callable[[], None] | None = None,
+) -> Ended:
+    """Runs `regrow ARGUMENTS` to its end.
+
+    Args:
+        arguments: the command line.
+        log: receives both streams.
+        cwd: the working directory.
+        environ: instead of this process' own.
+        timeout_s: after which the command and all that it started are killed.
+        privileged: false takes the capabilities away that let root pass over permissions.
+        prepare: called in the child before the command starts; must be picklable.
+    """
+    environ = dict(os.environ) if environ is None else environ
+    # The command has children of its own, which only those that are no daemons may have.
+    child = context.Process(
+        target=_command, args=(list(arguments), log, cwd, environ, privileged, prepare), daemon=False
+    )
+    child.start()
+    child.join(timeout_s)
+    timed_out = child.is_alive()
+    if timed_out and child.pid is not None:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.join()
+    code = child.exitcode
+    assert code is not None, "a child that was waited for has an exit code"
+    child.close()
+    return Ended(code=_TIMED_OUT if timed_out else code, output=log.read_text(errors="replace"))
+
+
+def _command(
+    arguments: list[str],
+    log: Path,
+    cwd: Path,
+    environ: dict[str, str],
+    privileged: bool,
+    prepare: Callable[[], None] | None,
+) -> None:
+    """The child's part; does not return."""
+    # What was imported before is no garbage; looking for it there would copy all of it.
+    gc.freeze()
+    os.setsid()
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os.close(descriptor)
+    os.environ.clear()
+    os.environ.update(environ)
+    os.chdir(cwd)
+    limit = _mapped_bytes() + _ROOM_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    if not privileged:
+        drop_capabilities()
+    # The server that forked this process ends with the tests.
+    die_with_parent(os.getppid())
+    sys.argv = ["regrow", *arguments]
+    if prepare is not None:
+        prepare()
+    from launch.train import main
+
+    main()
+
+
+def _mapped_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def drop_capabilities() -> None:
+    """Makes permissions count for this process as for any user, root though it may be."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0)
+    # Effective, permitted and inheritable, twice 32 bits of each.
+    sets = (ctypes.c_uint32 * 6)()
+    if libc.capget(header, sets) != 0:
+        raise OSError(ctypes.get_errno(), "capget failed")
+    for i in range(3):
+        sets[i] &= ~_DROPPED
+    if libc.capset(header, sets) != 0:
+        raise OSError(ctypes.get_errno(), "capset failed")
