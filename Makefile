@@ -6,8 +6,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # torchtune wants an older torchao than ours would be, so the tests find it in an environment of its own.
 TORCHTUNE := .venv-torchtune
+# Of `make attack`.
+SEED ?= 1
+SHARE ?= 1
+ONLY ?=
 
-.PHONY: help demo test check lint clean install
+.PHONY: help demo test attack check lint clean install
 
 help:           ## this text
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
@@ -39,6 +43,9 @@ check: lint     ## lint and the fast tests
 test: $(STAMP) $(TORCHTUNE)/.installed  ## every test; installs Debian's Slurm for tests/slurm where it is missing
 	tests/slurm/setup.sh
 	$(BIN)/pytest
+
+attack: $(STAMP)  ## every damage, error code and hostile document; SEED, SHARE and ONLY narrow it down
+	$(BIN)/python -m tests.attack --seed $(SEED) --share $(SHARE) $(if $(ONLY),--only $(ONLY))
 
 clean:          ## remove caches and outputs, keep the virtual environment
 	rm -rf outputs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -5,7 +5,7 @@ their folders behind.
 """
 
 import argparse
-import importlib
+import importlib.util
 import os
 import sys
 import tempfile
@@ -17,7 +17,11 @@ from tests.attack.cases import Report, summary
 __all__ = ["main"]
 
 # Each module has `attack(folder, seed, share, match) -> list[Report]`.
-PARTS = {"damages": "tests.attack.damages", "errnos": "tests.attack.errnos", "fuzz": "tests.attack.fuzz"}
+PARTS = {
+    name: f"tests.attack.{name}"
+    for name in ("damages", "errnos", "fuzz")
+    if importlib.util.find_spec(f"tests.attack.{name}") is not None
+}
 Part = Callable[[Path, int, float, str], list[Report]]
 
 
@@ -35,6 +39,7 @@ def main() -> int:
     reports: list[Report] = []
     for name, module in PARTS.items():
         if args.only in (None, name):
+            print(f"{name}:", flush=True)
             attack: Part = importlib.import_module(module).attack
             reports += attack(folder / name, args.seed, args.share, args.match)
     print(summary(reports))

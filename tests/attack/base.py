@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import shutil
 import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,12 +41,16 @@ class Base:
         """The command line."""
         return [*self.arguments, f"run.root={self.root}", "run.name=run", *more]
 
+    def empty_at(self, root: Path) -> "Base":
+        """A run elsewhere that the same command has still to make."""
+        root.mkdir(parents=True)
+        return replace(self, root=root)
+
     def copy_to(self, root: Path) -> "Base":
         """The same run elsewhere; nothing is shared."""
-        root.mkdir(parents=True)
-        if self.run.exists():
-            subprocess.run(["cp", "-a", "--reflink=auto", str(self.run), str(root)], check=True)
-        return replace(self, root=root)
+        copy = self.empty_at(root)
+        subprocess.run(["cp", "-a", "--reflink=auto", str(self.run), str(root)], check=True)
+        return copy
 
 
 def make_base(folder: Path, *, steps: int, more: tuple[str, ...] = ()) -> Base:
@@ -55,7 +58,7 @@ def make_base(folder: Path, *, steps: int, more: tuple[str, ...] = ()) -> Base:
 
     Args:
         folder: receives the corpus, its cache and the run; need not exist.
-        steps: to train; 0 leaves the run to its cases.
+        steps: to train.
         more: further overrides.
 
     Raises:
@@ -70,13 +73,8 @@ def make_base(folder: Path, *, steps: int, more: tuple[str, ...] = ()) -> Base:
     environ = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     base = Base(root=folder / "base", arguments=tuple(arguments), environ=environ)
     base.root.mkdir()
-    # Without a run to make, one on the side fills the cache.
-    made = base if steps else replace(base, root=folder / "warm")
-    made.root.mkdir(exist_ok=True)
-    ended = run_command(made.command(f"train.steps={steps or 1}"), folder / "made", cwd=folder, environ=environ)
+    ended = run_command(base.command(f"train.steps={steps}"), folder / "made", cwd=folder, environ=environ)
     assert ended.code == 0, ended.output
-    if not steps:
-        shutil.rmtree(made.root)
     return base
 
 

@@ -1,14 +1,20 @@
 """What the parts of the attack share: named cases of several kinds, a seeded choice of them, and their summary."""
 
 import math
+import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
-__all__ = ["Case", "Report", "choose", "run_cases", "summary"]
+__all__ = ["WORKERS", "Case", "Report", "Started", "choose", "run_cases", "summary"]
+
+
+# Commands at a time.
+WORKERS = min(2, os.cpu_count() or 1)
 
 
 class Case(Protocol):
@@ -57,13 +63,38 @@ def choose(cases: Sequence[C], share: float, seed: int) -> list[C]:
 
 def run_cases(cases: Iterable[C], run: Callable[[C, Path], list[str]], folder: Path) -> list[Report]:
     """Runs each case in a folder of its own, which goes where nothing was wrong; says what was as it goes."""
-    reports = []
-    for n, case in enumerate(cases):
+
+    def report(numbered: tuple[int, C]) -> Report:
+        n, case = numbered
         problems = run(case, folder / str(n))
         for problem in problems:
-            print(f"{case.kind}: {case.name}: {problem} (in {folder / str(n)})", flush=True)
-        reports.append(Report(kind=case.kind, name=case.name, problems=problems))
-    return reports
+            print(f"{case.name}: {problem} (in {folder / str(n)})", flush=True)
+        return Report(kind=case.kind, name=case.name, problems=problems)
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        return list(pool.map(report, enumerate(cases)))
+
+
+class Started(Generic[C]):
+    """Cases that run side by side while a test waits for each of them in turn.
+
+    Args:
+        cases: to run.
+        run: does it in a folder; returns what was wrong.
+        folder: receives a folder for each case.
+    """
+
+    def __init__(self, cases: Iterable[C], run: Callable[[C, Path], list[str]], folder: Path) -> None:
+        self._pool = ThreadPoolExecutor(WORKERS)
+        self._answers = {c.name: self._pool.submit(run, c, folder / str(n)) for n, c in enumerate(cases)}
+
+    def problems(self, case: C) -> list[str]:
+        """What was wrong; waits for it."""
+        return self._answers[case.name].result()
+
+    def close(self) -> None:
+        """Starts none that has not been started."""
+        self._pool.shutdown(cancel_futures=True)
 
 
 def summary(reports: Sequence[Report]) -> str:

@@ -435,7 +435,9 @@ def _regrow(case: Base, damage: Damage, *more: str) -> Ended:
 
 def _state(case: Base) -> tuple[list[str], bytes]:
     """What a refused command must leave alone."""
-    return sorted(n for n in os.listdir(case.steps) if "lease-" not in n), (case.run / "run.json").read_bytes()
+    return sorted(p.name for p in case.steps.iterdir() if "lease-" not in p.name), (
+        case.run / "run.json"
+    ).read_bytes()
 
 
 def remove_all(folder: Path) -> None:
