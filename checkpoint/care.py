@@ -11,7 +11,8 @@ from checkpoint.catalog import ASIDE, PIN, Catalog
 from checkpoint.commit import METADATA, step_folder_name
 from checkpoint.config import KeepEveryNConfig
 from checkpoint.errors import CheckpointError, DamagedStepError
-from checkpoint.lease import acquire_lease
+from checkpoint.lease import Watch, acquire_lease
+from checkpoint.leftovers import Leftovers
 from checkpoint.loading import is_verified
 from checkpoint.manifest import Manifest, read_manifest
 from checkpoint.retention import KeepEveryN, KeepLatest, RetentionRule, StoredStep, removable_steps
@@ -312,6 +313,7 @@ def repair(place: Storage) -> list[str]:
             folder.remove(name)
         left = sorted({*before, *left})
         done = [f"removed the incomplete {name}" for name in left]
+        done += Leftovers(folder, Watch(), _LEASE_S).clear()
         catalog = Catalog(folder, _LEASE_S)
         for report in [_verify_one(folder.child(step_folder_name(s)), 4) for s in catalog.candidates()]:
             if report["problems"]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from checkpoint.commit import step_folder_name
 from checkpoint.errors import DamagedStepError
 from checkpoint.lease import Watch
+from checkpoint.leftovers import Leftovers
 from checkpoint.lineage import Lineage, is_visible
 from checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from checkpoint.reading import held_by_readers
@@ -19,7 +20,6 @@ from checkpoint.storage.opening import as_storage
 __all__ = ["ASIDE", "PIN", "Catalog", "Entry"]
 
 _STEP = re.compile(r"step-(\d+)")
-_PARTIAL = re.compile(r"step-\d+\.(partial|removing)-.*")
 PIN = "pinned"
 ASIDE = "set-aside"
 
@@ -50,6 +50,7 @@ class Catalog:
         self.folder = as_storage(folder)
         self._reader_timeout_s = reader_timeout_s
         self._watch = Watch()
+        self._leftovers = Leftovers(self.folder, self._watch, reader_timeout_s)
 
     def step_place(self, step: int) -> Storage:
         """Where the step lies or would lie."""
@@ -102,11 +103,7 @@ class Catalog:
         Returns:
             One line for each thing done.
         """
-        done = []
-        for name in self.folder.names():
-            if _PARTIAL.fullmatch(name):
-                self.folder.remove(name)
-                done.append(f"removed the incomplete {name}")
+        done = self._leftovers.clear()
         for step, problem in self.damaged().items():
             if not self.folder.renames and not self.step_place(step).exists(MANIFEST):
                 # Here a step is written under its own name, so this is a save that was cut short.
@@ -137,6 +134,7 @@ class Catalog:
         Returns:
             The removed steps.
         """
+        self._leftovers.clear_dead_readers()
         entries = self.entries(lineages)
         # Weights alone cannot be continued from: the newest step that can stays whatever comes after it.
         last = max((e.step for e in entries if e.resumable), default=-1)
