@@ -17,6 +17,8 @@ from checkpoint.processes import boot_id, has_ended, pid_namespace, process_stat
 
 __all__ = ["LOCK_BYTES", "Holder", "Life", "Watch", "is_no_file", "life_of", "this_process"]
 
+# What a sentence can hold: no control characters, no halves of characters.
+_LINE = r"^[^\x00-\x1f\x7f\u2028\u2029\ud800-\udfff]*\Z"
 # Of a lease's or a reader lock's document.
 LOCK_BYTES = 1 << 16
 # What opening anything but a regular file gives: nobody keeps such a lease.
@@ -50,12 +52,12 @@ class Holder:
     """
 
     token: Annotated[str, Meta(min_length=1, max_length=64)]
-    host: Annotated[str, Meta(max_length=255)]
+    host: Annotated[str, Meta(max_length=255, pattern=_LINE)]
     boot: Annotated[str, Meta(max_length=64)]
     namespace: Annotated[str, Meta(pattern=r"^(pid:\[[0-9]{1,20}\])?\Z")]
     pid: Annotated[int, Meta(ge=1, lt=2**31)]
     started: Annotated[int, Meta(ge=0, le=2**62)]
-    job: Annotated[str, Meta(max_length=255)] | None = None
+    job: Annotated[str, Meta(max_length=255, pattern=_LINE)] | None = None
     restart: Annotated[int, Meta(ge=0, lt=2**31)] = 0
     timeout_s: Annotated[float, Meta(ge=0)] = 0.0
     counter: Annotated[int, Meta(ge=0, le=2**62)] = 0
