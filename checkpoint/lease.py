@@ -10,7 +10,6 @@ A listing may be late, so that what it leaves out proves nothing: a lease is rea
 import errno
 import json
 import logging
-import os
 import re
 import threading
 import time
@@ -55,7 +54,7 @@ _POLL_S = 0.1
 LONGEST_TIMEOUT_S = 3600.0
 # A silent holder is waited for up to so many times the waiter's own timeout.
 _PATIENCE = 10
-# How often a lease that is listed but not there is looked for before it counts as one that cannot be read.
+# How often a lease is looked for that is listed but not there, before it counts as one that cannot be read.
 _LOOKS = 3
 
 
@@ -64,7 +63,7 @@ class LeaseHeldError(CheckpointError):
 
 
 class LeaseLostError(CheckpointError):
-    """Another process has taken this folder over."""
+    """Another process has taken this folder over, or its lease was removed."""
 
 
 class Standing(Enum):
@@ -142,7 +141,6 @@ def newest_lease(folder: Storage, known: int = 0) -> tuple[int, Holder | None]:
     Raises:
         OSError: the storage fails, or a lease must not be read.
     """
-    number = 0
     for _ in range(_LOOKS):
         listed = max(_numbers(folder), default=0)
         # Where the newest was removed by the one that took it over in between, the next number is his.
@@ -161,19 +159,20 @@ def _read_lease(folder: Storage, number: int) -> Holder:
     Raises:
         OSError: it cannot be read now, or is not there.
     """
-    try:
-        body = folder.read(_name(number), LOCK_BYTES)
-    except OSError as error:
-        if error.errno == errno.ESTALE:
-            # Replaced on another host while it was opened here.
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), _name(number)) from error
-        if is_no_file(error):
-            return _unreadable(number)
-        raise
-    try:
-        return read_document(body, Holder)
-    except DocumentError:
-        return _unreadable(number, body)
+    body = b""
+    for look in range(_LOOKS):
+        try:
+            body = folder.read(_name(number), LOCK_BYTES)
+            return read_document(body, Holder)
+        except DocumentError:
+            break
+        except OSError as error:
+            if is_no_file(error):
+                break
+            # ESTALE: replaced on another host of an NFS while it was opened here.
+            if error.errno != errno.ESTALE or look == _LOOKS - 1:
+                raise
+    return _unreadable(number, body)
 
 
 def _unreadable(number: int, body: bytes = b"") -> Holder:

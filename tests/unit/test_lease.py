@@ -275,6 +275,30 @@ def test_a_name_that_no_count_reaches_is_no_lease(tmp_path: Path, name: str) -> 
     lease.release()
 
 
+@pytest.mark.parametrize("times", [1, 100])
+def test_a_lease_that_was_replaced_while_it_was_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """As an NFS client may see it (ESTALE); where it stays so, the storage fails, and nobody has taken over."""
+    lease = acquire_lease(LocalStorage(tmp_path), 60.0, "the run")
+    real, failed = LocalStorage.read, list[str]()
+
+    def fail(self: LocalStorage, name: str, limit: int = 0) -> bytes:
+        if len(failed) < times:
+            failed.append(name)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), name)
+        return real(self, name, limit)
+
+    monkeypatch.setattr(LocalStorage, "read", fail)
+    if times == 1:
+        assert lease.ticket.is_held(lease.folder)
+    else:
+        with pytest.raises(OSError, match="Stale"):
+            lease.ticket.is_held(lease.folder)
+    monkeypatch.undo()
+    lease.release()
+
+
 def test_the_last_number_is_refused(tmp_path: Path) -> None:
     (tmp_path / f"lease-{10**15 - 1}.json").touch()
     with pytest.raises(CheckpointError, match=r"lease-999999999999999.json, which leaves no next one; remove it"):
