@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import final
 
 from checkpoint.holder import Life, Watch
+from checkpoint.processes import tag_is_dead, tag_is_local
 from checkpoint.reading import is_reader_lock, life_of_reader
 from checkpoint.storage.base import Storage
 
@@ -17,8 +18,8 @@ log = logging.getLogger(__name__)
 _STEP = re.compile(r"step-[0-9]+")
 # A save that was cut short, and a step whose removal was.
 _PARTIAL = re.compile(r"step-[0-9]+\.(partial|removing)-.*")
-# A small file before its rename, and the probe for direct I/O. Of a process that still lives, it is written again.
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp|\.direct-[0-9a-f]{8}")
+# A small file before its rename, with its owner (earlier versions' without), and a probe for direct I/O.
+_TEMPORARY = re.compile(r"\..+?(?:\.([0-9a-f]{8}-[0-9]+-[0-9]+))?\.[0-9a-f]{8}\.tmp|\.direct-[0-9a-f]{8}")
 
 
 @final
@@ -46,7 +47,7 @@ class Leftovers:
         for name in self._folder.names():
             if _PARTIAL.fullmatch(name) and self._remove(self._folder, name):
                 done.append(f"removed the incomplete {name}")
-            elif _TEMPORARY.fullmatch(name) and self._remove(self._folder, name):
+            elif _is_abandoned(name) and self._remove(self._folder, name):
                 done.append(f"removed {name}, which a killed process left")
             elif _STEP.fullmatch(name):
                 done += self._clear_step(name)
@@ -62,7 +63,7 @@ class Leftovers:
         with suppress(OSError):  # a step that cannot be looked into is damage, for others to report
             names = place.names()
         for name in names:
-            if _TEMPORARY.fullmatch(name) and self._remove(place, name):
+            if _is_abandoned(name) and self._remove(place, name):
                 yield f"removed {step}/{name}, which a killed process left"
             elif is_reader_lock(name):
                 yield from self._clear_lock(step, name)
@@ -81,3 +82,15 @@ class Leftovers:
             log.warning("%s in %s cannot be removed now (%s); the next start tries again", name, place.url, error)
             return False
         return True
+
+
+def _is_abandoned(name: str) -> bool:
+    """Whether a name is that of a temporary file without an owner on this host.
+
+    Those on another host cannot be seen; they lose nothing, because a storage writes again what was cleared away.
+    """
+    match = _TEMPORARY.fullmatch(name)
+    if match is None:
+        return False
+    tag = match[1]
+    return tag is None or not tag_is_local(tag) or tag_is_dead(tag)

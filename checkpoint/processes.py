@@ -1,11 +1,12 @@
 """Who a process is, so that another one can prove that it has ended."""
 
+import functools
 import hashlib
 import os
 import re
 from pathlib import Path
 
-__all__ = ["boot_id", "has_ended", "pid_namespace", "process_stat", "process_tag", "tag_is_dead"]
+__all__ = ["boot_id", "has_ended", "pid_namespace", "process_stat", "process_tag", "tag_is_dead", "tag_is_local"]
 
 _TAG = re.compile(r"([0-9a-f]{8})-([1-9][0-9]{0,8})-([0-9]{1,19})")
 
@@ -54,13 +55,24 @@ def has_ended(pid: int, started: int) -> bool:
 
 def process_tag() -> str:
     """This process, in what a file's name may hold: boot and namespace (hashed), pid, start time."""
-    return f"{_here()}-{os.getpid()}-{process_stat(os.getpid())[1]}"
+    return _tag_of(os.getpid())
+
+
+@functools.lru_cache
+def _tag_of(pid: int) -> str:
+    return f"{_here()}-{pid}-{process_stat(pid)[1]}"
+
+
+def tag_is_local(tag: str) -> bool:
+    """Whether a `process_tag` is of this boot and namespace, so that its process can be looked at."""
+    match = _TAG.fullmatch(tag)
+    return match is not None and boot_id() != "" and match[1] == _here()
 
 
 def tag_is_dead(tag: str) -> bool:
     """Whether the process of a `process_tag` has provably ended; false for another host's or boot's."""
     match = _TAG.fullmatch(tag)
-    return match is not None and boot_id() != "" and match[1] == _here() and has_ended(int(match[2]), int(match[3]))
+    return match is not None and tag_is_local(tag) and has_ended(int(match[2]), int(match[3]))
 
 
 def _here() -> str:

@@ -14,6 +14,7 @@ from typing import final
 from checkpoint.config import DirectIo
 from checkpoint.files import SMALL_FILE_BYTES, fsync_folder, open_regular, read_regular
 from checkpoint.plan import PAGE
+from checkpoint.processes import process_tag
 from checkpoint.storage.base import RangeReader, Storage
 
 __all__ = ["LocalStorage", "takes_direct_io", "write_all"]
@@ -213,7 +214,7 @@ class LocalStorage(Storage):
 
     def _temporary(self, name: str, data: bytes) -> Path:
         """A durable file beside `name`, for a rename or a link."""
-        path = self.path / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
+        path = self.path / f".{name}.{process_tag()}.{uuid.uuid4().hex[:8]}.tmp"
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         try:
             write_all(descriptor, memoryview(data), 0)

@@ -94,6 +94,7 @@ def test_what_a_killed_launcher_leaves_goes_and_what_a_living_one_has_stays(tmp_
         (checkpoints / "step-5.removing-0badc0de").mkdir()
         (run_dir / ".run.json.77.tmp").touch()
         (run_dir / ".mine.tmp").touch()
+        (checkpoints / f".lease-1.json.{process_tag()}.00ffee00.tmp").touch()
         (lock,) = (checkpoints / "step-3").glob("reader-*.json")
         before = sorted(p for p in tmp_path.rglob("*"))
         with pytest.raises(UserError, match=f"is held by process {process.pid}"), own_run(typed_config([]), run_dir):
@@ -109,7 +110,11 @@ def test_what_a_killed_launcher_leaves_goes_and_what_a_living_one_has_stays(tmp_
         with own_run(typed_config([]), run_dir):
             Catalog(checkpoints).tidy([])
         assert lock.name not in [p.name for p in tmp_path.rglob("*")]
-        assert [p.name for p in tmp_path.rglob("*") if "0badc0de" in p.name or p.suffix == ".tmp"] == [".mine.tmp"]
+        # The first is of this process, which lives.
+        assert sorted(p.name for p in tmp_path.rglob("*") if "0badc0de" in p.name or p.suffix == ".tmp") == [
+            f".lease-1.json.{process_tag()}.00ffee00.tmp",
+            ".mine.tmp",
+        ]
         assert semaphores_of(process.pid) == []
         assert list(temporary.iterdir()) == []
 
@@ -191,6 +196,15 @@ def test_a_removal_that_fails_is_tried_again_at_the_next_start(
         assert Catalog(tmp_path).tidy([]) == ["removed the incomplete step-6.partial-0badc0de"]
         assert "the next start tries again" in caplog.text
     assert Catalog(tmp_path).tidy([]) == ["removed the incomplete step-5.removing-0badc0de"]
+
+
+def test_a_temporary_file_is_cleared_unless_its_process_lives_here(tmp_path: Path) -> None:
+    here, pid, started = process_tag().split("-")
+    other = f"{int(here, 16) ^ 1:08x}"
+    for tag in (f"{here}-{pid}-{started}", f"{here}-{2**22 - 1}-1", f"{other}-{pid}-{started}"):
+        (tmp_path / f".lease-7.json.{tag}.00000000.tmp").touch()
+    Leftovers(LocalStorage(tmp_path), Watch(), 60.0).clear()
+    assert [p.name for p in tmp_path.iterdir()] == [f".lease-7.json.{process_tag()}.00000000.tmp"]
 
 
 def test_repair_clears_too(tmp_path: Path) -> None:
