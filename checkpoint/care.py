@@ -268,7 +268,7 @@ def _complete(place: Storage) -> Manifest:
 @contextmanager
 def _owned(folder: Storage) -> Iterator[None]:
     """This process is the folder's one writer meanwhile: nothing is removed below a run that trains."""
-    lease = acquire_lease(folder, _LEASE_S, folder.url)
+    lease = acquire_lease(folder, _LEASE_S, folder.url, setting="RUN")
     try:
         yield
     finally:

@@ -46,7 +46,8 @@ log = logging.getLogger(__name__)
 # No leading zeros: a number has one name. A longer one was never reached by counting.
 _NAME = re.compile(r"lease-([1-9][0-9]{0,14})\.json")
 _LAST_NUMBER = 10**15 - 1
-_PARTIAL = re.compile(r"step-\d+\.partial-.*")
+_STEP = re.compile(r"step-[0-9]+")
+_PARTIAL = re.compile(r"step-[0-9]+\.partial-.*")
 # So many beats fit into the time after which a silent holder is taken for dead.
 _BEATS = 6
 _POLL_S = 0.1
@@ -114,16 +115,24 @@ class Ticket:
         """The sentence for a lease that is not held any more."""
         if standing is Standing.taken:
             return f"another writer has taken over {folder.url}; this one must stop"
-        with suppress(OSError):
-            if any(_PARTIAL.fullmatch(name) is None for name in folder.names()):
-                return (
-                    f"{folder.url} must keep the lease of the run that writes there, but {_name(self.number)} was "
-                    "removed; nothing more is saved: start the run again to continue"
-                )
+        if _holds_more_than_a_save(folder):
+            return (
+                f"{folder.url} must keep the lease of the run that writes there, but {_name(self.number)} was "
+                "removed; nothing more is saved: start the run again to continue"
+            )
         return (
             f"{folder.url} must stay while a run writes there, but was removed or emptied; nothing more is saved: "
             "restore it and start the run again"
         )
+
+
+def _holds_more_than_a_save(folder: Storage) -> bool:
+    """Whether anything is there but a save that is under way, which makes a removed folder again."""
+    try:
+        names = [name for name in folder.names() if not _PARTIAL.fullmatch(name)]
+        return any(not _STEP.fullmatch(name) or folder.exists(f"{name}/manifest.json") for name in names)
+    except OSError:
+        return False
 
 
 def _numbers(folder: Storage) -> list[int]:

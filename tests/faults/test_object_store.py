@@ -221,6 +221,27 @@ def test_listings_that_are_late_stop_no_run(proxy: BreakingProxy, group: dist.Pr
     lease.release()
 
 
+@pytest.mark.parametrize("what", ["lease", "folder"])
+def test_a_removed_folder_or_lease_ends_saving_by_its_name(
+    place: Storage, group: dist.ProcessGroup, what: str
+) -> None:
+    lease = acquire_lease(place, 60.0, "the run")
+    saver = StepSaver(place, AsyncMode.disabled, torch.device("cpu"), group, SaverOptions(ticket=lease.ticket))
+    assert [r.error for r in saver.begin({"w": torch.randn(10)}, Manifest(step=1, lineage="a"))] == [None]
+    for name in place.names():
+        if what == "folder" or name.startswith("lease"):
+            place.remove(name)
+    (result,) = saver.begin({"w": torch.randn(10)}, Manifest(step=2, lineage="a"))
+    assert result.final
+    assert result.error is not None
+    assert "nothing more is saved" in result.error
+    assert "another writer" not in result.error
+    assert ("lease-1.json was removed" in result.error) == (what == "lease")
+    assert [e.step for e in Catalog(place).entries(LINE)] == ([] if what == "folder" else [1])
+    saver.close()
+    lease.release()
+
+
 def test_a_bucket_that_vanishes_is_no_takeover(
     server: int, group: dist.ProcessGroup, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,5 +1,6 @@
 """What a kill leaves, and who removes it: never what may have an owner."""
 
+import copy
 import dataclasses
 import json
 import multiprocessing
@@ -24,7 +25,9 @@ from checkpoint.reading import reading
 from checkpoint.scratch import clear_dead_scratch, scratch_folder, tag_semaphores
 from checkpoint.storage.local import LocalStorage, takes_direct_io
 from launch.errors import UserError
+from launch.preflight import check_config
 from launch.run_dir import own_run
+from launch.schema import Config
 from tests.support import typed_config
 
 # A launcher of ranks, at the moment at which it is killed: it owns the run, reads a step, and shares semaphores.
@@ -51,6 +54,12 @@ with ExitStack() as held:
 """
 
 _SEMAPHORES = Path("/dev/shm")
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    """The default one."""
+    return typed_config([])
 
 
 @pytest.fixture
@@ -84,7 +93,9 @@ def victim(run_dir: Path) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
-def test_what_a_killed_launcher_leaves_goes_and_what_a_living_one_has_stays(tmp_path: Path, temporary: Path) -> None:
+def test_what_a_killed_launcher_leaves_goes_and_what_a_living_one_has_stays(
+    tmp_path: Path, temporary: Path, config: Config
+) -> None:
     run_dir = tmp_path / "run"
     with victim(run_dir) as process:
         checkpoints = run_dir / "checkpoint"
@@ -97,7 +108,7 @@ def test_what_a_killed_launcher_leaves_goes_and_what_a_living_one_has_stays(tmp_
         (checkpoints / f".lease-1.json.{process_tag()}.00ffee00.tmp").touch()
         (lock,) = (checkpoints / "step-3").glob("reader-*.json")
         before = sorted(p for p in tmp_path.rglob("*"))
-        with pytest.raises(UserError, match=f"is held by process {process.pid}"), own_run(typed_config([]), run_dir):
+        with pytest.raises(UserError, match=f"is held by process {process.pid}"), own_run(config, run_dir):
             raise AssertionError
         assert clear_dead_scratch() == []
         assert sorted(p for p in tmp_path.rglob("*")) == before
@@ -107,7 +118,7 @@ def test_what_a_killed_launcher_leaves_goes_and_what_a_living_one_has_stays(tmp_
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         assert len(semaphores_of(process.pid)) == 1
-        with own_run(typed_config([]), run_dir):
+        with own_run(config, run_dir):
             Catalog(checkpoints).tidy([])
         assert lock.name not in [p.name for p in tmp_path.rglob("*")]
         # The first is of this process, which lives.
@@ -230,7 +241,7 @@ def test_the_probe_of_direct_io_leaves_no_name(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("kind", ["fifo", "folder", "link"])
-def test_what_lies_in_the_place_of_the_ranks_lock_stops_nobody(tmp_path: Path, kind: str) -> None:
+def test_what_lies_in_the_place_of_the_ranks_lock_stops_nobody(tmp_path: Path, config: Config, kind: str) -> None:
     path = tmp_path / ".ranks.lock"
     if kind == "fifo":
         os.mkfifo(path)
@@ -238,13 +249,12 @@ def test_what_lies_in_the_place_of_the_ranks_lock_stops_nobody(tmp_path: Path, k
         path.mkdir()
     else:
         path.symlink_to(path)
-    with own_run(typed_config([]), tmp_path) as ticket:
+    with own_run(config, tmp_path) as ticket:
         assert ticket.is_held(LocalStorage(tmp_path / "checkpoint"))
 
 
-def test_a_launcher_that_was_overtaken_leaves_the_others_lease(tmp_path: Path) -> None:
+def test_a_launcher_that_was_overtaken_leaves_the_others_lease(tmp_path: Path, config: Config) -> None:
     """The first is paused until the second owns the run, then refused before it has written run.json."""
-    config = typed_config(["checkpoint.lease_timeout_s=60"])
     place = LocalStorage(tmp_path / "run/checkpoint")
     with own_run(config, tmp_path / "run") as first:
         place.write("lease-2.json", elsewhere())
@@ -257,20 +267,18 @@ def test_a_launcher_that_was_overtaken_leaves_the_others_lease(tmp_path: Path) -
     assert not (tmp_path / "other").exists(), "nothing was there but its own"
 
 
-@pytest.mark.parametrize("enable", [True, False])
-def test_a_folder_that_cannot_be_made_is_bad_input(tmp_path: Path, enable: bool) -> None:
+def test_a_folder_that_cannot_be_made_is_bad_input(tmp_path: Path, config: Config) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run/checkpoint").touch()
     (tmp_path / "file").touch()
-    config = typed_config([f"checkpoint.enable={str(enable).lower()}"])
-    if enable:
-        with (
-            pytest.raises(UserError, match=r"^checkpoint.folder must .*run/checkpoint cannot"),
-            own_run(config, tmp_path / "run"),
-        ):
+    places = [("run", r"^checkpoint.folder must .*run/checkpoint cannot"), ("file/run", r"^run.root must .*file/run")]
+    for place, sentence in places:
+        with pytest.raises(UserError, match=sentence), own_run(config, tmp_path / place):
             raise AssertionError
-    with (
-        pytest.raises(UserError, match=r"^run.root must be a folder .*file/run cannot"),
-        own_run(config, tmp_path / "file/run"),
-    ):
-        raise AssertionError
+
+
+def test_a_timeout_is_at_most_an_hour(config: Config) -> None:
+    changed = copy.deepcopy(config)
+    changed.checkpoint.lease_timeout_s = 3601.0
+    with pytest.raises(ValueError, match="checkpoint.lease_timeout_s must be at most 3600, but is 3601; use 60"):
+        check_config(changed)
