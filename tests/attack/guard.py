@@ -12,7 +12,16 @@ from typing import Any, final
 
 __all__ = ["Guard", "GuardError"]
 
-_RUNS = {"os.system", "os.exec", "os.posix_spawn", "os.spawn", "subprocess.Popen", "pty.spawn", "os.fork", "os.forkpty"}
+_RUNS = {
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.spawn",
+    "subprocess.Popen",
+    "pty.spawn",
+    "os.fork",
+    "os.forkpty",
+}
 # What is changed, and the descriptor of the folder that a relative path begins in: the events' arguments.
 _CHANGES = {
     "os.rename": ((0, 2), (1, 3)),
@@ -42,7 +51,12 @@ class Guard:
     """
 
     def __init__(self, folder: Path, *, seconds: float = 10.0, memory_bytes: int = 256 << 20) -> None:
-        self._allowed = [os.path.realpath(folder), os.path.realpath(tempfile.gettempdir()) + "/tmp", "/proc/self", "/dev/"]
+        self._allowed = [
+            os.path.realpath(folder),
+            os.path.realpath(tempfile.gettempdir()) + "/tmp",
+            "/proc/self",
+            "/dev/",
+        ]
         self._seconds, self._memory_bytes = seconds, memory_bytes
         self._watching = False
         self._seen: list[str] = []
@@ -69,8 +83,8 @@ class Guard:
         """
         if not isinstance(path, str | bytes | os.PathLike):
             return
-        base = os.readlink(f"/proc/self/fd/{descriptor}") if descriptor >= 0 else os.getcwd()
-        real = os.path.realpath(os.path.dirname(os.path.join(base, os.fsdecode(path))))
+        base = Path(f"/proc/self/fd/{descriptor}").readlink() if descriptor >= 0 else Path.cwd()
+        real = os.path.realpath((base / os.fsdecode(path)).parent)
         if not any(real.startswith(allowed) for allowed in self._allowed):
             self._seen.append(f"{event} {path!r}")
 

@@ -108,7 +108,9 @@ def _bytes(rng: random.Random, body: bytes) -> bytes:
     elif kind == 2:
         data[at : at + 64] = rng.randbytes(rng.randrange(200))
     elif kind == 3:
-        return rng.choice([b"", b"null", b"[]", b"{}", b"\xff\xfe", b"[" * 300_000, b'{"a":' * 200_000, b"9" * 200_000])
+        return rng.choice(
+            [b"", b"null", b"[]", b"{}", b"\xff\xfe", b"[" * 300_000, b'{"a":' * 200_000, b"9" * 200_000]
+        )
     elif kind == 4:
         data[at:at] = data[: rng.randrange(len(data))]
     elif kind == 5:
