@@ -213,6 +213,9 @@ def _save(bench: Bench, policy: str) -> dict[str, Any]:
         "usual_step_s": usual,
         "calls_ms": [float(ms) for ms in re.findall(r"saving step \d+ \(.*\): ([\d.]+) ms", out)],
         "durable_s": [float(s) for s in re.findall(r"durable after ([\d.]+) s", out)],
+        # Meanwhile the snapshots' memory is made.
+        "first_step_s": rows[0]["step_time_s"],
+        "lost_s_before": sum(max(0.0, r["step_time_s"] - usual) for r in rows[1:interval]),
         "lost_s_first": sum(max(0.0, r["step_time_s"] - usual) for r in rows[interval : 2 * interval]),
         "lost_s_second": sum(max(0.0, r["step_time_s"] - usual) for r in second),
         "slowest_step_s_second": max(r["step_time_s"] for r in second),

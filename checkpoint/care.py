@@ -11,7 +11,8 @@ from typing import Any
 from checkpoint.catalog import ASIDE, PIN, Catalog
 from checkpoint.config import KeepEveryNConfig
 from checkpoint.errors import CheckpointError, OtherFormatError
-from checkpoint.lease import acquire_lease
+from checkpoint.lease import Watch, acquire_lease
+from checkpoint.leftovers import Leftovers
 from checkpoint.loading import is_incomplete, is_verified, read_items
 from checkpoint.manifest import Manifest, read_manifest
 from checkpoint.retention import KeepEveryN, KeepLatest, RetentionRule, StoredStep, removable_steps
@@ -275,7 +276,7 @@ def _complete(place: Storage) -> Manifest:
 @contextmanager
 def _owned(folder: Storage) -> Iterator[None]:
     """This process is the folder's one writer meanwhile: nothing is removed below a run that trains."""
-    lease = acquire_lease(folder, _LEASE_S, folder.url)
+    lease = acquire_lease(folder, _LEASE_S, folder.url, setting="RUN")
     try:
         yield
     finally:
@@ -320,6 +321,7 @@ def repair(place: Storage) -> list[str]:
             folder.remove(name)
         left = sorted({*before, *left})
         done = [f"removed the incomplete {name}" for name in left]
+        done += Leftovers(folder, Watch(), _LEASE_S).clear()
         catalog = Catalog(folder, _LEASE_S)
         others = {r.step for r in list_steps(folder) if r.state == "other version"}
         done += [f"step {step} is of another version of regrow and stays as it is" for step in sorted(others)]

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from checkpoint.errors import CheckpointError, DamagedStepError
 from checkpoint.lease import Watch
+from checkpoint.leftovers import Leftovers
 from checkpoint.lineage import Lineage, is_visible
 from checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from checkpoint.reading import held_by_readers
 from checkpoint.retention import RetentionRule, StoredStep, removable_steps
-from checkpoint.step_name import is_leftover, parse_step_name, step_folder_name
+from checkpoint.step_name import parse_step_name, step_folder_name
 from checkpoint.storage.base import Storage
 from checkpoint.storage.opening import as_storage
 
@@ -48,6 +49,7 @@ class Catalog:
         self.folder = as_storage(folder)
         self._reader_timeout_s = reader_timeout_s
         self._watch = Watch()
+        self._leftovers = Leftovers(self.folder, self._watch, reader_timeout_s)
 
     def step_place(self, step: int) -> Storage:
         """Where the step lies or would lie."""
@@ -115,10 +117,7 @@ class Catalog:
         Returns:
             One line for each thing done, or that could not be done.
         """
-        done = []
-        for name in self.folder.names():
-            if is_leftover(name):
-                done += _attempt(f"removed the incomplete {name}", partial(self.folder.remove, name))
+        done = self._leftovers.clear()
         complete, problems = self.scan()
         problems |= damaged or {}
         for step, problem in problems.items():
@@ -155,6 +154,7 @@ class Catalog:
         Returns:
             The removed steps.
         """
+        self._leftovers.clear_dead_readers()
         entries = self.entries(lineages)
         # Weights alone cannot be continued from: the newest step that can stays whatever comes after it.
         last = max((e.step for e in entries if e.resumable), default=-1)

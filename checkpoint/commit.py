@@ -11,7 +11,7 @@ import xxhash
 from checkpoint.contents import metadata_bytes, parse_rank_manifest, rank_manifest_name
 from checkpoint.errors import CheckpointError
 from checkpoint.exchange import Report
-from checkpoint.lease import LeaseLostError, Ticket
+from checkpoint.lease import LeaseLostError, Standing, Ticket
 from checkpoint.manifest import Manifest, write_manifest
 from checkpoint.step_name import METADATA, step_folder_name
 from checkpoint.storage.base import Storage
@@ -105,10 +105,17 @@ class Committer:
         if not self._folder.renames and self.is_committed(step):
             raise FileExistsError(errno.EEXIST, f"{step_folder_name(step)} is complete already")
 
-    def check_lease(self) -> None:
-        """Raises LeaseLostError where another writer has taken the folder over."""
-        if self._ticket is not None and not self._ticket.is_held(self._folder):
-            raise LeaseLostError(f"another writer has taken over {self._folder.url}; this one must stop")
+    def check_lease(self, *, must_be_seen: bool = False) -> None:
+        """Raises LeaseLostError where another writer has taken the folder over.
+
+        Args:
+            must_be_seen: also where the lease is not there. On another host than the holder's it may not be seen yet.
+        """
+        if self._ticket is None:
+            return
+        standing = self._ticket.standing(self._folder)
+        if standing is Standing.taken or (must_be_seen and standing is Standing.removed):
+            raise LeaseLostError(self._ticket.loss(self._folder, standing))
 
     def commit(self, manifest: Manifest, reports: Sequence[Report]) -> None:
         """Makes the step valid.
@@ -121,11 +128,11 @@ class Committer:
         plans = tuple(report["plan"] for report in reports)
         if self._metadata is None or self._metadata[0] != plans:
             self._metadata = (plans, assemble_metadata(place, len(reports), self.writer))
-        self.check_lease()
+        self.check_lease(must_be_seen=True)
         self.check_absent(manifest.step)
         complete_step(place, dataclasses.replace(manifest, writer=self.writer), reports, self._metadata[1])
         if self._folder.renames:
-            self.check_lease()
+            self.check_lease(must_be_seen=True)
             self._folder.move(self.working_name(manifest.step), step_folder_name(manifest.step))
 
     def is_committed(self, step: int) -> bool:

@@ -151,7 +151,7 @@ class CheckpointConfig:
         direct_io: write past the page cache.
         files_per_rank: a rank's share is written as so many files at once.
         commit_timeout_s: a step whose ranks have not all reported by then has failed.
-        lease_timeout_s: a writer on another host whose lease has not moved for so long is taken for dead.
+        lease_timeout_s: a writer on another host whose lease has not moved for so long is taken for dead; up to 3600.
         keep_latest_k: newest steps to keep; 0 keeps all.
         load_only: resume, but never save.
         load_step: -1 for the newest, else the step to go back to; acts once.

@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 
-from checkpoint.lease import Holder, Life, Watch, life_of, this_process
+from checkpoint.documents import DocumentError, read_document
+from checkpoint.holder import LOCK_BYTES, Holder, Life, Watch, is_no_file, life_of, this_process
 from checkpoint.storage.base import Storage
 
-__all__ = ["held_by_readers", "reading"]
+__all__ = ["held_by_readers", "is_reader_lock", "life_of_reader", "reading"]
 
 _PREFIX = "reader-"
+_SUFFIX = ".json"
 _BEAT_S = 5.0
 
 
@@ -22,7 +24,7 @@ def reading(place: Storage) -> Iterator[None]:
     A place that cannot be written (somebody else's checkpoint, a read-only mount) is read without a lock.
     """
     me, done = this_process(), threading.Event()
-    name = f"{_PREFIX}{me.token}.json"
+    name = f"{_PREFIX}{me.token}{_SUFFIX}"
     try:
         place.write(name, json.dumps(asdict(me)).encode(), flush=False)
     except OSError:
@@ -55,16 +57,27 @@ def held_by_readers(place: Storage, watch: Watch, timeout_s: float) -> bool:
         watch: kept from question to question, so that a reader that cannot be looked at is seen to stand still.
         timeout_s: after which such a reader is dead.
     """
-    me = this_process()
-    for name in place.names():
-        if not name.startswith(_PREFIX):
-            continue
-        try:
-            holder = Holder(**json.loads(place.read(name)))
-        except (OSError, ValueError, TypeError):
-            continue
-        life = life_of(holder, me)
-        still = watch.still_for(holder)
-        if life is Life.alive or (life is Life.unknown and still < timeout_s):
-            return True
-    return False
+    # Every one is looked at, so that the watch sees all of them stand still from now on.
+    lives = [life_of_reader(place, name, watch, timeout_s) for name in place.names() if is_reader_lock(name)]
+    return any(life is not Life.dead for life in lives)
+
+
+def is_reader_lock(name: str) -> bool:
+    """Whether a file in a step's folder is a reader's lock."""
+    return name.startswith(_PREFIX) and name.endswith(_SUFFIX)
+
+
+def life_of_reader(place: Storage, name: str, watch: Watch, timeout_s: float) -> Life:
+    """Whether the reader that a lock names is alive: unknown until it has stood still for `timeout_s`.
+
+    What is no lock of any version's (another kind of file, another document) has no reader. One that must not be read
+    may have.
+    """
+    try:
+        holder = read_document(place.read(name, LOCK_BYTES), Holder)
+    except (FileNotFoundError, DocumentError):
+        return Life.dead
+    except OSError as error:
+        return Life.dead if is_no_file(error) else Life.unknown
+    life, still_s = life_of(holder, this_process()), watch.still_for(holder)
+    return Life.dead if life is Life.unknown and still_s >= timeout_s else life

@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, final
@@ -127,6 +127,7 @@ class StepSaver:
         self._saves = 0
         self._planned: tuple[LayoutKey, SavePlan] | None = None
         self._image: FileImage | None = None
+        self._preparing: Future[FileImage] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save", initializer=_give_way)
         # One thread: hashing then leaves the other cores to training, and is still faster than the disk.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="hash", initializer=_give_way)
@@ -141,6 +142,18 @@ class StepSaver:
     def is_busy(self) -> bool:
         """Whether a save of this rank's is still being written."""
         return self._running is not None and not self._running.done()
+
+    def prepare(self, tensors: Mapping[str, Tensor], holders: Mapping[str, Sequence[int]] | None = None) -> None:
+        """Makes the snapshots' memory ahead, in the background: the first save then costs what the later ones do.
+
+        Page-locking takes seconds for each 10 GiB. Where it fails, the first save tries again and tells why.
+
+        Args:
+            tensors: as `begin` will get them; only their layout is looked at.
+            holders: see `make_plan`.
+        """
+        if self._mode is not AsyncMode.disabled:
+            self._preparing = self._thread.submit(self._image_for, self._plan_for(dict(tensors), holders))
 
     def begin(
         self,
@@ -219,6 +232,9 @@ class StepSaver:
         """What is copied in the call; None where the tensors themselves are written."""
         if self._mode is AsyncMode.disabled:
             return None
+        if self._preparing is not None:
+            wait([self._preparing])
+            self._preparing = None
         image = self._image_for(plan)
         if self._device.type == "cuda":
             self._copied = self._queue_copies(image, tensors)

@@ -7,13 +7,13 @@ same (torch's reader does not check the record's CRC), so it is made once and ke
 import functools
 import os
 import struct
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import final
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from checkpoint.scratch import scratch_folder
 
 __all__ = ["Frame", "frame_of"]
 
@@ -65,9 +65,9 @@ class _Edges:
 def _save_without_data(dtype: torch.dtype, shape: tuple[int, ...]) -> _Edges:
     """The edges of a stream whose data is a hole in a file: torch would copy and sum up every byte of zeros."""
     edges = _Edges()
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         # The archive's name inside the stream is the file's; a stream into memory is called `archive`.
-        path = Path(folder) / "archive"
+        path = folder / "archive"
         with FakeTensorMode():
             tensor = torch.empty(shape, dtype=dtype)
         with torch.serialization.skip_data(materialize_fake_tensors=True):

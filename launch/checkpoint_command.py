@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from checkpoint.care import Row, list_steps, pin, prune, repair, show, tree, unpin, verify
 from checkpoint.compare import compare
+from checkpoint.scratch import clear_dead_scratch
 from checkpoint.storage.base import Storage
 from checkpoint.storage.opening import as_storage, is_url, open_storage
 from launch.convert import add_conversions, buffers_of, export_checkpoint, import_checkpoint, under_our_names
@@ -200,7 +201,7 @@ def _unpin(args: argparse.Namespace) -> int:
 
 
 def _repair(args: argparse.Namespace) -> int:
-    done = repair(_run_place(args.run))
+    done = repair(_run_place(args.run)) + clear_dead_scratch()
     _print(args, {"done": done}, done or ["nothing to repair"])
     return 0
 

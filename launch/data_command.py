@@ -5,6 +5,7 @@ import logging
 import sys
 from pathlib import Path
 
+from checkpoint.scratch import clear_dead_scratch
 from launch.worker import log_to_console
 from trainer.data.config import StdlibConfig, TextConfig
 from trainer.data.prepare import tokenize
@@ -84,6 +85,7 @@ def main() -> None:
     args = _parser().parse_args()
     try:
         if args.command == "tokenize":
+            clear_dead_scratch()
             _tokenize(args)
             _show(args.out)
         else:

@@ -1,8 +1,12 @@
 """Makes our launchers known to Hydra, which must happen before `hydra.main` looks for them."""
 
+import tempfile
+
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
+from joblib.externals.loky.backend.synchronize import SemLock
 
+from checkpoint.scratch import semaphore_prefix
 from launch.launcher_config import LocalConfig, SlurmConfig
 from launch.local_sweep import LocalLauncher
 from launch.slurm import SlurmLauncher
@@ -21,3 +25,6 @@ def register_launchers() -> None:
         plugins.register(launcher)
         # Hydra takes launchers by names of this namespace alone, which is that of the plugins installed beside it.
         plugins.class_name_to_class[f"hydra_plugins.regrow.{launcher.__name__}"] = launcher
+    # `hydra/launcher=joblib`: its semaphores say whose they are, as ours do.
+    names, prefix = tempfile._RandomNameSequence(), semaphore_prefix()  # type: ignore[attr-defined]
+    SemLock._make_name = staticmethod(lambda: f"{prefix}-{next(names)}")

@@ -6,7 +6,6 @@ import os
 import pickle
 import signal
 import sys
-import tempfile
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,6 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig as ElasticConfig
 from torch.distributed.launcher.api import elastic_launch
 
+from checkpoint.scratch import scratch_folder
 from launch.failures import clear_failures, first_failure
 from launch.signals import SIGNALS
 from launch.worker import OUTCOME, STOP_NOTE, Outcome, RankSpec, read_outcome
@@ -35,8 +35,8 @@ def run_local(spec: RankSpec) -> Outcome:
     """Starts the ranks, passes signals on to them, restarts them as often as allowed, and says how it ended."""
     (spec.run_dir / OUTCOME).unlink(missing_ok=True)
     clear_failures(spec.run_dir)
-    with tempfile.TemporaryDirectory(prefix="regrow-") as folder:
-        spec_file = Path(folder) / "spec"
+    with scratch_folder() as folder:
+        spec_file = folder / "spec"
         with spec_file.open("wb") as out:
             pickle.dump(spec, out)
         os.environ[PARENT_VARIABLE] = str(os.getpid())
@@ -59,7 +59,7 @@ def run_local(spec: RankSpec) -> Outcome:
     return read_outcome(spec.run_dir) or Outcome(kind="failed", step=0, message="the ranks left no stop record")
 
 
-def _elastic_config(spec: RankSpec, folder: str) -> ElasticConfig:
+def _elastic_config(spec: RankSpec, folder: Path) -> ElasticConfig:
     known = {f.name for f in dataclasses.fields(ElasticConfig)}
     options: dict[str, Any] = {
         "min_nodes": 1,

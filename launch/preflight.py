@@ -9,6 +9,7 @@ import torch
 
 from checkpoint.config import CheckpointConfig, FinetuneConfig
 from checkpoint.errors import CheckpointError
+from checkpoint.lease import LONGEST_TIMEOUT_S
 from checkpoint.lineage import LoadRequest, StartPoint
 from checkpoint.loading import is_verified
 from checkpoint.outputs import size_in_bytes
@@ -123,6 +124,11 @@ def _check_checkpoint(config: CheckpointConfig) -> None:
     _at_least(config.files_per_rank, 1, "checkpoint.files_per_rank", "1")
     _at_least(config.commit_timeout_s, 1, "checkpoint.commit_timeout_s", "600")
     _at_least(config.lease_timeout_s, 1, "checkpoint.lease_timeout_s", "60")
+    if config.lease_timeout_s > LONGEST_TIMEOUT_S:
+        raise ValueError(
+            f"checkpoint.lease_timeout_s must be at most {LONGEST_TIMEOUT_S:g}, but is {config.lease_timeout_s:g}; "
+            "use 60"
+        )
     if isinstance(config, FinetuneConfig) and config.initial_load_path is None:
         raise ValueError(
             "checkpoint.initial_load_path must be set with checkpoint=finetune, but is null; "

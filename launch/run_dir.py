@@ -4,20 +4,22 @@ import dataclasses
 import fcntl
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from checkpoint.catalog import Catalog, Entry
+from checkpoint.errors import CheckpointError
 from checkpoint.files import fsync_folder, fsync_path, read_regular
-from checkpoint.lease import LeaseHeldError, Ticket, acquire_lease, forget_lease
+from checkpoint.lease import Ticket, acquire_lease
 from checkpoint.lineage import (
     Lineage,
     LoadRequest,
@@ -28,6 +30,7 @@ from checkpoint.lineage import (
     is_visible,
     start_point,
 )
+from checkpoint.scratch import clear_dead_scratch
 from checkpoint.storage.base import Storage
 from checkpoint.storage.local import LocalStorage
 from launch.build import checkpoint_folder, export_folder
@@ -47,6 +50,8 @@ log = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"
 _RANKS_LOCK = ".ranks.lock"
+# A document of the run before its rename: only the launcher and rank 0 write these, and only while they own the run.
+_TEMPORARY = re.compile(r"\.(run\.json|stop\.json|(config|overrides)\.yaml|(metrics|samples)\.jsonl)(\.[0-9]+)?\.tmp")
 _WAIT_S = 8.0
 
 
@@ -64,19 +69,39 @@ def own_run(config: Config, run_dir: Path) -> Iterator[Ticket]:
     Raises:
         UserError: another process holds the run.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    place = _lease_place(config, run_dir)
+    setting = "checkpoint.folder" if config.checkpoint.enable else "run.root"
     try:
-        lease = acquire_lease(place, config.checkpoint.lease_timeout_s, str(run_dir), on_lost=_stop_at_once)
-    except LeaseHeldError as error:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lease = acquire_lease(
+            _lease_place(config, run_dir),
+            config.checkpoint.lease_timeout_s,
+            str(run_dir),
+            on_lost=_stop_at_once,
+            setting=setting,
+        )
+    except CheckpointError as error:
         raise UserError(str(error)) from error
+    except OSError as error:
+        raise UserError(
+            f"run.root must be a folder that can be written, but {error.filename or run_dir} cannot "
+            f"({error.strerror or error}); choose another one"
+        ) from error
     try:
         _await_ranks(run_dir)
+        _clear_leftovers(run_dir)
         yield lease.ticket
     finally:
-        lease.release()
-        if not (run_dir / FILE).exists():
-            _leave_unused(config, run_dir, place)
+        if _is_begun(run_dir):
+            lease.release()
+        elif lease.withdraw():
+            _leave_unused(config, run_dir)
+
+
+def _is_begun(run_dir: Path) -> bool:
+    try:
+        return (run_dir / FILE).exists()
+    except OSError:
+        return True
 
 
 def _stop_at_once() -> None:
@@ -85,43 +110,74 @@ def _stop_at_once() -> None:
     os._exit(1)
 
 
-def _leave_unused(config: Config, run_dir: Path, place: Storage) -> None:
+def _leave_unused(config: Config, run_dir: Path) -> None:
     """Removes what owning it left in the folder of a run that was refused before it began."""
-    (run_dir / _RANKS_LOCK).unlink(missing_ok=True)
-    forget_lease(place)
+    with suppress(OSError):
+        (run_dir / _RANKS_LOCK).unlink(missing_ok=True)
     for folder in (run_dir / config.checkpoint.folder, run_dir):
         with suppress(OSError):
             folder.rmdir()
 
 
+def _clear_leftovers(run_dir: Path) -> None:
+    """Removes what killed processes left: of this run, and in the places that all programs share."""
+    for line in clear_dead_scratch():
+        log.info("%s", line)
+    for folder in (run_dir, run_dir / ".hydra", *(run_dir / "lineages").glob("*")):
+        with suppress(OSError):
+            for path in folder.iterdir():
+                if _TEMPORARY.fullmatch(path.name) or path.match("lineages/*/*.jsonl.tmp"):
+                    path.unlink()
+                    log.info("removed %s, which a killed process left", path)
+
+
 def _await_ranks(run_dir: Path) -> None:
     """Waits a little for a dead launcher's ranks on this host; stopped ones can commit nothing any more."""
     deadline = time.monotonic() + _WAIT_S
-    with (run_dir / _RANKS_LOCK).open("a+") as ranks:
-        while time.monotonic() < deadline:
+    with _ranks_lock(run_dir) as ranks:
+        while ranks is not None and time.monotonic() < deadline:
             with suppress(BlockingIOError):
                 _lock(ranks, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 _lock(ranks, fcntl.LOCK_UN)
                 return
             time.sleep(0.05)
-    log.warning("ranks of an earlier start of %s are still there; they can save nothing any more", run_dir)
+    if ranks is not None:
+        log.warning("ranks of an earlier start of %s are still there; they can save nothing any more", run_dir)
 
 
-def _lock(file: IO[str], operation: int) -> None:
-    """Locks a file where its file system has locks: they only spare a wait, and the lease decides."""
+@contextmanager
+def _ranks_lock(run_dir: Path) -> Iterator[int | None]:
+    """The file by which ranks are waited for; None where it cannot be opened: it only spares a wait."""
+    path = run_dir / _RANKS_LOCK
     try:
-        fcntl.flock(file, operation)
+        # A named pipe in its place keeps nobody waiting.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        log.info("%s cannot be opened (%s); continuing without a lock", path, error.strerror)
+        yield None
+        return
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, operation: int) -> None:
+    """Locks a file where its file system has locks: they only spare a wait, and the lease decides who may write."""
+    try:
+        fcntl.flock(descriptor, operation)
     except BlockingIOError:
         raise
     except OSError as error:
-        log.info("%s cannot be locked (%s); going on without", file.name, error.strerror)
+        log.info("%s cannot be locked (%s); continuing without a lock", _RANKS_LOCK, error.strerror)
 
 
 @contextmanager
 def share_run(run_dir: Path) -> Iterator[None]:
     """Held by each rank, so that a later launcher can tell when the last one is gone."""
-    with (run_dir / _RANKS_LOCK).open("a+") as ranks:
-        _lock(ranks, fcntl.LOCK_SH)
+    with _ranks_lock(run_dir) as ranks:
+        if ranks is not None:
+            _lock(ranks, fcntl.LOCK_SH)
         yield
 
 
@@ -358,8 +414,13 @@ def _keep_rows(run_dir: Path, lineage: Lineage) -> None:
 def _write_config(settings: dict[str, Any], run_dir: Path, store: TokenStore, overrides: Sequence[str]) -> None:
     """The accepted config, the overrides as Hydra writes them, and the tokenizer."""
     tokenizer = run_dir / "tokenizer.json"
-    if not tokenizer.exists():
-        shutil.copyfile(store.tokenizer_file, tokenizer)
+    body = store.tokenizer_file.read_bytes()
+    if not tokenizer.exists() or tokenizer.read_bytes() != body:
+        # Also where a kill had left half of it.
+        temporary = tokenizer.with_name(f".{tokenizer.name}.tmp")
+        temporary.write_bytes(body)
+        fsync_path(temporary)
+        temporary.rename(tokenizer)
     hydra_folder = run_dir / ".hydra"
     hydra_folder.mkdir(exist_ok=True)
     for path, value in (

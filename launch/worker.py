@@ -441,7 +441,8 @@ def run_rank(spec: RankSpec, flag: StopFlag) -> Outcome:
             except (NonFiniteLossError, CheckpointError) as error:
                 note_failure(spec.run_dir, rank, error)
                 before = trainer.batch is None and not isinstance(error, NonFiniteLossError | LeaseLostError)
-                outcome = Outcome(kind="refused" if before else "failed", step=trainer.state.step, message=str(error))
+                kind, step = ("refused", 0) if before else ("failed", trainer.state.step)
+                outcome = Outcome(kind=kind, step=step, message=str(error))
             if rank == 0:
                 write_json(
                     spec.run_dir / OUTCOME,

@@ -218,7 +218,11 @@ class Trainer:
             self._call("fit_end")
         except BaseException as error:
             for hook in self.hooks:
-                hook.on_exception(self, error)
+                try:
+                    hook.on_exception(self, error)
+                except Exception:
+                    # The first error is the one to tell, and the hooks behind this one have their own to do.
+                    log.exception("%s failed while it was told of an error", type(hook).__name__)
             raise
         finally:
             if batches is not None:

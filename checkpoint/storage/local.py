@@ -14,6 +14,7 @@ from typing import final
 from checkpoint.config import DirectIo
 from checkpoint.files import SMALL_FILE_BYTES, fsync_folder, open_regular, read_regular
 from checkpoint.plan import PAGE
+from checkpoint.processes import process_tag
 from checkpoint.storage.base import RangeReader, Storage
 
 __all__ = ["LocalStorage", "takes_direct_io", "write_all"]
@@ -28,8 +29,10 @@ def takes_direct_io(folder: Path) -> bool:
     probe = folder / f".direct-{uuid.uuid4().hex[:8]}"
     page = mmap.mmap(-1, PAGE)
     try:
-        descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_DIRECT, 0o644)
+        descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_DIRECT, 0o644)
         try:
+            # Nameless from here on: a kill leaves nothing.
+            probe.unlink()
             return os.pwrite(descriptor, page, 0) == PAGE
         finally:
             os.close(descriptor)
@@ -164,14 +167,21 @@ class LocalStorage(Storage):
             os.close(descriptor)
 
     def write(self, name: str, data: bytes, *, flush: bool = True) -> None:
+        try:
+            self._replace(name, data)
+        except FileNotFoundError:
+            # The temporary file was taken for what a killed process left, and removed.
+            self._replace(name, data)
+        if flush:
+            self.flush()
+
+    def _replace(self, name: str, data: bytes) -> None:
         temporary = self._temporary(name, data)
         try:
             temporary.rename(self.path / name)
         except OSError:
             temporary.unlink(missing_ok=True)
             raise
-        if flush:
-            self.flush()
 
     def create(self, name: str, data: bytes) -> bool:
         temporary = self._temporary(name, data)
@@ -180,12 +190,15 @@ class LocalStorage(Storage):
             os.link(temporary, self.path / name)
         except FileExistsError:
             return False
+        except FileNotFoundError:
+            # Taken for what a killed process left, and removed; whoever did that may have the name by now.
+            return self._create_without_links(name, data)
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK):
                 raise
             return self._create_without_links(name, data)
         finally:
-            temporary.unlink()
+            temporary.unlink(missing_ok=True)
         self.flush()
         return True
 
@@ -205,13 +218,13 @@ class LocalStorage(Storage):
 
     def _temporary(self, name: str, data: bytes) -> Path:
         """A durable file beside `name`, for a rename or a link."""
-        path = self.path / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
+        path = self.path / f".{name}.{process_tag()}.{uuid.uuid4().hex[:8]}.tmp"
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         try:
             write_all(descriptor, memoryview(data), 0)
             os.fsync(descriptor)
         except OSError:
-            path.unlink()
+            path.unlink(missing_ok=True)
             raise
         finally:
             os.close(descriptor)

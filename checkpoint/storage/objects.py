@@ -1,5 +1,6 @@
 """Object stores (S3, Google, Azure) through obstore: multipart uploads, retries with back-off, exclusive creation."""
 
+import errno
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -27,6 +28,18 @@ def _as_os_error(what: str) -> AbstractContextManager[None]:
     from obstore.exceptions import BaseError
 
     return as_os_error(what, BaseError)
+
+
+@contextmanager
+def _listing(what: str) -> Iterator[None]:
+    """A prefix under which nothing lies is listed as empty; what is not found is the bucket."""
+    try:
+        with _as_os_error(what):
+            yield
+    except OSError as error:
+        if "status code: 404" in str(error.__cause__):
+            raise FileNotFoundError(errno.ENOENT, "The bucket does not exist", what) from error
+        raise
 
 
 def _part_bytes(size: int) -> int:
@@ -83,7 +96,7 @@ class ObjectStorage(Storage):
     def names(self) -> list[str]:
         import obstore
 
-        with _as_os_error(self.url):
+        with _listing(self.url):
             found = obstore.list_with_delimiter(self._store, self._prefix or None)
         paths = [*found["common_prefixes"], *(o["path"] for o in found["objects"])]
         return sorted({p.rstrip("/").rsplit("/", 1)[-1] for p in paths})
@@ -91,7 +104,7 @@ class ObjectStorage(Storage):
     def sizes(self) -> dict[str, int]:
         import obstore
 
-        with _as_os_error(self.url):
+        with _listing(self.url):
             found = obstore.list_with_delimiter(self._store, self._prefix or None)
         return {str(o["path"]).rsplit("/", 1)[-1]: int(o["size"]) for o in found["objects"]}
 
@@ -168,7 +181,7 @@ class ObjectStorage(Storage):
     def _below(self, name: str) -> list[str]:
         import obstore
 
-        with _as_os_error(f"{self.url}/{name}"):
+        with _listing(f"{self.url}/{name}"):
             pages = obstore.list(self._store, f"{self._prefix}{name}/")
             found = [entry["path"] for page in pages for entry in page]
         return sorted(str(path) for path in found)

@@ -1,6 +1,9 @@
 """Checkpoints behind a real S3 API: saving, resuming, retention, and a store that fails in the middle."""
 
+import http.client
 import mmap
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,15 +16,17 @@ from checkpoint.commit import Committer, complete_step
 from checkpoint.config import AsyncMode
 from checkpoint.contents import rank_manifest, rank_manifest_name
 from checkpoint.exchange import report_of
+from checkpoint.lease import LeaseHeldError, LeaseLostError, acquire_lease
 from checkpoint.lineage import Lineage
 from checkpoint.loading import load_tensors
 from checkpoint.manifest import Manifest
 from checkpoint.plan import make_plan
 from checkpoint.retention import KeepLatest
-from checkpoint.saver import StepSaver
+from checkpoint.saver import SaverOptions, StepSaver
 from checkpoint.storage.base import Storage
 from checkpoint.storage.opening import open_storage
 from checkpoint.writer import file_name, write_tensors
+from tests.late_storage import LateListings
 from tests.runs import train
 from tests.s3_server import BreakingProxy, s3_server
 from tests.support import curve, record, regrow, tiny
@@ -197,6 +202,69 @@ def test_a_save_that_was_cut_short_is_no_step(proxy: BreakingProxy, group: dist.
     assert [e.step for e in catalog.entries(LINE)] == [1]
     assert catalog.tidy(LINE) == ["removed the incomplete step-2"]
     assert catalog.candidates() == [1]
+
+
+def test_listings_that_are_late_stop_no_run(proxy: BreakingProxy, group: dist.ProcessGroup) -> None:
+    """By less than the lease's timeout, as documented: beats and saves go on, and a second launcher is refused."""
+    place = LateListings(open_storage("s3://bucket/late", options(proxy.port)), 1.2)
+    lost = threading.Event()
+    lease = acquire_lease(place, 1.5, "the run", on_lost=lost.set)
+    saver = StepSaver(place, AsyncMode["async"], torch.device("cpu"), group, SaverOptions(ticket=lease.ticket))
+    saver.begin({"w": torch.randn(10)}, Manifest(step=1, lineage="a"))
+    assert place.names() == []
+    assert [r.error for r in saver.wait()] == [None]
+    with pytest.raises(LeaseHeldError):
+        acquire_lease(place, 1.5, "the run")
+    time.sleep(1.0)
+    assert not lost.is_set()
+    saver.close()
+    lease.release()
+
+
+@pytest.mark.parametrize("what", ["lease", "folder"])
+def test_a_removed_folder_or_lease_ends_saving_by_its_name(
+    place: Storage, group: dist.ProcessGroup, what: str
+) -> None:
+    lease = acquire_lease(place, 60.0, "the run")
+    saver = StepSaver(place, AsyncMode.disabled, torch.device("cpu"), group, SaverOptions(ticket=lease.ticket))
+    assert [r.error for r in saver.begin({"w": torch.randn(10)}, Manifest(step=1, lineage="a"))] == [None]
+    for name in place.names():
+        if what == "folder" or name.startswith("lease"):
+            place.remove(name)
+    (result,) = saver.begin({"w": torch.randn(10)}, Manifest(step=2, lineage="a"))
+    assert result.final
+    assert result.error is not None
+    assert "nothing more is saved" in result.error
+    assert "another writer" not in result.error
+    assert ("lease-1.json was removed" in result.error) == (what == "lease")
+    assert [e.step for e in Catalog(place).entries(LINE)] == ([] if what == "folder" else [1])
+    saver.close()
+    lease.release()
+
+
+def test_a_bucket_that_vanishes_is_no_takeover(
+    server: int, group: dist.ProcessGroup, caplog: pytest.LogCaptureFixture
+) -> None:
+    def ask(method: str, path: str) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", server, timeout=5)
+        connection.request(method, path)
+        assert connection.getresponse().status < 300
+        connection.close()
+
+    ask("PUT", "/vanishing")
+    place = open_storage("s3://vanishing/run", options(server))
+    lost = threading.Event()
+    lease = acquire_lease(place, 0.9, "the run", on_lost=lost.set)
+    committer = Committer(place, "t", lease.ticket)
+    committer.check_lease(must_be_seen=True)
+    # Everything in the server is gone.
+    ask("POST", "/moto-api/reset")
+    ask("PUT", "/bucket")
+    with pytest.raises(LeaseLostError, match="s3://vanishing/run must stay .* was removed or emptied"):
+        committer.check_lease(must_be_seen=True)
+    assert lost.wait(10.0)
+    assert "another writer" not in caplog.text
+    lease.release()
 
 
 def _arguments(corpus: Path, port: int, *more: str) -> list[str]:

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 
+from checkpoint.scratch import tag_semaphores
 from trainer.data.config import DataConfig
 from trainer.data.source import Source, TextUnits, Unit, digest
 from trainer.data.token_store import (
@@ -118,6 +119,7 @@ def tokenize(source: TextUnits, folder: Path) -> None:
     log.info("tokenising %d parts of the corpus with %d processes", len(todo), workers)
     with _progress(len(units)) as bar:
         bar.advance(bar.task_ids[0], len(units) - len(todo))
+        tag_semaphores()
         context = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker, initargs=(os.getpid(),))
         try:

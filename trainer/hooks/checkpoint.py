@@ -263,6 +263,9 @@ class CheckpointHook(Hook):
         if trainer.context.is_main:
             self._clear_folder()
         self._saved_from = self._durable_step = trainer.state.step
+        if self._plan.policies and trainer.state.step < trainer.options.steps:
+            assert self._saver is not None
+            self._saver.prepare(*_full_state(trainer))
         trainer.last_save_clock = time.monotonic()
         last, step = self._plan.last, trainer.state.step
         if last.export is not None and step >= trainer.options.steps and step not in exported_steps(last.folder):
@@ -350,8 +353,7 @@ class CheckpointHook(Hook):
         if not self._rows_are_durable(trainer, step):
             return
         manifest = self._manifest(trainer)
-        tensors = model_tensors(trainer) | optimizer_tensors(trainer) | _state_tensors(trainer.state)
-        holders = trainer.engine.holders([n for n in tensors if not n.startswith("train_state.")])
+        tensors, holders = _full_state(trainer)
         started = time.perf_counter()
         results = saver.begin(tensors, manifest, holders)
         if trainer.context.is_main:
@@ -489,6 +491,12 @@ def model_tensors(trainer: Trainer) -> dict[str, Tensor]:
 def optimizer_tensors(trainer: Trainer) -> dict[str, Tensor]:
     """The optimizer's state below `optimizer.`."""
     return {f"optimizer.{name}": tensor for name, tensor in trainer.optimizer.state_tensors().items()}
+
+
+def _full_state(trainer: Trainer) -> tuple[dict[str, Tensor], Mapping[str, Sequence[int]]]:
+    """What a full step holds, and the ranks that have each of it where not all do."""
+    tensors = model_tensors(trainer) | optimizer_tensors(trainer) | _state_tensors(trainer.state)
+    return tensors, trainer.engine.holders([n for n in tensors if not n.startswith("train_state.")])
 
 
 def _state_tensors(state: TrainState) -> dict[str, Tensor]:
