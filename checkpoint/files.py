@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ __all__ = [
     "SMALL_FILE_BYTES",
     "fsync_folder",
     "fsync_path",
+    "naming",
     "open_regular",
     "read_json",
     "read_regular",
@@ -56,6 +59,17 @@ def read_regular(path: Path, limit: int = SMALL_FILE_BYTES) -> bytes:
         return file.read(limit + 1)[:limit]
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Gives an error of writing or flushing, which knows a descriptor alone, the path of the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
 def fsync_path(path: Path) -> None:
     """Flushes a file's bytes to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -78,15 +92,18 @@ def write_json(path: Path, value: Any) -> None:
     """Replaces `path` by `value` as JSON: readers see the old file or the new one, whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w") as out:
+        with naming(path), temporary.open("w") as out:
             json.dump(value, out, indent=1)
             out.write("\n")
             out.flush()
             os.fsync(out.fileno())
         temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    fsync_folder(path.parent)
+    except BaseException:
+        with suppress(OSError):  # the next start removes what is left
+            temporary.unlink(missing_ok=True)
+        raise
+    with naming(path):
+        fsync_folder(path.parent)
 
 
 def read_json(path: Path) -> Any:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from checkpoint.lease import Ticket
 from launch.errors import UserError, check_arguments, describe
-from launch.failures import clear_failures, first_failure
+from launch.failures import RankFailed, clear_failures, first_failure
 from launch.run_name import register_resolver
 from launch.schema import Config, Device, register_schemas
 from launch.signals import STOP_NOTE_VARIABLE, StopFlag
@@ -134,6 +134,10 @@ class Application:
                 traceback.print_exc()
             print(f"error: {error}", file=sys.stderr)
             self._codes.append(2)
+        except RankFailed as error:
+            # Another rank may have failed before this one, which then saw it go.
+            print(f"error: {first_failure(Path(HydraConfig.get().runtime.output_dir)) or error}", file=sys.stderr)
+            self._codes.append(error.exit_code)
         except Exception:
             traceback.print_exc()
             failure = first_failure(Path(HydraConfig.get().runtime.output_dir))

@@ -1,5 +1,6 @@
 """Which rank failed first, and why: of several that fail, the others only saw it go."""
 
+import errno
 import json
 import logging
 import time
@@ -12,12 +13,48 @@ from msgspec import Meta
 
 from checkpoint.documents import Count, DocumentError, read_document
 from checkpoint.files import read_regular
+from trainer.run_record import RunRecordError
 
-__all__ = ["clear_failures", "first_failure", "note_failure"]
+__all__ = ["RankFailed", "clear_failures", "first_failure", "note_failure", "storage_problem"]
 
 log = logging.getLogger(__name__)
 
 _LIMIT_BYTES = 1 << 20
+
+
+# What a storage answers; other operating system errors are bugs, or come from the network of the ranks.
+_STORAGE_CODES = {
+    getattr(errno, name)
+    for name in (
+        "EIO", "ENOSPC", "EDQUOT", "ESTALE", "EROFS", "EACCES", "EPERM", "ENOENT", "ENOTDIR", "EISDIR", "EEXIST",
+        "ENOTEMPTY", "ELOOP", "ENXIO", "ENODEV", "ENAMETOOLONG", "EFBIG", "EMLINK", "EINVAL", "EREMOTEIO", "ENOTCONN",
+    )
+}  # fmt: skip
+
+
+class RankFailed(Exception):
+    """This rank has written down why it failed; the other ranks must be ended.
+
+    Attributes:
+        exit_code: of the command.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def storage_problem(error: BaseException) -> str | None:
+    """The sentence for an error that the run's storage gave; None for any other."""
+    if isinstance(error, RunRecordError):
+        return str(error)
+    if not isinstance(error, OSError) or error.errno not in _STORAGE_CODES:
+        return None
+    where = error.filename if error.filename is not None else "a file of the run"
+    return (
+        f"run.root and the data must be on a storage that works, but {where} cannot be used ({error.strerror}); mend "
+        "it and give the same command again"
+    )
 
 
 class _Failure(msgspec.Struct, frozen=True):

@@ -18,7 +18,7 @@ from yaml import YAMLError
 
 from checkpoint.catalog import Catalog, Entry
 from checkpoint.errors import CheckpointError
-from checkpoint.files import fsync_folder, fsync_path, read_regular
+from checkpoint.files import fsync_folder, fsync_path, naming, read_regular
 from checkpoint.lease import Ticket, acquire_lease
 from checkpoint.lineage import (
     Lineage,
@@ -51,7 +51,9 @@ log = logging.getLogger(__name__)
 CONFIG = "config.yaml"
 _RANKS_LOCK = ".ranks.lock"
 # A document of the run before its rename: only the launcher and rank 0 write these, and only while they own the run.
-_TEMPORARY = re.compile(r"\.(run\.json|stop\.json|(config|overrides)\.yaml|(metrics|samples)\.jsonl)(\.[0-9]+)?\.tmp")
+_TEMPORARY = re.compile(
+    r"\.(run\.json|stop\.json|tokenizer\.json|(config|overrides)\.yaml|(metrics|samples)\.jsonl)(\.[0-9]+)?\.tmp"
+)
 _WAIT_S = 8.0
 
 
@@ -415,11 +417,12 @@ def _write_config(settings: dict[str, Any], run_dir: Path, store: TokenStore, ov
     """The accepted config, the overrides as Hydra writes them, and the tokenizer."""
     tokenizer = run_dir / "tokenizer.json"
     body = store.tokenizer_file.read_bytes()
-    if not tokenizer.exists() or tokenizer.read_bytes() != body:
+    if not _holds(tokenizer, body):
         # Also where a kill had left half of it.
         temporary = tokenizer.with_name(f".{tokenizer.name}.tmp")
-        temporary.write_bytes(body)
-        fsync_path(temporary)
+        with naming(tokenizer):
+            temporary.write_bytes(body)
+            fsync_path(temporary)
         temporary.rename(tokenizer)
     hydra_folder = run_dir / ".hydra"
     hydra_folder.mkdir(exist_ok=True)
@@ -429,10 +432,20 @@ def _write_config(settings: dict[str, Any], run_dir: Path, store: TokenStore, ov
         (run_dir / CONFIG, settings),
     ):
         temporary = path.with_name(f".{path.name}.tmp")
-        OmegaConf.save(OmegaConf.create(value), temporary)
-        fsync_path(temporary)
+        with naming(path):
+            OmegaConf.save(OmegaConf.create(value), temporary)
+            fsync_path(temporary)
         temporary.rename(path)
-    fsync_folder(run_dir)
+    with naming(run_dir):
+        fsync_folder(run_dir)
+
+
+def _holds(path: Path, body: bytes) -> bool:
+    """Whether a file is there and has these bytes."""
+    try:
+        return read_regular(path, len(body)) == body
+    except OSError:
+        return False
 
 
 def _is_finished(config: Config, record: RunRecord, entries: Sequence[Entry], run_dir: Path) -> bool:

@@ -11,6 +11,7 @@ import platform
 import sys
 from dataclasses import dataclass, field
 from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,15 +97,45 @@ def read_outcome(run_dir: Path) -> Outcome | None:
 
 def log_to_files(run_dir: Path, rank: int, *, console: bool) -> logging.Handler:
     """Sends this rank's log to `logs/rank-N.log`, and to the terminal where asked."""
-    folder = run_dir / "logs"
-    folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / f"rank-{rank}.log")
-    handler.setFormatter(logging.Formatter(f"%(asctime)s [rank {rank}] %(levelname)s %(message)s"))
-    root = logging.getLogger()
-    root.addHandler(handler)
     if console:
         log_to_console()
+    path = run_dir / "logs" / f"rank-{rank}.log"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler: logging.Handler = LogFile(path)
+    except OSError as error:
+        log.warning("%s cannot be written (%s); this rank goes on without it", path, error.strerror or error)
+        handler = logging.NullHandler()
+    handler.setFormatter(logging.Formatter(f"%(asctime)s [rank {rank}] %(levelname)s %(message)s"))
+    logging.getLogger().addHandler(handler)
     return handler
+
+
+class LogFile(logging.FileHandler):
+    """A log whose disk may be full: that is said once on the terminal, and a traceback for each line helps nobody."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._behind = False
+
+    def _open(self) -> TextIOWrapper:
+        # A named pipe would keep this rank waiting for a reader.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+        return os.fdopen(os.open(self.baseFilename, flags, 0o644), "a", encoding="utf-8")
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._behind:
+            self._behind = True
+            sys.stderr.write(f"{self.baseFilename} cannot be written ({error.strerror}); it will miss lines\n")
+
+    def close(self) -> None:
+        try:
+            super().close()
+        except OSError:  # lines that the disk did not take
+            self._behind = True
 
 
 class ConsoleHandler(logging.Handler):
@@ -415,19 +446,16 @@ def run_rank(spec: RankSpec, flag: StopFlag) -> Outcome:
     Errors that would repeat themselves (a loss that is not finite, a step that cannot be loaded, saves that fail)
     become an outcome, so that nobody restarts them; any other error is raised.
     """
-    from checkpoint.errors import CheckpointError
-    from checkpoint.files import write_json
-    from checkpoint.lease import LeaseLostError
-    from launch.failures import note_failure
+    from launch.failures import RankFailed, note_failure, storage_problem
     from launch.run_dir import share_run
     from trainer.device import pin_threads
     from trainer.hooks.startup import mark
-    from trainer.loop import NonFiniteLossError
     from trainer.parallel.context import close_parallel, open_parallel
 
     rank, local_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     handler = log_to_files(spec.run_dir, rank, console=rank == 0)
     threads = pin_threads(spec.config.launch.threads_per_rank, local_ranks)
+    trainer: Trainer | None = None
     try:
         with share_run(spec.run_dir):
             mark("interpreter and imports")
@@ -435,28 +463,59 @@ def run_rank(spec: RankSpec, flag: StopFlag) -> Outcome:
             mark("process groups")
             trainer = build_trainer(spec, context, flag, threads)
             mark("model and data")
-            try:
-                result = trainer.fit()
-                outcome = Outcome(kind=result.reason.value, step=result.step)
-            except (NonFiniteLossError, CheckpointError) as error:
-                note_failure(spec.run_dir, rank, error)
-                before = trainer.batch is None and not isinstance(error, NonFiniteLossError | LeaseLostError)
-                kind, step = ("refused", 0) if before else ("failed", trainer.state.step)
-                outcome = Outcome(kind=kind, step=step, message=str(error))
+            outcome = _fit(spec, rank, trainer)
             if rank == 0:
-                write_json(
-                    spec.run_dir / OUTCOME,
-                    {"kind": outcome.kind, "step": outcome.step, "message": outcome.message},
-                )
+                _leave_outcome(spec.run_dir, outcome)
             return outcome
     except Exception as error:
-        note_failure(spec.run_dir, rank, error)
-        log.exception("rank %d failed", rank)
-        raise
+        problem = storage_problem(error)
+        note_failure(spec.run_dir, rank, error if problem is None else ValueError(problem))
+        if problem is None:
+            log.exception("rank %d failed", rank)
+            raise
+        begun = trainer is not None and trainer.batch is not None
+        outcome = Outcome(kind="failed" if begun else "refused", step=_step_of(trainer), message=problem)
+        if rank == 0:
+            _leave_outcome(spec.run_dir, outcome)
+        if spec.layout.world_size > 1:
+            # The other ranks know nothing of it, and would wait for this one.
+            raise RankFailed(problem, outcome.exit_code) from None
+        return outcome
     finally:
         close_parallel()
         logging.getLogger().removeHandler(handler)
         handler.close()
+
+
+def _fit(spec: RankSpec, rank: int, trainer: "Trainer") -> Outcome:
+    """Trains; what ends all ranks alike is an outcome."""
+    from checkpoint.errors import CheckpointError
+    from checkpoint.lease import LeaseLostError
+    from launch.failures import note_failure
+    from trainer.loop import NonFiniteLossError
+
+    try:
+        result = trainer.fit()
+        return Outcome(kind=result.reason.value, step=result.step)
+    except (NonFiniteLossError, CheckpointError) as error:
+        note_failure(spec.run_dir, rank, error)
+        before = trainer.batch is None and not isinstance(error, NonFiniteLossError | LeaseLostError)
+        kind, step = ("refused", 0) if before else ("failed", trainer.state.step)
+        return Outcome(kind=kind, step=step, message=str(error))
+
+
+def _step_of(trainer: "Trainer | None") -> int:
+    return 0 if trainer is None or trainer.batch is None else trainer.state.step
+
+
+def _leave_outcome(run_dir: Path, outcome: Outcome) -> None:
+    """Writes the stop record; the run's end is what it is where that fails."""
+    from checkpoint.files import write_json
+
+    try:
+        write_json(run_dir / OUTCOME, {"kind": outcome.kind, "step": outcome.step, "message": outcome.message})
+    except OSError as error:
+        log.warning("%s cannot be written (%s)", run_dir / OUTCOME, error.strerror or error)
 
 
 def main() -> None:
@@ -473,14 +532,20 @@ def main() -> None:
     # The terminal sends Ctrl-C to the launcher too, which passes it on as TERM.
     import signal
 
+    from launch.failures import RankFailed
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with Path(sys.argv[1]).open("rb") as file:
         spec: RankSpec = pickle.load(file)
-    run_rank(spec, flag)
+    code = 0
+    try:
+        run_rank(spec, flag)
+    except RankFailed:
+        code = 1  # the launcher reads why
     sys.stdout.flush()
     sys.stderr.flush()
     # Threads of asynchronous collectives can abort the interpreter's ordinary shutdown.
-    os._exit(0)
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
-from checkpoint.files import fsync_folder
+from checkpoint.files import fsync_folder, naming, open_regular
 
 __all__ = ["StepLog", "read_rows", "rewrite_rows"]
 
@@ -16,14 +16,20 @@ log = logging.getLogger(__name__)
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file; a last line that a kill cut short is left out, a missing file has none."""
-    if not path.exists():
+    """The rows of a file; a last line that a kill cut short is left out, a missing file has none.
+
+    Raises:
+        OSError: it cannot be read, or is not a regular file.
+    """
+    try:
+        descriptor = open_regular(path)
+    except FileNotFoundError:
         return
-    with path.open() as lines:
+    with os.fdopen(descriptor, encoding="utf-8") as lines, naming(path):
         for line in lines:
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 return
             if not line.endswith("\n") or not isinstance(row, dict):
                 return
@@ -33,12 +39,13 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 def rewrite_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Replaces a file's rows, durably."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as out:
-        out.writelines(json.dumps(row) + "\n" for row in rows)
-        out.flush()
-        os.fsync(out.fileno())
-    temporary.rename(path)
-    fsync_folder(path.parent)
+    with naming(path):
+        with temporary.open("w") as out:
+            out.writelines(json.dumps(row) + "\n" for row in rows)
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.rename(path)
+        fsync_folder(path.parent)
 
 
 @final
@@ -57,7 +64,8 @@ class StepLog:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self._size = os.fstat(self._file).st_size
         self._waiting = b""
-        fsync_folder(path.parent)
+        with naming(path):
+            fsync_folder(path.parent)
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Writes a row; other processes see it at once."""

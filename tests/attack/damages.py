@@ -38,6 +38,7 @@ class Damage:
         act: does it to a checkpoint folder.
         refused: the step that `checkpoint.load_step` must refuse; None where none is damaged.
         ranks: that the command uses.
+        code: the plain command's exit code: 2 where a person must mend something first.
     """
 
     kind: str
@@ -45,6 +46,7 @@ class Damage:
     act: Callable[[Path], None]
     refused: int | None
     ranks: int = 1
+    code: int = 0
 
 
 def step(number: int) -> str:
@@ -359,6 +361,42 @@ def on_reader(act: Callable[[Path, Path], None]) -> Callable[[Path], None]:
     return do
 
 
+# Files of the run beside its steps: those that are made anew, and those that a person must look at.
+_MADE_ANEW = {
+    "run.json": ("missing",),
+    "config.yaml": ("missing",),
+    "tokenizer.json": ("missing", "empty", "cut in half", "a FIFO", "a loop", "a link to /dev/zero"),
+    "stop.json": ("missing", "empty", "a FIFO", "a loop", "a dangling link"),
+    ".ranks.lock": ("missing", "a FIFO", "a loop"),
+    "logs": ("missing", "a FIFO", "a loop"),
+    "logs/rank-0.log": ("missing", "a folder", "a FIFO", "a loop", "a dangling link", "mode 000"),
+    ".hydra": ("missing",),
+}
+_REFUSED = {
+    "run.json": ("empty", "cut in half", "a folder", "a FIFO", "a loop", "a link to /dev/zero", "mode 000"),
+    "config.yaml": ("empty", "a folder", "a FIFO", "a loop", "a link to /dev/zero", "mode 000"),
+    "metrics.jsonl": ("a folder", "a FIFO", "a socket", "a loop", "a link to /dev/zero", "mode 000"),
+    ".hydra": ("a FIFO", "a loop", "mode 000"),
+    "tokenizer.json": ("a folder",),
+}
+
+
+def run_damages() -> Iterator[Damage]:
+    """Of the run's own files."""
+    acts = {what: act for group in FILE_ACTS.values() for what, act in group.items()}
+    for table, code in ((_MADE_ANEW, 0), (_REFUSED, 2)):
+        for name, whats in table.items():
+            for what in whats:
+                act = in_run(acts[what], name)
+                yield Damage(kind=f"run files, {code}", name=f"{name} {what}", act=act, refused=None, code=code)
+    act = in_run(to_file, ".hydra")
+    yield Damage(kind="on two ranks", name=".hydra a file, two ranks", act=act, refused=None, ranks=2, code=2)
+
+
+def in_run(act: Callable[[Path, Path], None], name: str) -> Callable[[Path], None]:
+    return lambda steps: act(steps.parent / name, steps.parent / name)
+
+
 def all_damages(seed: int, two_ranks: int = 12) -> list[Damage]:
     """The table, and some of its entries once more on two ranks.
 
@@ -366,7 +404,7 @@ def all_damages(seed: int, two_ranks: int = 12) -> list[Damage]:
         seed: chooses those.
         two_ranks: how many.
     """
-    table = [*file_damages(), *step_damages(), *name_damages(), *lease_damages()]
+    table = [*file_damages(), *step_damages(), *name_damages(), *lease_damages(), *run_damages()]
     refusable = [d for d in table if d.refused is not None]
     again = random.Random(seed).sample(refusable, two_ranks)
     return table + [
@@ -413,15 +451,23 @@ def run_damage(base: Base, damage: Damage, folder: Path) -> list[str]:
         if _state(case) != before:
             problems.append("the refused command changed the run")
     ended = _regrow(case, damage)
-    problems += ended.problems(0)
+    problems += ended.problems(damage.code)
+    if damage.code == 0:
+        problems += _after_resume(case, ended, sound)
+    if not problems:
+        remove_all(folder)
+    return problems
+
+
+def _after_resume(case: Base, ended: Ended, sound: list[int]) -> list[str]:
+    """Whether it went on from the newest sound step, and lost no step of its rows."""
+    problems = []
     found = re.findall(r"continuing after step (\d+)", ended.output)
     if found != [str(sound[-1])]:
         problems.append(f"continued after step {', '.join(found) or 'none'} instead of {sound[-1]}")
     rows = [row["step"] for row in read_rows(case.run / "metrics.jsonl")]
     if rows != list(range(1, LAST + 1)):
         problems.append(f"metrics.jsonl has the steps {rows}")
-    if not problems:
-        remove_all(folder)
     return problems
 
 

@@ -85,7 +85,7 @@ PHASES = (
           operations=(*_DOCUMENT, "open", "read")),
     Phase(name="last save: commit", path=rf"checkpoint/step-12{_PART}", operations=("rename", "fsync", "stat")),
     Phase(name="end: record", path=r"\.?run\.json.*", operations=_DOCUMENT, first=4),
-    Phase(name="end: stop record", path=r"\.?stop\.json.*", operations=(*_DOCUMENT, "remove")),
+    Phase(name="end: stop record", path=r"\.?stop\.json.*", operations=_DOCUMENT),
     Phase(name="end: lease", path=r"checkpoint/\.?lease-.*", operations=("create", "write", "fsync", "rename"), first=2),
 )  # fmt: skip
 

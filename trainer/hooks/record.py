@@ -9,7 +9,7 @@ from checkpoint.lease import LeaseLostError
 from trainer.hook import Hook
 from trainer.loop import Trainer
 from trainer.process import Interrupted
-from trainer.run_record import Attempt, RunRecord
+from trainer.run_record import Attempt, RunRecord, RunRecordError
 
 __all__ = ["RecordHook"]
 
@@ -69,9 +69,11 @@ class RecordHook(Hook):
     def _write(self, trainer: Trainer) -> None:
         if self._index is None:
             return  # it ended before it began
-        record = self._load(trainer)
-        record.attempts[self._index] = self._attempt
         try:
+            record = self._load(trainer)
+            record.attempts[self._index] = self._attempt
             record.save(trainer.resources.run_dir)
         except OSError as error:
             log.warning("run.json cannot be written now (%s); it is written again later", error.strerror or error)
+        except RunRecordError as error:
+            log.warning("%s; it is written again later", error)

@@ -15,7 +15,7 @@ from trainer.hook import Hook
 from trainer.hooks.metrics import METRICS
 from trainer.jsonlines import read_rows
 from trainer.loop import Trainer
-from trainer.run_record import RunRecord
+from trainer.run_record import RunRecord, RunRecordError
 
 __all__ = ["WandbHook"]
 
@@ -76,10 +76,17 @@ class WandbHook(Hook):
         if self._thread.is_alive():
             log.warning("W&B did not finish within %.0f s; going on without it", _FINISH_TIMEOUT_S)
         elif self._complete:
+            self._note_complete(trainer)
+
+    def _note_complete(self, trainer: Trainer) -> None:
+        """Writes down what W&B has; without that the next start hands the rows over again."""
+        try:
             record = RunRecord.load(trainer.resources.run_dir)
             assert record is not None
             record.wandb_step = trainer.state.step
             record.save(trainer.resources.run_dir)
+        except (OSError, RunRecordError) as error:
+            log.warning("run.json cannot be written now (%s)", error)
 
     def _rows(self) -> Iterator[Mapping[str, Any]]:
         while (row := self._queue.get()) is not None:
