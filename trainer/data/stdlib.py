@@ -5,10 +5,12 @@ import itertools
 import sys
 import sysconfig
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import final
 
-from trainer.data.source import TextUnits, Unit, digest
+from trainer.data.cache import cache_folder, content_digest
+from trainer.data.source import DataError, TextUnits, Unit, digest
 
 __all__ = ["StdlibSource"]
 
@@ -33,8 +35,13 @@ class StdlibSource(TextUnits):
     def check(self) -> None:
         """Nothing can be wrong with it: it is where Python is."""
 
-    def key(self) -> str:
-        return digest("stdlib", sys.version, str(_UNITS), *(f"{p.name}{p.stat().st_size}" for p in _modules()))
+    def key(self) -> dict[str, str]:
+        remembered: Path | None = None
+        with suppress(DataError):
+            remembered = cache_folder(self.config) / "corpora"
+        modules = _modules()
+        content = content_digest(modules, remembered)
+        return {"the text": digest("stdlib", sys.version, str(_UNITS), content, *(p.name for p in modules))}
 
     def units(self) -> list[Unit]:
         count = len(_modules())
