@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import IO, Any, final
 
 from checkpoint.files import open_regular
-from trainer.data.source import DataError, Notes
+from trainer.data.source import DataError, Notes, shown
 
 __all__ = ["NULL_TEXT", "check_regular", "read_json_lines", "read_text", "reading"]
 
-# A line of a compressed file may be longer than the file by this much; nothing larger is put together in memory.
-_LINE_BYTES = 64 << 20
+# A line of a compressed file may be as long as text that compresses well, and this much in any case; nothing larger
+# is put together in memory.
+_LINE_BYTES = 8 << 20
+_LINE_FACTOR = 8
 # A kibibyte of zstd's shortest blocks becomes 32 MiB.
 _ZSTD_STEP_BYTES = 1 << 10
 _HEAD_BYTES = 1 << 10
@@ -35,29 +37,8 @@ NULL_TEXT = "null instead of text, passed over"
 _SURROGATE = "half a surrogate pair in the text, replaced by U+FFFD"
 
 
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turns what reading `path` raises into one sentence.
-
-    Raises:
-        DataError: it cannot be opened or read, is another kind of file, cut short or damaged.
-    """
-    import zstandard
-
-    try:
-        yield
-    except EOFError:
-        raise DataError(f"data.files must be whole, but {path} is cut short; fetch or compress it again") from None
-    except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
-        raise DataError(f"data.files must be sound, but {path} is damaged ({error}); fetch it again") from error
-    except OSError as error:
-        raise DataError(
-            f"data.files must be files that can be read, but {path} cannot ({error.strerror or error}); check it"
-        ) from error
-
-
 @dataclass(slots=True)
-class _Line:
+class Line:
     """Where a reader stands.
 
     Attributes:
@@ -72,6 +53,39 @@ class _Line:
 
     def __str__(self) -> str:
         return f"line {self.nth + _newlines(self.path, self.part_start)} of {self.path}"
+
+
+@contextmanager
+def reading(path: Path, line: Line | None = None) -> Iterator[None]:
+    """Turns what reading `path` raises into one sentence.
+
+    Args:
+        path: the file.
+        line: the last that could be read, of a compressed file.
+
+    Raises:
+        DataError: it cannot be opened or read, is another kind of file, cut short or damaged.
+    """
+    import zstandard
+
+    try:
+        yield
+    except EOFError:
+        raise DataError(
+            f"data.files must be whole, but {path} is cut short{_after(line)}; fetch or compress it again"
+        ) from None
+    except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+        raise DataError(
+            f"data.files must be sound, but {path} is damaged{_after(line)} ({shown(str(error))}); fetch it again"
+        ) from error
+    except OSError as error:
+        raise DataError(
+            f"data.files must be files that can be read, but {path} cannot ({error.strerror or error}); check it"
+        ) from error
+
+
+def _after(line: Line | None) -> str:
+    return f" after line {line.nth}" if line is not None else ""
 
 
 def _newlines(path: Path, stop: int) -> int:
@@ -157,7 +171,7 @@ def _check_encoding(path: Path, head: bytes) -> None:
         )
 
 
-def _lines(file: IO[bytes], line: _Line, limit: int) -> Iterator[bytes]:
+def _lines(file: IO[bytes], line: Line, limit: int) -> Iterator[bytes]:
     """The rest of a file's lines, without a byte order mark; counted in `line`."""
     while body := file.readline(limit + 1):
         line.nth += 1
@@ -183,14 +197,15 @@ def read_json_lines(path: Path, field: str, notes: Notes, start: int = 0, stop: 
     Raises:
         DataError: naming the file and line.
     """
-    with reading(path), _open_bytes(path) as file:
-        limit = _LINE_BYTES + path.stat().st_size
+    line = Line(path)
+    with reading(path, line), _open_bytes(path) as file:
+        limit = _LINE_BYTES + _LINE_FACTOR * path.stat().st_size
         if start > 0:
             file.seek(start - 1)
             # The line that begins before `start` belongs to the part before.
             while (rest := file.readline(_LINE_BYTES)) and not rest.endswith(b"\n"):
                 continue
-        line = _Line(path, part_start=file.tell() if start > 0 else 0)
+            line.part_start = file.tell()
         if 0 <= stop <= line.part_start:
             return
         for body in _lines(file, line, limit):
@@ -202,7 +217,7 @@ def read_json_lines(path: Path, field: str, notes: Notes, start: int = 0, stop: 
                 return
 
 
-def _text_of(body: bytes, field: str, line: _Line, notes: Notes) -> str | None:
+def _text_of(body: bytes, field: str, line: Line, notes: Notes) -> str | None:
     """A record's text."""
     try:
         record = json.loads(body.decode())
@@ -214,7 +229,7 @@ def _text_of(body: bytes, field: str, line: _Line, notes: Notes) -> str | None:
     except (RecursionError, ValueError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise DataError(
-            f"data.files must hold a JSON object a line, but {line} is none ({reason}), it begins with "
+            f"data.files must hold a JSON object a line, but {line} is none ({shown(reason)}), it begins with "
             f"{_short(body)}; mend or remove it"
         ) from None
     if not isinstance(record, dict):
@@ -225,7 +240,7 @@ def _text_of(body: bytes, field: str, line: _Line, notes: Notes) -> str | None:
     if field not in record:
         names = ", ".join(map(repr, list(record)[:20])) or "none"
         raise DataError(
-            f"data.field must be a field of every record, but {line} has no {field!r}, only {names[:400]}; "
+            f"data.field must be a field of every record, but {line} has no {field!r}, only {shown(names)}; "
             "set data.field"
         )
     text: object = record[field]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.data.corpus_files import NULL_TEXT, check_regular, reading
-from trainer.data.source import DataError, Notes
+from trainer.data.source import DataError, Notes, shown
 
 __all__ = ["read_row_group", "row_groups"]
 
@@ -25,7 +25,7 @@ def _arrow_reading(path: Path) -> Iterator[None]:
         except (pa.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
-            reason = " ".join(str(error).split())[:200]
+            reason = shown(" ".join(str(error).split()))
             raise DataError(f"data.files must be sound, but {path} is no whole Parquet file ({reason})") from error
 
 
@@ -61,7 +61,7 @@ def _check_column(schema: Any, field: str, path: Path) -> None:
         names = ", ".join(schema.names[:40])
         found = "is a name of several" if field in schema.names else "is none"
         raise DataError(
-            f"data.field must be a column of {path} ({names[:400]}), but {field!r} {found}; set data.field"
+            f"data.field must be a column of {path} ({shown(names)}), but {field!r} {found}; set data.field"
         )
     kind = schema.field(field).type
     stored = kind.value_type if pa.types.is_dictionary(kind) else kind
@@ -75,8 +75,8 @@ def _check_column(schema: Any, field: str, path: Path) -> None:
     )
     if not any(test(stored) for test in tests):
         raise DataError(
-            f"data.field must be a column of text, but {field!r} in {path} is of type {kind}; set data.field "
-            "or convert it"
+            f"data.field must be a column of text, but {field!r} in {path} is of type {shown(str(kind))}; "
+            "set data.field or convert it"
         )
 
 

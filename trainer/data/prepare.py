@@ -9,12 +9,11 @@ import logging
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +54,11 @@ from trainer.data.tokenizer import (
 )
 from trainer.process import die_with_parent
 
-__all__ = ["cache_folder", "complete_store", "only_one", "prepare", "tokenize"]
+__all__ = ["cache_folder", "complete_store", "encode_documents", "only_one", "prepare", "tokenize"]
 
 log = logging.getLogger(__name__)
 _BATCH = 64
+_BATCH_CHARACTERS = 1 << 20
 _LARGEST_BPE = 1 << 24
 
 
@@ -71,8 +71,12 @@ def only_one(folder: Path) -> Iterator[None]:
         yield
 
 
-def prepare(source: Source) -> Path:
+def prepare(source: Source, check_vocabulary: Callable[[int], None] = lambda _size: None) -> Path:
     """The folder of the source's token store, made now if it does not exist or was damaged.
+
+    Args:
+        source: of the text.
+        check_vocabulary: raises where the model cannot take so many ids; asked before anything is tokenised.
 
     Raises:
         DataError: the corpus is empty or cannot be read, or the cache cannot be written.
@@ -86,11 +90,13 @@ def prepare(source: Source) -> Path:
     folder = cache_folder(source.config) / "tokens" / recipe_key(recipe_of(source, given))
     if not _is_complete(folder):
         with writing_to(folder, "data.cache"), only_one(folder):
-            complete_store(source, folder)
+            complete_store(source, folder, check_vocabulary)
     return folder
 
 
-def complete_store(source: TextUnits, folder: Path) -> None:
+def complete_store(
+    source: TextUnits, folder: Path, check_vocabulary: Callable[[int], None] = lambda _size: None
+) -> None:
     """Makes the source's token store, or what is missing of it; a damaged one is made again.
 
     Raises:
@@ -100,7 +106,7 @@ def complete_store(source: TextUnits, folder: Path) -> None:
     if not _is_complete(folder):
         if os.path.lexists(folder / INDEX):
             _discard(folder)
-        tokenize(source, folder)
+        tokenize(source, folder, check_vocabulary)
 
 
 def _is_complete(folder: Path) -> bool:
@@ -194,7 +200,7 @@ def _write(path: Path, body: bytes) -> None:
     temporary.rename(path)
 
 
-def tokenize(source: TextUnits, folder: Path) -> None:
+def tokenize(source: TextUnits, folder: Path, check_vocabulary: Callable[[int], None] = lambda _size: None) -> None:
     """Writes the source's token store into `folder`; shards that are there already are kept.
 
     Raises:
@@ -209,6 +215,7 @@ def tokenize(source: TextUnits, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     check_recipe(folder, recipe)
     encoding = _place_tokenizer(source, given, units, folder)
+    check_vocabulary(encoding.vocab_size)
     _write_shards(source, units, encoding, folder)
     if source.key().items() - recipe.items():
         _discard(folder)
@@ -274,12 +281,33 @@ def tokenize_unit(
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = load_tokenizer(folder / TOKENIZER)
     source = kind(config)
-    write_shard(folder, shard, _encode(source.read(unit), tokenizer, encoding.end_of_text), encoding.dtype)
+    write_shard(folder, shard, encode_documents(source.read(unit), tokenizer, encoding.end_of_text), encoding.dtype)
     return source.notes.counts
 
 
-def _encode(documents: Iterator[str], tokenizer: Tokenizer, end: int) -> Iterator[tuple[npt.NDArray[Any], int]]:
-    while batch := list(islice(documents, _BATCH)):
+def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
+    """Documents as they are encoded together: a number of them, fewer where they are long."""
+    batch: list[str] = []
+    length = 0
+    for text in documents:
+        batch.append(text)
+        length += len(text)
+        if len(batch) == _BATCH or length >= _BATCH_CHARACTERS:
+            yield batch
+            batch, length = [], 0
+    if batch:
+        yield batch
+
+
+def encode_documents(
+    documents: Iterator[str], tokenizer: Tokenizer, end: int
+) -> Iterator[tuple[npt.NDArray[Any], int]]:
+    """The ids of each document that has some, with the end of text, and the hash of its content.
+
+    Raises:
+        DataError: the tokenizer fails.
+    """
+    for batch in _batches(documents):
         with tokenizer_errors("data.tokenizer must encode the corpus, but fails"):
             encodings = tokenizer.encode_batch(batch, add_special_tokens=False)
         for text, encoding in zip(batch, encodings, strict=True):

@@ -8,7 +8,7 @@ from msgspec import Meta
 
 from checkpoint.documents import DocumentError, read_document
 from checkpoint.files import read_regular
-from trainer.data.source import DataError, TextUnits, digest
+from trainer.data.source import DataError, TextUnits, digest, shown
 from trainer.data.tokenizer import TokenizerFiles, tokenizer_hash
 
 __all__ = ["RECIPE", "Recipe", "check_recipe", "recipe_key", "recipe_of"]
@@ -69,11 +69,11 @@ def check_recipe(folder: Path, recipe: dict[str, str]) -> None:
         temporary.rename(path)
         return
     except (DocumentError, OSError) as error:
-        raise DataError(f"{path} cannot be used: {error}; remove the folder and tokenize again") from None
+        raise DataError(f"{path} cannot be used: {shown(str(error))}; remove the folder and tokenize again") from None
     for name in [*recipe, *found]:
         made, wanted = found.get(name, "not given"), recipe.get(name, "not given")
         if made != wanted:
             raise DataError(
-                f"{folder} must be empty or made with the same options, but {name} was {made} and is {wanted} now; "
-                "choose another folder, or remove this one"
+                f"{folder} must be empty or made with the same options, but {shown(name)} was {shown(made)} and is "
+                f"{shown(wanted)} now; choose another folder, or remove this one"
             )

@@ -9,7 +9,7 @@ from typing import final
 
 from trainer.data.config import DataConfig
 
-__all__ = ["DataError", "Notes", "Source", "TextUnits", "Unit", "digest"]
+__all__ = ["DataError", "Notes", "Source", "TextUnits", "Unit", "digest", "shown"]
 
 
 class DataError(ValueError):
@@ -94,6 +94,12 @@ class TextUnits(Source):
         """Everything that decides the documents, by the name that a message gives it: the corpus' content, and each
         option of reading it.
         """
+
+
+def shown(text: str) -> str:
+    """A text that was read, as a sentence may hold it: on one line, printable and short."""
+    quoted = text if text.isprintable() else repr(text)
+    return quoted if len(quoted) <= 200 else f"{quoted[:200]}…"
 
 
 def digest(*parts: str) -> str:

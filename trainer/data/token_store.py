@@ -23,7 +23,7 @@ from msgspec import Meta
 from checkpoint.documents import Count, DocumentError, convert_document, parse_json
 from checkpoint.files import open_regular, read_regular
 from trainer.data.config import TokensConfig
-from trainer.data.source import DataError, Source
+from trainer.data.source import DataError, Source, shown
 from trainer.data.tokenizer import parse_tokenizer, stored_options, tokenizer_hash, vocabulary_size
 
 __all__ = [
@@ -116,7 +116,7 @@ def write_shard(
     return sum(n for n, _ in rows)
 
 
-_Hash = Annotated[str, Meta(max_length=64)]
+_Hash = Annotated[str, Meta(pattern=r"^[0-9a-f]{1,64}\Z")]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,7 +178,7 @@ def read_index(folder: Path) -> Index:
             f"data.path must be a folder made by `regrow-data tokenize`, but {folder} has no {INDEX}; check the path"
         ) from error
     except DocumentError as error:
-        raise StoreDamagedError(f"{path} cannot be used: {error}; {_REMEDY}") from None
+        raise StoreDamagedError(f"{path} cannot be used: {shown(str(error))}; {_REMEDY}") from None
     return index if found == FORMAT else _recount(index, folder)
 
 

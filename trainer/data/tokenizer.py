@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from checkpoint.documents import DocumentError, convert_document, parse_json
 from checkpoint.files import read_regular
-from trainer.data.source import DataError
+from trainer.data.source import DataError, shown
 
 __all__ = [
     "END_OF_TEXT",
@@ -139,7 +139,7 @@ def _read_ends(file: Path, eos_token: str | None) -> tuple[bytes | None, tuple[s
         named = convert_document(parse_json(body.removeprefix(b"\xef\xbb\xbf")), _TokenizerConfig).eos_token
     except DocumentError as error:
         raise DataError(
-            f"data.tokenizer must have a sound {TOKENIZER_CONFIG}, but {beside} cannot be used: {error}; "
+            f"data.tokenizer must have a sound {TOKENIZER_CONFIG}, but {beside} cannot be used: {shown(str(error))}; "
             "mend it, or remove it and set data.eos_token"
         ) from None
     name = named.content if isinstance(named, _TokenContent) else named
@@ -163,7 +163,7 @@ def tokenizer_errors(what: str) -> Iterator[None]:
         # The library raises plain Exception; a panic of its Rust code is no Exception and cannot be imported.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        reason = " ".join(str(error).split())[:200]
+        reason = shown(" ".join(str(error).split()))
         raise DataError(f"{what} ({reason}); use another data.tokenizer") from None
 
 
@@ -238,7 +238,8 @@ def first_token_id(tokenizer: Tokenizer, file: Path, names: tuple[str, ...]) -> 
             log.warning(words, TOKENIZER_CONFIG, names[0], file, candidate)
         return found
     raise DataError(
-        f"data.eos_token must name a token of {file}, but none of {', '.join(names)} is one; set data.eos_token"
+        f"data.eos_token must name a token of {file}, but none of {', '.join(map(shown, names))} is one; "
+        "set data.eos_token"
     )
 
 
