@@ -144,8 +144,8 @@ def _open_bytes(path: Path) -> Iterator[IO[bytes]]:
     """The file's bytes, decompressed; they are not those of UTF-16 or UTF-32."""
     with os.fdopen(open_regular(path), "rb") as raw:
         if path.suffix == ".gz":
-            if not raw.peek(1):
-                raise EOFError  # the gzip module takes nothing for the compressed form of nothing
+            if len(raw.peek(2)) < 2:
+                raise EOFError  # the gzip module takes nothing at all for an empty text
             with gzip.GzipFile(fileobj=raw) as unzipped, io.BufferedReader(unzipped, 1 << 16) as file:
                 _check_encoding(path, file.peek(_HEAD_BYTES))
                 yield file
@@ -227,7 +227,11 @@ def _text_of(body: bytes, field: str, line: Line, notes: Notes) -> str | None:
             "convert or remove it"
         ) from None
     except (RecursionError, ValueError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        reason = str(error)
+        if isinstance(error, RecursionError):
+            reason = "it is nested too deeply"
+        elif isinstance(error, json.JSONDecodeError):
+            reason = f"{error.msg.removesuffix(' at')} at character {error.pos}"
         raise DataError(
             f"data.files must hold a JSON object a line, but {line} is none ({shown(reason)}), it begins with "
             f"{_short(body)}; mend or remove it"
@@ -263,7 +267,7 @@ def _kind(value: object) -> str:
 
 
 def _short(body: bytes) -> str:
-    return repr(body[:60].decode(errors="replace"))
+    return repr(body[:60].decode(errors="replace").rstrip())
 
 
 def read_text(path: Path, size: int) -> Iterator[str]:

@@ -45,6 +45,7 @@ from trainer.data.tokenizer import (
     load_tokenizer,
     parse_tokenizer,
     read_tokenizer_files,
+    renumbered_tokens,
     stored_options,
     tokenizer_errors,
     tokenizer_file,
@@ -54,7 +55,7 @@ from trainer.data.tokenizer import (
 )
 from trainer.process import die_with_parent
 
-__all__ = ["cache_folder", "complete_store", "encode_documents", "only_one", "prepare", "tokenize"]
+__all__ = ["cache_folder", "complete_store", "encode_documents", "only_one", "prepare", "store_folder", "tokenize"]
 
 log = logging.getLogger(__name__)
 _BATCH = 64
@@ -86,12 +87,22 @@ def prepare(source: Source, check_vocabulary: Callable[[int], None] = lambda _si
     if ready is not None:
         return ready
     assert isinstance(source, TextUnits)
-    given = _given_tokenizer(source.config)
-    folder = cache_folder(source.config) / "tokens" / recipe_key(recipe_of(source, given))
+    folder = store_folder(source)
     if not _is_complete(folder):
         with writing_to(folder, "data.cache"), only_one(folder):
             complete_store(source, folder, check_vocabulary)
     return folder
+
+
+def store_folder(source: TextUnits) -> Path:
+    """Where the cache holds the source's token store, made or not.
+
+    Raises:
+        DataError: the corpus or the tokenizer cannot be read.
+        FileNotFoundError: a file is missing.
+    """
+    recipe = recipe_of(source, _given_tokenizer(source.config))
+    return cache_folder(source.config) / "tokens" / recipe_key(recipe)
 
 
 def complete_store(
@@ -170,6 +181,9 @@ def _place_tokenizer(source: TextUnits, given: TokenizerFiles | None, units: lis
         tokenizer, body, ends = parse_tokenizer(given.body, file), given.body, given.ends
         if options := stored_options(body):
             log.warning("the corpus is tokenised without the %s that %s asks for", " and ".join(options), file)
+        if renumbered := renumbered_tokens(tokenizer, body):
+            words = "%d added tokens of %s get other ids, because its model's vocabulary lacks them: %s"
+            log.warning(words, len(renumbered), file, ", ".join(renumbered[:5]))
         _write(placed, body)
     else:
         if not _is_tokenizer(placed):

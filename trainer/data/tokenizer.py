@@ -4,7 +4,7 @@ import hashlib
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +24,7 @@ __all__ = [
     "load_tokenizer",
     "parse_tokenizer",
     "read_tokenizer_files",
+    "renumbered_tokens",
     "stored_options",
     "tokenizer_errors",
     "tokenizer_file",
@@ -58,6 +59,17 @@ class _TokenizerConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _ModelOptions:
     dropout: Any = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _AddedToken:
+    id: int
+    content: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _AddedTokens:
+    added_tokens: list[_AddedToken] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,6 +209,16 @@ def stored_options(body: bytes) -> list[str]:
         return []
     asked = {"padding": stored.padding, "truncation": stored.truncation, "dropout": stored.model.dropout}
     return [name for name, value in asked.items() if value is not None]
+
+
+def renumbered_tokens(tokenizer: Tokenizer, body: bytes) -> list[str]:
+    """Added tokens whose ids in the bytes are not those that the library gives them, in words."""
+    try:
+        added = msgspec.json.decode(body, type=_AddedTokens).added_tokens
+    except (msgspec.MsgspecError, RecursionError):
+        return []
+    found = ((t.content, t.id, _token_id(tokenizer, t.content)) for t in added)
+    return [f"{shown(name)} (id {stated}) is {given}" for name, stated, given in found if stated != given]
 
 
 def tokenizer_hash(body: bytes) -> str:
