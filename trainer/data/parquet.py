@@ -10,8 +10,9 @@ from trainer.data.source import DataError, Notes, shown
 
 __all__ = ["read_row_group", "row_groups"]
 
-# Rows in memory at once: a column may repeat one long text by a number for it.
-_ROWS = 64
+# Of rows in memory at once, as their average says.
+_BATCH_BYTES = 8 << 20
+_BATCH_ROWS = 1024
 
 
 @contextmanager
@@ -41,10 +42,17 @@ def row_groups(path: Path, field: str) -> int:
         return int(file.num_row_groups)
 
 
+def _batch_rows(group: Any) -> int:
+    """How many rows of a row group to read at once."""
+    average = int(group.total_byte_size) // max(1, int(group.num_rows))
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, average)))
+
+
 def _open(path: Path, dictionary: str | None = None) -> Any:
     import pyarrow.parquet as pq
 
     check_regular(path)
+    # As a dictionary: a small file may repeat one long text by a number for it.
     return pq.ParquetFile(
         path,
         page_checksum_verification=True,
@@ -90,26 +98,27 @@ def read_row_group(path: Path, group: int, field: str, notes: Notes) -> Iterator
         file = _open(path, field)
         _check_column(file.schema_arrow, field, path)
         row = sum(file.metadata.row_group(g).num_rows for g in range(group))
-        for batch in file.iter_batches(batch_size=_ROWS, row_groups=[group], columns=[field]):
+        rows = _batch_rows(file.metadata.row_group(group))
+        for batch in file.iter_batches(batch_size=rows, row_groups=[group], columns=[field]):
             for scalar in batch.column(batch.schema.names.index(field)):
                 row += 1
-                text = _text_of(scalar, f"row {row} of {path}", field, notes)
+                text = _text_of(scalar, path, row, field, notes)
                 if text:
                     yield text
 
 
-def _text_of(scalar: Any, where: str, field: str, notes: Notes) -> str | None:
+def _text_of(scalar: Any, path: Path, row: int, field: str, notes: Notes) -> str | None:
     """A value's text; bytes are UTF-8, as Spark, Impala and Hive write them."""
     try:
         value = scalar.as_py()
         text = value.decode() if isinstance(value, bytes) else value
     except UnicodeDecodeError as error:
         raise DataError(
-            f"data.files must be UTF-8, but {field!r} in {where} is not (byte {error.start + 1}: {error.reason}); "
-            "convert or remove it"
+            f"data.files must be UTF-8, but {field!r} in row {row} of {path} is not "
+            f"(byte {error.start + 1}: {error.reason}); convert or remove it"
         ) from None
     if text is None:
-        notes.add(NULL_TEXT, lambda: where)
+        notes.add(NULL_TEXT, lambda: f"row {row} of {path}")
         return None
     assert isinstance(text, str), "the column's type was looked at"
     return text
