@@ -47,6 +47,8 @@ def writing_to(folder: Path, field: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno is None:
+            raise  # a sentence of our own
         path = error.filename if isinstance(error.filename, str) else folder
         raise DataError(
             f"{field} must be a folder that can be written, but {path} cannot ({error.strerror or error}); "
@@ -86,7 +88,7 @@ def _signature(paths: Sequence[Path]) -> tuple[str, float]:
     """What changes when a file does, and the newest time in it."""
     stats = [p.stat() for p in paths]
     parts = [
-        f"{p.resolve()}:{s.st_dev}:{s.st_ino}:{s.st_size}:{s.st_mtime_ns}:{s.st_ctime_ns}"
+        f"{p.absolute()}:{s.st_dev}:{s.st_ino}:{s.st_size}:{s.st_mtime_ns}:{s.st_ctime_ns}"
         for p, s in zip(paths, stats, strict=True)
     ]
     return digest(*parts), max((s.st_ctime for s in stats), default=0.0)

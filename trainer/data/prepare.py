@@ -127,7 +127,7 @@ def _is_complete(folder: Path) -> bool:
     try:
         TokenStore(folder)
     except StoreDamagedError as error:
-        log.warning("tokenising again, because %s", error)
+        log.warning("tokenising again, because %s", str(error).rpartition("; ")[0])
         return False
     return True
 

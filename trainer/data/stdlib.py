@@ -6,6 +6,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import final
 
@@ -66,10 +67,11 @@ class StdlibSource(TextUnits):
                 yield source
 
 
-def _modules() -> list[Path]:
+@cache
+def _modules() -> tuple[Path, ...]:
     """The standard library's sources, in order of their names."""
     root = Path(sysconfig.get_path("stdlib"))
-    return sorted(p for p in root.rglob("*.py") if not _LEFT_OUT & set(p.relative_to(root).parts))
+    return tuple(sorted(p for p in root.rglob("*.py") if not _LEFT_OUT & set(p.relative_to(root).parts)))
 
 
 def _docstrings(source: str) -> Iterator[str]:
