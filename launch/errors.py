@@ -24,6 +24,7 @@ from omegaconf.errors import (
 
 from launch.identity import is_free
 from launch.schema import Config
+from trainer.data.source import DataError
 
 __all__ = ["UserError", "check_arguments", "describe"]
 
@@ -89,7 +90,7 @@ def describe(error: BaseException) -> str | None:
 
 
 def _describe_one(error: BaseException) -> str | None:
-    if isinstance(error, UserError):
+    if isinstance(error, UserError | DataError):
         return str(error)
     if isinstance(error, MissingConfigException):
         return _unknown_choice(str(error))

@@ -218,7 +218,7 @@ def prepare_data(config: Config) -> Path:
     """
     source = build_source(config)
     source.check()
-    folder = prepare(source)
+    folder = prepare(source, lambda size: _check_vocabulary(config, size))
     check_data(config, TokenStore(folder))
     return folder
 
@@ -229,17 +229,26 @@ def check_data(config: Config, store: TokenStore) -> None:
     Raises:
         ValueError: naming field, rule, value and remedy.
     """
-    if store.index.vocab_size > config.model.vocab_size:
-        raise ValueError(
-            f"model.vocab_size must be at least the tokenizer's ({store.index.vocab_size}), but is "
-            f"{config.model.vocab_size}; use model.vocab_size={store.index.vocab_size} or another data.tokenizer"
-        )
+    _check_vocabulary(config, store.index.vocab_size)
     windows = Windows(store, config.data.seq_len, config.data.validation_fraction, validation=False)
     if not len(windows):
         raise ValueError(
             f"data must hold at least one sequence of data.seq_len + 1 tokens outside the validation split, but "
             f"the corpus has {store.index.tokens} tokens in all and data.seq_len is {config.data.seq_len}; "
             "add text or lower data.seq_len"
+        )
+
+
+def _check_vocabulary(config: Config, size: int) -> None:
+    """Whether the model has a row for every id below `size`.
+
+    Raises:
+        ValueError: it has fewer.
+    """
+    if size > config.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size must be at least the tokenizer's ({size}), but is {config.model.vocab_size}; "
+            f"use model.vocab_size={size} or another data.tokenizer"
         )
 
 
