@@ -69,9 +69,8 @@ def differences(seen: Observed, reference: Observed) -> tuple[float, float, floa
         assert all(torch.equal(load[n], expected[n]) for n in load), "routing differs"
     loss = max(relative(a, b) for a, b in zip(seen.losses, reference.losses, strict=True))
     norm = max(relative(a, b) for a, b in zip(seen.norms, reference.norms, strict=True))
-    parameters = max(
-        float((seen.last[n] - t).norm() / t.norm()) for n, t in reference.last.items() if float(t.norm()) > 0
-    )
+    whole = {n: t.double() for n, t in reference.last.items() if bool(t.any())}
+    parameters = max(float((seen.last[n].double() - t).norm() / t.norm()) for n, t in whole.items())
     return loss, norm, parameters
 
 
@@ -82,7 +81,7 @@ def compare(
     """Runs the layouts beside one rank, and holds each difference against its limit."""
     settings = base(corpus, kind, *overrides)
     (reference,) = observe([settings], folder, 1)
-    assert len(reference.losses) == 5
+    assert len(reference.losses) >= 2
     assert reference.losses[-1] != reference.losses[0]
     every = observe([[*settings, *degrees(layout)] for layout in layouts], folder, world)
     rows = []
@@ -91,6 +90,8 @@ def compare(
         what = " ".join([kind, *overrides])
         rows.append(f"| {world} | {what} | {layout} | {found[0]:.1e} | {found[1]:.1e} | {found[2]:.1e} |\n")
         assert relative(seen.validation, reference.validation) <= limits[0], layout
+        for norm, exact in zip(seen.norms, seen.exact_norms, strict=True):
+            assert relative(norm, exact) <= 1e-12, f"{layout}: the norm is not that of the gradients"
         for value, limit, name in zip(found, limits, ("loss", "gradient norm", "parameters"), strict=True):
             assert value <= limit, f"{layout}: {name} differs by {value:.1e}"
     print("".join(rows))
@@ -141,6 +142,12 @@ def test_batches_that_do_not_divide_and_the_auxiliary_loss(corpus: Path, tmp_pat
     layouts = ["dp_shard=4 ep=2", "dp_shard=2 tp=2 ep=2", "tp=2 cp=2 ep=4", "dp_shard=2 cp=2", "pp=2 tp=2",
                "pp=2 dp_shard=2 ep=2 pp_schedule=gpipe", "dp_shard=2 tp=2 ep=2 sequence_parallel=false"]  # fmt: skip
     compare(corpus, tmp_path, 4, "moe", layouts, (5e-6, 5e-6, 1e-5), *overrides)
+
+
+def test_a_large_vocabulary_and_wide_matrices(corpus: Path, tmp_path: Path) -> None:
+    wide = ["model.vocab_size=32000", "model.dim=512", "model.n_layers=1", "model.ffn_dim=256", "data.seq_len=8",
+            "model.tied_embeddings=true", "data.global_batch_size=2", "train.steps=2"]  # fmt: skip
+    compare(corpus, tmp_path, 2, "dense", ["dp_shard=2", "tp=2"], (2e-7, 2e-7, 1e-6), *wide)
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])

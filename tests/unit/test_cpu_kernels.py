@@ -126,6 +126,24 @@ def test_loss_is_torchs(dtype: torch.dtype, limit: float) -> None:
     assert not ours[1][0, :3].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [32_000, 128_256])
+def test_loss_is_exact_over_large_vocabularies(vocabulary: int, dtype: torch.dtype) -> None:
+    """Every logit but the highest adds the same to the sum, so that errors do not cancel."""
+    logits = torch.full((1, 6, vocabulary), -0.1, dtype=dtype)
+    logits[..., 7] = 0.3
+    labels = torch.tensor([[7, 8, 9, -100, 10, 11]])
+    exact = float(torchs_loss(logits.double(), labels))
+    assert float(summed_cross_entropy(logits, labels)) == pytest.approx(exact, rel=1e-7)
+
+
+@pytest.mark.parametrize("features", [768, 16_384])
+def test_rms_norm_is_exact_over_many_features_and_rows(features: int) -> None:
+    inputs = [torch.full((400, features), 0.1), torch.full((features,), 0.7)]
+    reference = lambda x, w, eps: F.rms_norm(x, (features,), w, eps)  # noqa: E731
+    assert max(errors(rms_norm, reference, inputs, 1e-5)[::2]) < 2e-7
+
+
 def test_loss_without_gradients_and_with_no_label_that_counts() -> None:
     logits, labels = torch.randn(1, 4, 10), torch.full((1, 4), -100)
     with torch.no_grad():
