@@ -22,7 +22,7 @@ from checkpoint.files import read_regular, write_json
 from models.cpu import WINS_BY, Case, decide, measure, use
 from trainer.parallel.context import ParallelContext
 
-__all__ = ["CHOICE", "choose_kernels", "ratios_file", "use_plain_operators"]
+__all__ = ["CHOICE", "choose_kernels", "processor_name", "ratios_file", "use_plain_operators"]
 
 log = logging.getLogger(__name__)
 
@@ -139,8 +139,8 @@ def _say(chosen: Mapping[str, bool], better: Mapping[str, bool], ratios: Mapping
     kept += [n for n, is_used in chosen.items() if not is_used and better[n]]
     if kept:
         log.warning(
-            "the run keeps the CPU kernels that it chose on %s, so that its results repeat bitwise; here the other choice "
-            "is faster for: %s (launch.kernels=plain takes torch's operators everywhere)",
+            "the run keeps the CPU kernels that it chose on %s, so that its results repeat bitwise; here the other "
+            "choice is faster for: %s (launch.kernels=plain takes torch's operators everywhere)",
             origin,
             ", ".join(kept),
         )
