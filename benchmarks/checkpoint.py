@@ -119,7 +119,7 @@ def fsync_tree(folder: Path) -> None:
 class Training:
     """Steps that compute and then change every tensor, as an optimizer does."""
 
-    def __init__(self, state: Tensors, compute: int = 2) -> None:
+    def __init__(self, state: Tensors, compute: int) -> None:
         self.state = state
         self.compute = compute
         self.matrix = torch.randn(1024, 1024)
@@ -139,11 +139,11 @@ class Training:
 class Bench:
     """All measurements over one rank's state."""
 
-    def __init__(self, gib: float, folder: Path, files: int) -> None:
+    def __init__(self, gib: float, folder: Path, files: int, compute: int) -> None:
         self.folder, self.rank, self.ranks = folder, dist.get_rank(), dist.get_world_size()
         self.state = make_state(gib, self.rank)
         self.limits = Limits(self.state, folder)
-        self.training = Training(self.state)
+        self.training = Training(self.state, compute)
         group = dist.new_group(backend="gloo")
         assert group is not None
         self.group = group
@@ -412,7 +412,7 @@ def run_rank(rank: int, args: argparse.Namespace, folder: str) -> None:
     os.environ["LOCAL_WORLD_SIZE"] = str(args.ranks)
     store = dist.FileStore(f"{folder}/store", args.ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=args.ranks)
-    bench = Bench(args.gib, Path(folder), args.files)
+    bench = Bench(args.gib, Path(folder), args.files, args.compute)
     bench.round(peers=args.peers)
     rounds, begun = [], machine()
     for _ in range(args.rounds):
@@ -435,6 +435,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1, help="torch's, of each rank")
+    parser.add_argument("--compute", type=int, default=2, help="products of 1024 x 1024 matrices in a training step")
     parser.add_argument("--files", type=int, default=1, help="files that a rank writes at once")
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="leave out what is not ours")
     parser.add_argument("--folder", type=Path, help="on the disk to measure; default: a temporary one")
