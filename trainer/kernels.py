@@ -125,7 +125,10 @@ def _on_main(cases: Sequence[Case], run_dir: Path) -> dict[str, bool]:
     chosen = decide(cases, recorded.used, ratios)
     if chosen.items() - recorded.used.items():
         body = {"format": _FORMAT, "processor": recorded.processor, "used": recorded.used | chosen}
-        write_json(path, body)
+        try:
+            write_json(path, body)
+        except OSError as error:
+            log.warning("%s cannot be written (%s); a resumed run may round otherwise", path, error.strerror)
     _say(chosen, decide(cases, {}, ratios), ratios, recorded.processor)
     return chosen
 

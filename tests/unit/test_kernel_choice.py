@@ -2,8 +2,9 @@
 
 import json
 import logging
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,18 @@ def test_damaged_files_are_measured_and_chosen_anew(
     choose_kernels([NORM], context, tmp_path)
     used = json.loads((tmp_path / CHOICE).read_text())["used"]
     assert used == {str(NORM): json.loads(machine.read_text())["ratios"][str(NORM)] >= 1.1}
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to(path)])
+def test_what_is_no_file_is_neither_waited_for_nor_in_the_way(
+    machine: Path, context: ParallelContext, tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    machine.parent.mkdir(parents=True)
+    for path in (machine, tmp_path / CHOICE):
+        make(path)
+    choose_kernels([NORM], context, tmp_path)
+    use([])
+    assert not list(tmp_path.glob(".*.tmp"))
 
 
 def test_a_cache_that_cannot_be_written_costs_the_measurement_alone(
