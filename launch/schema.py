@@ -27,7 +27,7 @@ from trainer.config import (
 )
 from trainer.data.config import DataConfig
 
-__all__ = ["Config", "Device", "LaunchConfig", "Logger", "Mode", "RunConfig", "register_schemas"]
+__all__ = ["Config", "Device", "Kernels", "LaunchConfig", "Logger", "Mode", "RunConfig", "register_schemas"]
 
 
 class Mode(Enum):
@@ -49,6 +49,13 @@ class Device(Enum):
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
+
+
+class Kernels(Enum):
+    """What CPUs compute with: what was measured to be fastest, or torch's operators everywhere."""
+
+    auto = "auto"
+    plain = "plain"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -80,6 +87,8 @@ class LaunchConfig:
         max_restarts: times that all ranks are started again, here, after one died.
         threads_per_rank: CPU threads; 0 shares the cores. Results are bitwise the same only with the same
             number.
+        kernels: on CPUs, `auto` uses the kernels that are faster than torch's operators here by a tenth, and keeps to
+            them for the run; `plain` uses none.
         timeout_s: seconds after which a collective that hangs is an error.
         elastic: with `parallel.dp_shard=-1` under Slurm, the numbers of ranks that a run may go on with.
     """
@@ -87,6 +96,7 @@ class LaunchConfig:
     device: Device = Device.auto
     max_restarts: int = 0
     threads_per_rank: int = 0
+    kernels: Kernels = Kernels.auto
     timeout_s: float = 600.0
     elastic: list[int] = field(default_factory=list)
 

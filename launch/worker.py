@@ -20,6 +20,7 @@ from trainer.process import PARENT_VARIABLE, die_with_parent
 if TYPE_CHECKING:
     from checkpoint.lease import Ticket
     from launch.schema import Config
+    from models.base import LanguageModel
     from trainer.loop import StopReason, Trainer
     from trainer.parallel.context import ParallelContext
     from trainer.parallel.layout import Layout
@@ -157,6 +158,7 @@ def build_trainer(spec: RankSpec, context: "ParallelContext", flag: StopFlag, th
     assert isinstance(dims, DecoderConfig), "the launcher refuses other models"
     with torch.device("meta"):
         whole = build_model(config)
+    _choose_kernels(spec, whole, context)
     parallel = parallelise(
         whole,
         context,
@@ -213,6 +215,26 @@ def build_trainer(spec: RankSpec, context: "ParallelContext", flag: StopFlag, th
         state=TrainState(schedule_total=config.scheduler.total_steps or config.train.steps),
         stop_requested=_Wish(flag, compiles=config.train.compile),
     )
+
+
+def _choose_kernels(spec: RankSpec, whole: "LanguageModel", context: "ParallelContext") -> None:
+    """Says what a CPU computes with; layouts that cut sequences or matrices, and float64, are there to be checked."""
+    import torch
+
+    from launch.schema import Kernels
+    from models.kernels import cases_of
+    from trainer.config import PrecisionName
+    from trainer.kernels import choose_kernels, use_plain_operators
+
+    config, layout = spec.config, context.layout
+    cut, name = layout.tp * layout.cp > 1, config.precision.name
+    plain = config.launch.kernels is Kernels.plain or config.train.compile or name is PrecisionName.fp64
+    if plain or cut or context.device.type != "cpu":
+        use_plain_operators()
+        return
+    rows = min(config.data.micro_batch_size, -(-config.data.global_batch_size // layout.data_ranks))
+    dtype = torch.bfloat16 if name is PrecisionName.bf16 else torch.float32
+    choose_kernels(cases_of(whole, rows, config.data.seq_len, dtype), context, spec.run_dir)
 
 
 class _Wish:

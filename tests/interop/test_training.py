@@ -26,6 +26,7 @@ def from_hf(folder: Path, corpus: Path, *overrides: str) -> list[str]:
         f"data.files=[{corpus}]",
         "hooks=none",
         "launch.threads_per_rank=1",
+        "launch.kernels=plain",
         *overrides,
     ]
 
