@@ -160,8 +160,8 @@ class Application:
             spec = dataclasses.replace(spec, ticket=ticket)
             with refusing():
                 finished = _open(spec, overrides)
-            if finished:
-                return _already_finished(spec)
+            if finished is not None:
+                return _already_finished(spec, finished)
             if spec.config.checkpoint.create_seed_checkpoint:
                 from launch.seed import write_seed_checkpoint
 
@@ -198,10 +198,9 @@ def refusing() -> Iterator[None]:
         raise Refused(sentence) from error
 
 
-def _already_finished(spec: RankSpec) -> Outcome:
-    steps = spec.config.train.steps
-    log.info("finished already at step %d: %s; raise train.steps to go on", steps, spec.run_dir)
-    return Outcome(kind="finished", step=steps)
+def _already_finished(spec: RankSpec, step: int) -> Outcome:
+    log.info("finished already at step %d: %s; raise train.steps to go on", step, spec.run_dir)
+    return Outcome(kind="finished", step=step)
 
 
 def _remove_if_empty(run_dir: Path) -> None:
@@ -264,8 +263,8 @@ def _local_devices(device_type: str) -> int:
     return torch.cuda.device_count() if device_type == "cuda" else 1
 
 
-def _open(spec: RankSpec, overrides: list[str]) -> bool:
-    """Opens the run; true when there is nothing left to do."""
+def _open(spec: RankSpec, overrides: list[str]) -> int | None:
+    """Opens the run; the step that it has reached when there is nothing left to do, else None."""
     from launch.run_dir import open_run
     from trainer.data.token_store import TokenStore
 
@@ -280,7 +279,7 @@ def _train_external(spec: RankSpec, flag: StopFlag, overrides: list[str]) -> Out
     with ExitStack() as held:
         ticket: Ticket | None = None
 
-        def open_here() -> bool:
+        def open_here() -> int | None:
             nonlocal ticket
             ticket = held.enter_context(own_run(spec.config, spec.run_dir))
             with refusing():
@@ -289,8 +288,8 @@ def _train_external(spec: RankSpec, flag: StopFlag, overrides: list[str]) -> Out
         opened = share_from_rank_zero(open_here, spec.config.launch.timeout_s)
         if isinstance(opened, str):
             raise Refused(opened)
-        if opened:
-            return _already_finished(spec)
+        if opened is not None:
+            return _already_finished(spec, opened)
         try:
             # Rank 0 makes steps valid, and it is the one that holds the lease.
             return run_rank(dataclasses.replace(spec, ticket=ticket), flag)

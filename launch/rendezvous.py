@@ -11,7 +11,7 @@ import torch.distributed as dist
 __all__ = ["share_from_rank_zero"]
 
 
-def share_from_rank_zero(decide: Callable[[], bool], timeout_s: float) -> bool | str:
+def share_from_rank_zero(decide: Callable[[], int | None], timeout_s: float) -> int | str | None:
     """Runs `decide` on rank 0 and gives every rank its answer, or the sentence of its error.
 
     Args:
@@ -30,11 +30,11 @@ def share_from_rank_zero(decide: Callable[[], bool], timeout_s: float) -> bool |
     )
     if rank == 0:
         try:
-            answer: bool | str = decide()
+            answer: int | str | None = decide()
         except (ValueError, OSError) as error:
             answer = str(error)
         store.set("answer", json.dumps(answer))
-    result: bool | str = json.loads(store.get("answer"))
+    result: int | str | None = json.loads(store.get("answer"))
     store.add("read", 1)
     deadline = time.monotonic() + timeout_s
     while rank == 0 and store.add("read", 0) < world_size:

@@ -29,6 +29,7 @@ from checkpoint.storage.base import Storage
 from checkpoint.storage.local import LocalStorage
 from launch.build import checkpoint_folder, export_folder
 from launch.errors import UserError
+from launch.extension import say_where_it_stands, settle_schedule
 from launch.identity import Difference, compare
 from launch.preflight import check_initial_load
 from launch.schema import Config
@@ -128,7 +129,7 @@ def open_run(
     store: TokenStore,
     *,
     overrides: Sequence[str],
-) -> bool:
+) -> int | None:
     """Compares the command with what is stored, chooses the lineage, and writes `run.json`.
 
     Args:
@@ -139,7 +140,7 @@ def open_run(
         overrides: the command line, for `.hydra/`.
 
     Returns:
-        Whether the run has come to its end already.
+        The step at which the run has come to its end already; None where there is something to do.
 
     Raises:
         UserError: the run is another one than the command describes.
@@ -178,9 +179,13 @@ def open_run(
     if _is_finished(config, record, entries, run_dir):
         _write_config(settings, run_dir, store, overrides)
         record.save(run_dir)
-        return True
+        reached = max([record.attempts[-1].to_step, *(e.step for e in entries)])
+        say_where_it_stands(config, reached, entries)
+        return reached
     _check_start(config, start, record, catalog.folder.url)
     _check_weights(start, record, entries, run_dir)
+    settle_schedule(config, record, start, entries)
+    say_where_it_stands(config, start.step, entries)
     for change in changes:
         log.warning("%s, from step %d on", change, start.step)
         record.changes.append(
@@ -188,7 +193,7 @@ def open_run(
         )
     _write_config(settings, run_dir, store, overrides)
     record.save(run_dir)
-    return False
+    return None
 
 
 def _from_weights(config: Config, lineage: Lineage) -> Lineage:

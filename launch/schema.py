@@ -26,6 +26,7 @@ from trainer.config import (
     WandbConfig,
 )
 from trainer.data.config import DataConfig
+from trainer.run_record import Extend
 
 __all__ = ["Config", "Device", "LaunchConfig", "Logger", "Mode", "RunConfig", "register_schemas"]
 
@@ -61,6 +62,8 @@ class RunConfig:
             what it is, so that the same command finds it again. In a sweep, its overrides.
         resume: `auto` continues what is there, `must` fails when nothing is, `never` starts afresh.
         rewind: apply load options again that were applied before.
+        extend: what to do where `train.steps` goes beyond the end of the learning-rate schedule that the run
+            began with: `refuse`, `stretch` the schedule over all steps, or `hold` its last value. Acts once.
         allow_change: hyperparameters that may differ from the stored ones, by name.
     """
 
@@ -68,6 +71,7 @@ class RunConfig:
     name: str = MISSING
     resume: Resume = Resume.auto
     rewind: bool = False
+    extend: Extend = Extend.refuse
     allow_change: list[str] = field(default_factory=list)
 
 

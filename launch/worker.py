@@ -347,6 +347,7 @@ def _checkpoint_hooks(spec: RankSpec, fingerprint: str) -> list[Any]:
         lineages=record.lineages,
         tracked=tracked_metrics(options),
         schedule_total=config.scheduler.total_steps,
+        stretched_totals=record.stretched_totals(),
         labels={
             "data_fingerprint": fingerprint,
             "config_hash": config_hash(spec.settings),

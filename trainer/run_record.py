@@ -2,14 +2,17 @@
 
 import secrets
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from checkpoint.documents import Count, Token, convert_document
 from checkpoint.files import read_json, write_json
-from checkpoint.lineage import Lineage, LoadRequest, StartKind
+from checkpoint.lineage import Lineage, LoadRequest, StartKind, is_visible
 
-__all__ = ["Attempt", "RunRecord", "new_id"]
+__all__ = ["Attempt", "Extend", "Extension", "RunRecord", "new_id"]
 
 FILE = "run.json"
 FORMAT = 1
@@ -54,6 +57,39 @@ class Attempt:
     versions: dict[str, str] = field(default_factory=dict)
 
 
+class Extend(Enum):
+    """`run.extend`: what becomes of the learning-rate schedule where a run is to go on beyond its end."""
+
+    refuse = "refuse"
+    stretch = "stretch"
+    hold = "hold"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Extension:
+    """How a run went on beyond its schedule; it acts on the line of steps that it was given for.
+
+    Attributes:
+        lineage: the lineage that it was given for.
+        after_step: the first step that it acts on is the one after this.
+        mode: `stretch` or `hold`.
+        origin: the step at which the schedule began.
+        total: the steps that the schedule spans from here on.
+        steps: `train.steps` of the command.
+    """
+
+    lineage: Token
+    after_step: Count
+    mode: Extend
+    origin: Count
+    total: Count
+    steps: Count
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**asdict(self), "mode": self.mode.value}
+
+
 @dataclass(kw_only=True, slots=True)
 class RunRecord:
     """The file's content.
@@ -63,6 +99,7 @@ class RunRecord:
         lineages: oldest first; the last is the current one.
         attempts: oldest first.
         changes: hyperparameters changed on resume, with the step.
+        extensions: how the run went on beyond its schedule, oldest first.
         data_fingerprint: of the corpus and its tokenizer.
         wandb_step: Weights & Biases has taken every row up to this step.
     """
@@ -71,6 +108,7 @@ class RunRecord:
     lineages: list[Lineage] = field(default_factory=list)
     attempts: list[Attempt] = field(default_factory=list)
     changes: list[dict[str, Any]] = field(default_factory=list)
+    extensions: list[Extension] = field(default_factory=list)
     data_fingerprint: str = ""
     wandb_step: int = 0
 
@@ -86,8 +124,17 @@ class RunRecord:
             ],
             "attempts": [asdict(a) for a in self.attempts],
             "changes": self.changes,
+            "extensions": [e.as_json() for e in self.extensions],
         }
         write_json(run_dir / FILE, body)
+
+    def visible_extensions(self) -> list[Extension]:
+        """Those that act on the newest lineage's line, oldest first."""
+        return [e for e in self.extensions if is_visible(self.lineages, e.after_step, e.lineage)]
+
+    def stretched_totals(self) -> Mapping[int, int]:
+        """What the newest lineage's schedules were stretched to: steps by the step at which a schedule began."""
+        return {e.origin: e.total for e in self.visible_extensions() if e.mode is Extend.stretch}
 
     @classmethod
     def load(cls, run_dir: Path) -> "RunRecord | None":
@@ -109,6 +156,8 @@ class RunRecord:
             lineages=[_lineage(x) for x in body["lineages"]],
             attempts=[Attempt(**a) for a in body["attempts"]],
             changes=body["changes"],
+            # Records of versions without `run.extend` lack it.
+            extensions=[convert_document(e, Extension) for e in body.get("extensions", [])],
             data_fingerprint=body["data_fingerprint"],
             wandb_step=body["wandb_step"],
         )
