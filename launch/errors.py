@@ -2,10 +2,12 @@
 
 import difflib
 import errno
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
@@ -23,9 +25,23 @@ from omegaconf.errors import (
 )
 
 from launch.identity import is_free
+from launch.overrides import is_multirun, parse_overrides, swept_keys
 from launch.schema import Config
 
-__all__ = ["UserError", "check_arguments", "describe"]
+__all__ = [
+    "UserError",
+    "check_arguments",
+    "check_chdir",
+    "check_no_hub_name",
+    "describe",
+    "describe_run_folder",
+    "naming_fields",
+    "not_alone",
+]
+
+
+# Fields of the root schema that are values, not sections or groups.
+_ROOT_VALUES = ("seed", "mode")
 
 
 class UserError(ValueError):
@@ -48,8 +64,8 @@ def check_arguments(arguments: Sequence[str]) -> None:
             raise UserError(
                 f"checkpoint.exclude_from_loading must be a list, but is {value}; write {name}={_listed(name, value)}"
             )
-    if {"-m", "--multirun"} & set(arguments):
-        _check_sweep([a for a in arguments if not a.startswith("-") and "=" in a])
+    if is_multirun(arguments):
+        _check_sweep(arguments)
 
 
 def _listed(name: str, value: str) -> str:
@@ -58,12 +74,8 @@ def _listed(name: str, value: str) -> str:
 
 def _check_sweep(arguments: Sequence[str]) -> None:
     """Two runs of a sweep must never share a directory."""
-    try:
-        overrides = OverridesParser.create().parse_overrides(list(arguments))
-    except OverrideParseException:
-        return  # Hydra explains it
-    swept = [o.key_or_group for o in overrides if o.is_sweep_override()]
-    named = next((o for o in overrides if o.key_or_group == "run.name"), None)
+    swept = swept_keys(arguments)
+    named = next((o for o in parse_overrides(arguments) if o.key_or_group == "run.name"), None)
     if named is not None and "run.name" not in swept and swept and "${" not in str(named.value()):
         raise UserError(
             f"run.name must differ between the runs of a sweep, but is {named.value()}; leave it out, or use "
@@ -71,10 +83,121 @@ def _check_sweep(arguments: Sequence[str]) -> None:
         )
     for key in swept:
         if named is None and is_free(key) and not key.startswith("hydra"):
-            raise UserError(
-                f"{key} must not be swept alone, because it does not enter a run's name and the runs would share "
-                f"a directory; add for instance run.name='{key}-${{{key}}}'"
-            )
+            raise UserError(not_alone(key))
+
+
+def check_chdir(chdir: bool | None) -> None:
+    """Whether runs stay in the folder in which the command is given.
+
+    Raises:
+        UserError: `hydra.job.chdir` is set.
+    """
+    if chdir:
+        raise UserError(
+            "hydra.job.chdir must be false, but is true: data.files, run.root and other paths are relative to the "
+            "folder in which the command is given; leave it out"
+        )
+
+
+def check_no_hub_name(field: str, value: str) -> None:
+    """Whether a value that must be a folder here is rather a model's name on the Hugging Face Hub.
+
+    Raises:
+        UserError: it looks like one, and there is no such folder.
+    """
+    name = re.fullmatch(r"(?:https?://huggingface\.co/|hf://)?([\w.-]+/([\w.-]+))/?", value, flags=re.ASCII)
+    if name is None or name.group(1).startswith(".") or Path(value).expanduser().exists():
+        return
+    raise UserError(
+        f"{field} must be a folder that is here, but {value} is not; if it is a name on the Hugging Face Hub, download "
+        f"it first (hf download {name.group(1)} --local-dir {name.group(2)}) and give {field}={name.group(2)}"
+    )
+
+
+def not_alone(key: str) -> str:
+    """The sentence for a swept field or group that does not make a run another one."""
+    # A group's choice is no field of the config.
+    value = f"${{{key}}}" if "." in key or key in _ROOT_VALUES else f"${{hydra:runtime.choices.{key}}}"
+    return (
+        f"{key} must not be swept alone, because it does not enter a run's name and the runs would share a "
+        f"directory; add for instance run.name='{key}-{value}'"
+    )
+
+
+# What a field's place must be, for the sentence about an operating system's refusal.
+_RULES = {
+    "run.root": "a folder that can be written",
+    "checkpoint.folder": "a folder that can be written",
+    "checkpoint.initial_load_path": "a checkpoint that can be read",
+    "data.cache": "a folder that can be written",
+    "data.files": "files that can be read",
+    "data.path": "a folder that can be read",
+    "data.tokenizer": "a file that can be read",
+    "model.path": "a folder that can be read",
+    "--config-dir": "a folder of files that can be read",
+}
+
+
+@contextmanager
+def naming_fields(*places: tuple[str, str | Path | None]) -> Iterator[None]:
+    """Turns what the operating system refuses inside the block into a sentence with the path and its field.
+
+    Args:
+        places: what is read and written inside: fields, and where their values lie. The first is meant where the
+            error says no path (a full disk, while writing), so it is one that is written.
+
+    Raises:
+        UserError: for an OSError of the system's own.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise  # a sentence of ours
+        known = [(field, Path(path).expanduser().absolute()) for field, path in places if path is not None]
+        raise UserError(_refused_path(error, known)) from error
+
+
+def _refused_path(error: OSError, places: Sequence[tuple[str, Path]]) -> str:
+    field, shown = places[0][0], str(places[0][1])
+    if isinstance(error.filename, str):
+        field, shown = _field_of(Path(error.filename).absolute(), places), error.filename
+    reason = error.strerror or type(error).__name__
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    remedy = "free some space there, or choose another one" if full else "check it, or choose another one"
+    if not field:
+        return f"{shown} cannot be used ({reason}); check that it is there and may be used"
+    return f"{field} must be {_RULES[field]}, but {shown} cannot ({reason}); {remedy}"
+
+
+def _field_of(path: Path, places: Sequence[tuple[str, Path]]) -> str:
+    """The field whose place a path lies in or leads to, the nearest of several; empty where there is none."""
+    inside = [(len(place.parts), field) for field, place in places if path.is_relative_to(place)]
+    above = [(0, field) for field, place in places if place.is_relative_to(path)]
+    return max([*inside, *above[:1]], default=(0, ""))[1]
+
+
+def describe_run_folder(error: OSError, arguments: Sequence[str]) -> str:
+    """The sentence for an OSError of Hydra's, which makes the run's folder and reads the config's files.
+
+    Args:
+        error: Hydra's.
+        arguments: the command line.
+    """
+    path = Path(str(error.filename or ""))
+    if error.errno == errno.ENAMETOOLONG and len(os.fsencode(path.name)) > _NAME_MAX:
+        return (
+            f"run.name must be at most {_NAME_MAX} bytes long, but {path.name[:40]}… has "
+            f"{len(os.fsencode(path.name))}; choose a shorter one"
+        )
+    if path.suffix in (".yaml", ".yml") and path.name != "multirun.yaml":
+        return _refused_path(error, [("--config-dir", path.parent.absolute())])
+    own = next((a.partition("=")[0] for a in arguments if a.startswith(("hydra.run.", "hydra.sweep."))), None)
+    sentence = _refused_path(error, [("run.root", path.absolute())])
+    return sentence.replace("run.root", own, 1) if own else sentence
+
+
+_NAME_MAX = 255
 
 
 def describe(error: BaseException) -> str | None:
@@ -107,17 +230,6 @@ def _describe_one(error: BaseException) -> str | None:
         return f"the override {error.override!r} cannot be read ({reason}); write section.field=value"
     if isinstance(error, ConfigCompositionException) and error.__cause__ is None:
         return _composition(str(error))
-    if isinstance(error, OSError) and error.errno in (
-        errno.EROFS,
-        errno.EACCES,
-        errno.EPERM,
-        errno.ENOTDIR,
-        errno.ENOSPC,
-    ):
-        return (
-            f"run.root must be a folder that can be written, but {error.filename} cannot ({error.strerror}); "
-            "choose another one"
-        )
     return None
 
 

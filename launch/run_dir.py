@@ -212,7 +212,7 @@ def _from_weights(config: Config, lineage: Lineage) -> Lineage:
 
 def _is_restart(environ: Mapping[str, str]) -> bool:
     """Whether torchrun or Slurm starts the same launch again."""
-    return any(environ.get(n, "0") != "0" for n in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    return any(environ.get(n) not in (None, "", "0") for n in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
 def _check_start(config: Config, start: StartPoint, record: RunRecord, folder: str) -> None:

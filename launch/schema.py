@@ -82,8 +82,8 @@ class LaunchConfig:
     Attributes:
         device: where they compute.
         max_restarts: times that all ranks are started again, here, after one died.
-        threads_per_rank: CPU threads; 0 shares the cores. Results are bitwise the same only with the same
-            number.
+        threads_per_rank: CPU threads; 0 takes OMP_NUM_THREADS where that is set, else shares the cores. Results
+            are bitwise the same only with the same number.
         timeout_s: seconds after which a collective that hangs is an error.
         elastic: with `parallel.dp_shard=-1` under Slurm, the numbers of ranks that a run may go on with.
     """

@@ -5,6 +5,8 @@ import sys
 import traceback
 
 from launch.signals import Interrupted, StopFlag, write_note
+from launch.versions import own_version
+from trainer.places import ensure_home
 from trainer.process import PARENT_VARIABLE, die_with_parent
 
 __all__ = ["main"]
@@ -14,6 +16,7 @@ EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_RESUMABLE = 0, 1, 2, 3
 
 def main() -> None:
     """The command's entry. Exit codes: 0 done, 1 failed, 2 bad input, 3 stopped and resumable."""
+    ensure_home()
     flag = StopFlag()
     flag.install()
     if PARENT_VARIABLE in os.environ:
@@ -33,6 +36,9 @@ def main() -> None:
 
 
 def _run(arguments: list[str], flag: StopFlag) -> int:
+    if "--version" in arguments:
+        print(f"regrow {own_version()}")
+        return EXIT_DONE
     from launch.app import Application
     from launch.errors import describe
 

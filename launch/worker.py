@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.signals import StopFlag
+from launch.versions import own_version
 from trainer.process import PARENT_VARIABLE, die_with_parent
 
 if TYPE_CHECKING:
@@ -278,15 +279,9 @@ def _attempt(context: "ParallelContext", threads: int) -> Any:
 
 def software_versions() -> dict[str, str]:
     """What a run or a checkpoint was made with."""
-    from importlib.metadata import PackageNotFoundError, version
-
     import torch
 
-    try:
-        own = version("regrow")
-    except PackageNotFoundError:
-        own = "uninstalled"
-    versions = {"regrow": own, "torch": str(torch.__version__), "python": platform.python_version()}
+    versions = {"regrow": own_version(), "torch": str(torch.__version__), "python": platform.python_version()}
     revision = _git_revision()
     return {**versions, "git": revision} if revision else versions
 

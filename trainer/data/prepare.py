@@ -34,6 +34,7 @@ from trainer.data.token_store import (
     write_shard,
 )
 from trainer.data.tokenizer import end_of_text_id, load_tokenizer, tokenizer_file, tokenizer_hash, train_bpe
+from trainer.places import user_cache
 from trainer.process import die_with_parent
 
 __all__ = ["cache_folder", "prepare", "tokenize"]
@@ -46,7 +47,7 @@ def cache_folder(config: DataConfig) -> Path:
     """Where tokenised corpora are kept."""
     if config.cache is not None:
         return Path(config.cache).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "regrow"
+    return user_cache()
 
 
 @contextmanager
