@@ -1,6 +1,6 @@
 """One sentence for each thing a user can get wrong: field, rule, value, remedy."""
 
-import difflib
+import dataclasses
 import errno
 import os
 import re
@@ -18,12 +18,16 @@ from omegaconf import OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
+    ConfigTypeError,
+    GrammarParseError,
+    InterpolationResolutionError,
     InterpolationToMissingValueError,
     MissingMandatoryValue,
     OmegaConfBaseException,
     ValidationError,
 )
 
+from launch.hints import example_of, nearest, one_line, quoted_override, section_fields, unknown_field
 from launch.identity import is_free
 from launch.overrides import is_multirun, parse_overrides, swept_keys
 from launch.schema import Config
@@ -55,6 +59,8 @@ def check_arguments(arguments: Sequence[str]) -> None:
         UserError: with the right form.
     """
     for i, argument in enumerate(arguments):
+        if re.match(r"[+~]*=", argument):
+            raise UserError(f"an override must begin with a field's name, but {argument} does not; write FIELD=VALUE")
         if re.match(r"--[a-z_]+\.[a-z_.]+", argument):
             name, _, value = argument[2:].partition("=")
             value = value or (arguments[i + 1] if i + 1 < len(arguments) else "VALUE")
@@ -108,9 +114,10 @@ def check_no_hub_name(field: str, value: str) -> None:
     name = re.fullmatch(r"(?:https?://huggingface\.co/|hf://)?([\w.-]+/([\w.-]+))/?", value, flags=re.ASCII)
     if name is None or name.group(1).startswith(".") or Path(value).expanduser().exists():
         return
+    known, folder = name.groups()
     raise UserError(
-        f"{field} must be a folder that is here, but {value} is not; if it is a name on the Hugging Face Hub, download "
-        f"it first (hf download {name.group(1)} --local-dir {name.group(2)}) and give {field}={name.group(2)}"
+        f"{field} must be a folder that is here, but {value} is not; if it is a name on the Hugging Face Hub, "
+        f"download it first (hf download {known} --local-dir {folder}) and give {field}={folder}"
     )
 
 
@@ -208,7 +215,7 @@ def describe(error: BaseException) -> str | None:
         if sentence is not None:
             return sentence
         cause = cause.__cause__ or cause.__context__
-    return str(error) if isinstance(error, HydraException | OmegaConfBaseException) else None
+    return one_line(str(error)) if isinstance(error, HydraException | OmegaConfBaseException) else None
 
 
 def _describe_one(error: BaseException) -> str | None:
@@ -216,63 +223,139 @@ def _describe_one(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, MissingConfigException):
         return _unknown_choice(str(error))
-    if isinstance(error, ConfigKeyError | ConfigAttributeError):
-        return _unknown_key(error.full_key or "", error.parent_node)
+    if isinstance(error, OverrideParseException):
+        return _unreadable(error)
+    if isinstance(error, ConfigCompositionException):
+        return _composition(str(error)) if error.__cause__ is None else None
+    if isinstance(error, OmegaConfBaseException):
+        return _describe_value(error)
+    return None
+
+
+def _describe_value(error: OmegaConfBaseException) -> str | None:
+    """For what OmegaConf refuses."""
     if isinstance(error, InterpolationToMissingValueError):
         name = str(error).splitlines()[0].rpartition(" ")[2]
         return f"{name} must be set, but is missing; add {name}=VALUE"
+    if isinstance(error, InterpolationResolutionError | GrammarParseError):
+        return _interpolation(error)
+    if isinstance(error, ConfigTypeError) and "deletion" in str(error):
+        return f"{error.full_key} cannot be removed with ~; give it another value"
+    if isinstance(error, ConfigTypeError):
+        return (
+            f"{error.full_key} cannot be set so ({_first_line(error)}); write a list as [a,b], a section as {{a:1}}"
+        )
+    if isinstance(error, ConfigKeyError | ConfigAttributeError):
+        return _unknown_key(error.full_key or "", error.parent_node)
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} must be set, but is missing; add {error.full_key}=VALUE"
-    if isinstance(error, ValidationError):
-        return _wrong_value(error)
-    if isinstance(error, OverrideParseException):
-        reason = error.args[0].splitlines()[0]
-        return f"the override {error.override!r} cannot be read ({reason}); write section.field=value"
-    if isinstance(error, ConfigCompositionException) and error.__cause__ is None:
-        return _composition(str(error))
+    return _wrong_value(error) if isinstance(error, ValidationError) else None
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).splitlines()[0]
+    return f"{text[:1].lower()}{text[1:]}".rstrip(".")
+
+
+def _interpolation(error: OmegaConfBaseException) -> str | None:
+    """For `${…}` that leads nowhere."""
+    text = str(error).splitlines()[0]
+    missing = re.search(r"Interpolation key '(.*)' not found", text)
+    if missing:
+        return (
+            f"${{{missing.group(1)}}} must name a field of the config, but {missing.group(1)} is none; name another, "
+            f"or write \\${{{missing.group(1)}}} for the text itself"
+        )
+    variable = re.search(r"Environment variable '(.*)' not found", text)
+    if variable:
+        return (
+            f"${{oc.env:{variable.group(1)}}} must name a variable of the environment, but {variable.group(1)} is "
+            f"not set; set it, or write ${{oc.env:{variable.group(1)},DEFAULT}}"
+        )
+    if isinstance(error, GrammarParseError):
+        where = error.full_key or "a value"
+        return f"{where} has a ${{…}} that cannot be read ({_first_line(error)}); close its braces"
+    # Errors that a resolver raised are described by themselves.
     return None
+
+
+def _unreadable(error: OverrideParseException) -> str:
+    override = str(error.override)
+    key, equals, value = override.partition("=")
+    reason = one_line(str(error.args[0]).splitlines()[0])
+    if not equals:
+        reason, remedy = "it has no =", f"write {key}=VALUE" if re.fullmatch(r"[\w./]+", key) else "write FIELD=VALUE"
+        if key in _sections():
+            remedy = f"write {key}.FIELD=VALUE"
+        return f"the override {override!r} cannot be read ({reason}); {remedy}"
+    quoted = quoted_override(override)
+    if value.startswith("[") and not value.rstrip().endswith("]"):
+        reason = "its [ is not closed"
+    elif "LexerNoViableAltException" in reason:
+        reason = "it holds letters or signs that must stand in quotes"
+    remedy = f"write {quoted}" if quoted else "write section.field=value, with quotes around special signs"
+    return f"the override {override!r} cannot be read ({reason}); {remedy}"
 
 
 def _unknown_choice(message: str) -> str:
     found = re.search(r"Could not find '([^']+)/([^'/]+)'", message)
     if found is None:
-        return message.splitlines()[0]
+        return one_line(message)
     group, choice = found.groups()
     names = [line.strip() for line in message.splitlines() if line.startswith("\t")]
     names = [n for n in names if not n.endswith("_schema") and "=" not in n]
-    near = difflib.get_close_matches(choice, names, 1)
-    remedy = f"did you mean {group}={near[0]}?" if near else f"use {group}={names[0]}" if names else "check it"
+    near = nearest(choice, names)
+    remedy = f"did you mean {group}={near}?" if near else "choose one of them"
+    if group == "experiment" and near is None:
+        remedy = f"choose one of them, or give --config-dir=DIR with DIR/experiment/{choice}.yaml in it"
     return f"{group} must be one of {', '.join(names)}, but is {choice!r}; {remedy}"
 
 
+def _sections() -> list[str]:
+    return [f.name for f in dataclasses.fields(Config)]
+
+
 def _unknown_key(full_key: str, parent: object) -> str:
-    section, _, key = full_key.rpartition(".")
     known = [str(k) for k in parent] if OmegaConf.is_dict(parent) and not parent._is_none() else []  # type: ignore[attr-defined]
-    if not known:
-        known = [f.name for f in __import__("dataclasses").fields(Config)]
-    near = difflib.get_close_matches(key, known, 1)
-    prefix = f"{section}." if section else ""
-    remedy = f"did you mean {prefix}{near[0]}?" if near else f"{section or 'the config'} has {', '.join(known)}"
-    return f"{full_key} is not a field; {remedy}"
+    return unknown_field(full_key, known or _sections())
 
 
 def _composition(message: str) -> str:
     found = re.search(r"Could not override '([^']+)'", message)
+    key = found.group(1).partition("@")[0] if found else ""
+    if key in _sections():
+        fields = section_fields(key)
+        example = fields[0] if fields else f"{key}.FIELD"
+        return f"{key} is a section and has no value of its own; set its fields, as in {example}=VALUE"
     if found:
-        return _unknown_key(found.group(1).partition("@")[0], None)
-    return message.splitlines()[0]
+        return unknown_field(key, _sections())
+    twice = re.search(r"Multiple values for (\S+?)\.", message)
+    if twice:
+        return f"{twice.group(1)} must be chosen once, but is chosen twice; write {twice.group(1)}=CHOICE without a +"
+    swept = re.search(r"Ambiguous value for argument '([^=]*)=(.*)'", message)
+    if swept:
+        key, value = swept.groups()
+        text = f"\"{key}='{value}'\""
+        return (
+            f"{key} must have one value, but {key}={value} has several; write -m {key}={value} to sweep over them, "
+            f"{key}=[{value}] for a list, or {text} for a text with commas"
+        )
+    return one_line(message)
 
 
 def _wrong_value(error: ValidationError) -> str:
-    text = str(error).splitlines()[0]
+    text, name = str(error).splitlines()[0], error.full_key
     wanted = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
     converted = re.search(r"Value '(.*)' of type '\w+' could not be converted to (\w+)", text)
     if converted:
         value, kind = converted.groups()
-        return f"{error.full_key} must be {wanted.get(kind, kind)}, but is {value!r}; write {error.full_key}=VALUE"
+        remedy = example_of(value) if kind == "Integer" else "true" if kind == "Boolean" else "VALUE"
+        return f"{name} must be {wanted.get(kind, kind)}, but is {value!r}; write {name}={remedy}"
     enum = re.search(r"Invalid value '(.*)', expected one of \[(.*)\]", text)
     if enum:
-        return f"{error.full_key} must be one of {enum.group(2)}, but is {enum.group(1)!r}; choose one of them"
+        return f"{name} must be one of {enum.group(2)}, but is {enum.group(1)!r}; choose one of them"
+    if "is not a ListConfig, list or tuple" in text:
+        return f"{name} must be a list, but is {str(error.value)!r}; write {name}=[{error.value}]"
     if "None" in text or error.value is None:
-        return f"{error.full_key} must not be null, but is; leave it out or give a value"
-    return f"{error.full_key}: {text[0].lower()}{text[1:]}; give a value of the field's type"
+        return f"{name} must not be null, but is; leave it out or give a value"
+    return f"{name}: {_first_line(error)}; give a value of the field's type"

@@ -46,6 +46,8 @@ def _run_name(root: DictConfig, swept: frozenset[str]) -> str:
     )
     assert isinstance(plain, dict)
     config: dict[str, Any] = {str(k): v for k, v in plain.items()}
+    if not isinstance(config["model"], dict):
+        raise UserError("model must be chosen, but is missing; add model=CHOICE, without ~")
     model_name, digest = str(config["model"]["name"]), config_hash(config)
     hydra = _hydra(root)
     if hydra is None or hydra.mode is not RunMode.MULTIRUN:

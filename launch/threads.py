@@ -34,5 +34,4 @@ def threads_per_rank(wanted: int, environ: Mapping[str, str], *, local_ranks: in
             "OMP_NUM_THREADS=1 is torchrun's default: the cores are shared; launch.threads_per_rank=1 asks for 1"
         )
         return 0
-    log.info("OMP_NUM_THREADS=%s: %s threads for each rank (launch.threads_per_rank is 0)", text, first.group(1))
     return int(first.group(1))
