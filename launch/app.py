@@ -67,10 +67,10 @@ class Application:
         Raises:
             UserError and Hydra's own errors, for what cannot be composed.
         """
+        register_schemas()
         check_arguments(arguments)
         self._swept = swept_keys(arguments)
         register_resolver(self._swept)
-        register_schemas()
         launching = any(a.startswith("hydra/launcher=") for a in arguments)
         if launching:
             from launch.launchers import register_launchers

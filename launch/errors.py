@@ -70,8 +70,22 @@ def check_arguments(arguments: Sequence[str]) -> None:
             raise UserError(
                 f"checkpoint.exclude_from_loading must be a list, but is {value}; write {name}={_listed(name, value)}"
             )
+    _check_groups(arguments)
     if is_multirun(arguments):
         _check_sweep(arguments)
+
+
+def _check_groups(arguments: Sequence[str]) -> None:
+    """A section or group takes a choice's name; for a number Hydra has a traceback alone."""
+    for override in parse_overrides(arguments):
+        key = override.key_or_group
+        if key in _ROOT_VALUES or key not in _sections() or override.is_sweep_override() or override.is_delete():
+            continue
+        if isinstance(override.value(), int | float | bool | dict):
+            raise UserError(
+                f"{key} must be the name of a choice, or be set by its fields, but is "
+                f"{override.get_value_element_as_str()}; write for instance {_field_in(key)}=VALUE"
+            )
 
 
 def _listed(name: str, value: str) -> str:
@@ -311,6 +325,11 @@ def _unknown_choice(message: str) -> str:
     return f"{group} must be one of {', '.join(names)}, but is {choice!r}; {remedy}"
 
 
+def _field_in(section: str) -> str:
+    """A field to show."""
+    return next(iter(section_fields(section)), f"{section}.FIELD")
+
+
 def _sections() -> list[str]:
     return [f.name for f in dataclasses.fields(Config)]
 
@@ -324,9 +343,7 @@ def _composition(message: str) -> str:
     found = re.search(r"Could not override '([^']+)'", message)
     key = found.group(1).partition("@")[0] if found else ""
     if key in _sections():
-        fields = section_fields(key)
-        example = fields[0] if fields else f"{key}.FIELD"
-        return f"{key} is a section and has no value of its own; set its fields, as in {example}=VALUE"
+        return f"{key} is a section and has no value of its own; set its fields, as in {_field_in(key)}=VALUE"
     if found:
         return unknown_field(key, _sections())
     twice = re.search(r"Multiple values for (\S+?)\.", message)

@@ -96,20 +96,16 @@ def quoted_override(override: str) -> str | None:
             OverridesParser.create().parse_override(form)
         except (HydraException, ValueError):
             continue
-        return shlex.quote(form) if "'" not in form else f'"{_in_double_quotes(form)}"'
+        return shlex.quote(form)
     return None
 
 
 def _quoted(text: str) -> str:
+    """In double quotes, which a shell's single quotes leave alone."""
     if re.fullmatch(r"'[^']*'|\"[^\"]*\"|[\w./*-]+", text, flags=re.ASCII):
         return text
-    escaped = text.strip("'\"").replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
-
-
-def _in_double_quotes(text: str) -> str:
-    """For a shell."""
-    return re.sub(r'([\\"$`])', r"\\\1", text)
+    escaped = text.strip("'\"").replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
 
 
 def example_of(value: Any) -> str:
