@@ -164,8 +164,8 @@ def naming_fields(*places: tuple[str, str | Path | None]) -> Iterator[None]:
     """Turns what the operating system refuses inside the block into a sentence with the path and its field.
 
     Args:
-        places: what is read and written inside: fields, and where their values lie. The first is meant where the
-            error says no path (a full disk, while writing), so it is one that is written.
+        places: what is read and written inside: fields, and where their values lie. The first is the one that is
+            written most, and meant where the disk is full and the error says no path.
 
     Raises:
         UserError: for an OSError of the system's own.
@@ -180,11 +180,15 @@ def naming_fields(*places: tuple[str, str | Path | None]) -> Iterator[None]:
 
 
 def _refused_path(error: OSError, places: Sequence[tuple[str, Path]]) -> str:
-    field, shown = places[0][0], str(places[0][1])
-    if isinstance(error.filename, str):
-        field, shown = _field_of(Path(error.filename).absolute(), places), error.filename
     reason = error.strerror or type(error).__name__
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error.filename, str):
+        field, shown = _field_of(Path(error.filename).absolute(), places), error.filename
+    elif full or len(places) == 1:
+        field, shown = places[0][0], str(places[0][1])
+    else:
+        every = " or ".join(f"{field} ({path})" for field, path in places)
+        return f"{every} cannot be read or written ({reason}); check them"
     remedy = "free some space there, or choose another one" if full else "check it, or choose another one"
     if not field:
         return f"{shown} cannot be used ({reason}); check that it is there and may be used"

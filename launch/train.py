@@ -5,8 +5,6 @@ import sys
 import traceback
 
 from launch.signals import Interrupted, StopFlag, write_note
-from launch.versions import own_version
-from trainer.places import ensure_home
 from trainer.process import PARENT_VARIABLE, die_with_parent
 
 __all__ = ["main"]
@@ -16,9 +14,11 @@ EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_RESUMABLE = 0, 1, 2, 3
 
 def main() -> None:
     """The command's entry. Exit codes: 0 done, 1 failed, 2 bad input, 3 stopped and resumable."""
-    ensure_home()
     flag = StopFlag()
     flag.install()
+    from trainer.places import ensure_home
+
+    ensure_home()
     if PARENT_VARIABLE in os.environ:
         die_with_parent(int(os.environ.pop(PARENT_VARIABLE)))
     try:
@@ -37,6 +37,8 @@ def main() -> None:
 
 def _run(arguments: list[str], flag: StopFlag) -> int:
     if "--version" in arguments:
+        from launch.versions import own_version
+
         print(f"regrow {own_version()}")
         return EXIT_DONE
     from launch.app import Application

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.signals import StopFlag
-from launch.versions import own_version
 from trainer.process import PARENT_VARIABLE, die_with_parent
 
 if TYPE_CHECKING:
@@ -280,6 +279,8 @@ def _attempt(context: "ParallelContext", threads: int) -> Any:
 def software_versions() -> dict[str, str]:
     """What a run or a checkpoint was made with."""
     import torch
+
+    from launch.versions import own_version
 
     versions = {"regrow": own_version(), "torch": str(torch.__version__), "python": platform.python_version()}
     revision = _git_revision()

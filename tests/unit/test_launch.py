@@ -214,6 +214,9 @@ def test_an_operating_systems_error_names_the_field_of_its_path(number: int, rem
         said = str(caught.value)
         assert os.strerror(number) in said
         assert str(path or tmp_path / "out") in said
+        if path is None and remedy == "check it":
+            assert all(f"{name} ({place})" in said for name, place in places_)
+            continue
         assert said.startswith(f"{field} must be" if field else str(path))
         assert remedy in said or not field
 
