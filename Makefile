@@ -40,5 +40,5 @@ test: $(STAMP) $(TORCHTUNE)/.installed  ## every test; installs Debian's Slurm f
 	tests/slurm/setup.sh
 	$(BIN)/pytest
 
-clean:          ## remove caches and outputs, keep the virtual environment
-	rm -rf outputs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+clean:          ## remove what tools made; runs (outputs/) and the virtual environment stay
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

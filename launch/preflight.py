@@ -1,6 +1,7 @@
 """Everything that can be refused before a rank starts: one sentence each."""
 
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,8 +27,11 @@ from launch.build import (
     policies,
     rules,
 )
+from launch.errors import check_no_hub_name, naming_fields
+from launch.ranks import detect_ranks
 from launch.schema import Config
-from trainer.data.prepare import prepare
+from trainer.data.config import TextConfig, TokensConfig
+from trainer.data.prepare import cache_folder, prepare
 from trainer.data.token_store import TokenStore
 from trainer.data.windows import Windows
 from trainer.parallel.layout import Layout
@@ -168,10 +172,11 @@ def check_seed(environ: Mapping[str, str]) -> None:
     Raises:
         ValueError: torchrun started several.
     """
-    started = environ.get("WORLD_SIZE", "1")
-    if started != "1":
+    ranks = detect_ranks(environ, None)
+    if ranks is not None and ranks.world_size > 1:
         raise ValueError(
-            f"checkpoint.create_seed_checkpoint must be run by 1 process, but {started} were started; start one"
+            f"checkpoint.create_seed_checkpoint must be run by 1 process, but {ranks.world_size} were started; start "
+            "one"
         )
 
 
@@ -195,6 +200,7 @@ def check_initial_load(config: Config, start: StartPoint) -> LoadPlan:
         CheckpointError: it is not, or does not.
     """
     assert start.path is not None
+    check_no_hub_name("checkpoint.initial_load_path", start.path)
     with torch.device("meta"):
         model = build_model(config)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -216,11 +222,26 @@ def prepare_data(config: Config) -> Path:
         ValueError: the corpus or the tokenizer does not fit.
         FileNotFoundError: a file is missing.
     """
+    if getattr(config.data, "tokenizer", None):
+        check_no_hub_name("data.tokenizer", str(config.data.tokenizer))
     source = build_source(config)
-    source.check()
-    folder = prepare(source, lambda size: _check_vocabulary(config, size))
-    check_data(config, TokenStore(folder))
+    with naming_fields(("data.cache", cache_folder(config.data)), *_data_places(config)):
+        source.check()
+        folder = prepare(source, lambda size: _check_vocabulary(config, size))
+        check_data(config, TokenStore(folder))
     return folder
+
+
+def _data_places(config: Config) -> list[tuple[str, str | Path | None]]:
+    """Where the data's fields say that something is read."""
+    data = config.data
+    places: list[tuple[str, str | Path | None]] = [("data.tokenizer", getattr(data, "tokenizer", None))]
+    if isinstance(data, TokensConfig):
+        places.append(("data.path", data.path))
+    if isinstance(data, TextConfig):
+        # The folder in which a pattern begins to match.
+        places += [("data.files", re.split(r"[^/]*[*?[]", pattern, maxsplit=1)[0] or ".") for pattern in data.files]
+    return places
 
 
 def check_data(config: Config, store: TokenStore) -> None:

@@ -35,6 +35,7 @@ from checkpoint.storage.base import Storage
 from checkpoint.storage.local import LocalStorage
 from launch.build import checkpoint_folder, export_folder
 from launch.errors import UserError
+from launch.extension import say_where_it_stands, settle_schedule
 from launch.identity import Difference, compare
 from launch.lost_record import check_owner, newest_of, rebuild_record
 from launch.preflight import check_initial_load
@@ -187,11 +188,12 @@ class OpenedRun:
 
     Attributes:
         record: as this start makes it; written by `begin_run`, once the state is loaded.
-        finished: whether the run has come to its end already; the record is then written.
+        reached: the step at which the run has come to its end already, its record is then written; None where there
+            is something to do.
     """
 
     record: RunRecord
-    finished: bool
+    reached: int | None
 
 
 def open_run(
@@ -255,15 +257,19 @@ def open_run(
     start = start_point(record.lineages, [(e.step, e.manifest.lineage) for e in entries if e.resumable])
     if _is_finished(config, record, entries, run_dir):
         begin_run(settings, run_dir, store, overrides, record)
-        return OpenedRun(record=record, finished=True)
+        reached = max([record.attempts[-1].to_step, *(e.step for e in entries)])
+        say_where_it_stands(config, reached, entries)
+        return OpenedRun(record=record, reached=reached)
     _check_start(config, start, record, catalog.folder.url)
     _check_weights(start, record, entries, run_dir)
+    settle_schedule(config, record, start, entries)
+    say_where_it_stands(config, start.step, entries)
     for change in changes:
         log.warning("%s, from step %d on", change, start.step)
         record.changes.append(
             {"name": change.name, "from": change.stored, "to": change.given, "after_step": start.step}
         )
-    return OpenedRun(record=record, finished=False)
+    return OpenedRun(record=record, reached=None)
 
 
 def begin_run(
@@ -326,7 +332,7 @@ def _from_weights(config: Config, lineage: Lineage) -> Lineage:
 
 def _is_restart(environ: Mapping[str, str]) -> bool:
     """Whether torchrun or Slurm starts the same launch again."""
-    return any(environ.get(n, "0") != "0" for n in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    return any(environ.get(n) not in (None, "", "0") for n in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
 def _check_start(config: Config, start: StartPoint, record: RunRecord, folder: str) -> None:

@@ -341,15 +341,11 @@ def _attempt(context: "ParallelContext", threads: int) -> Any:
 
 def software_versions() -> dict[str, str]:
     """What a run or a checkpoint was made with."""
-    from importlib.metadata import PackageNotFoundError, version
-
     import torch
 
-    try:
-        own = version("regrow")
-    except PackageNotFoundError:
-        own = "uninstalled"
-    versions = {"regrow": own, "torch": str(torch.__version__), "python": platform.python_version()}
+    from launch.versions import own_version
+
+    versions = {"regrow": own_version(), "torch": str(torch.__version__), "python": platform.python_version()}
     revision = _git_revision()
     return {**versions, "git": revision} if revision else versions
 
@@ -407,6 +403,7 @@ def _checkpoint_hooks(spec: RankSpec, fingerprint: str) -> list[Any]:
         lineages=record.lineages,
         tracked=tracked_metrics(options),
         schedule_total=config.scheduler.total_steps,
+        stretched_totals=record.stretched_totals(),
         labels=run_labels(spec, fingerprint),
         mode=options.async_mode,
         saver=SaverOptions(

@@ -12,6 +12,7 @@ import xxhash
 from checkpoint.files import open_regular, read_regular
 from trainer.data.config import DataConfig
 from trainer.data.source import DataError, digest
+from trainer.places import user_cache
 
 __all__ = ["cache_folder", "content_digest", "writing_to"]
 
@@ -24,17 +25,16 @@ def cache_folder(config: DataConfig) -> Path:
     """Where tokenised corpora are kept.
 
     Raises:
-        DataError: there is no home folder to keep them in.
+        DataError: `data.cache` begins with a home folder that there is not.
     """
-    given = config.cache if config.cache is not None else os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    if config.cache is None:
+        return user_cache()
     try:
-        folder = Path(given).expanduser()
+        return Path(config.cache).expanduser()
     except RuntimeError:
         raise DataError(
-            f"data.cache must be a folder where there is no home folder, but is {config.cache or 'null'}; "
-            "set data.cache=FOLDER"
+            f"data.cache must be a folder where there is no home folder, but is {config.cache}; use an absolute path"
         ) from None
-    return folder if config.cache is not None else folder / "regrow"
 
 
 @contextmanager

@@ -54,6 +54,7 @@ class CheckpointPlan:
         lineages: the run's, the newest last.
         tracked: metrics whose best value is remembered, and whether lower is better.
         schedule_total: the steps of a schedule that begins on resume; None: up to the run's end.
+        stretched_totals: what schedules were stretched to (`run.extend`), by the step at which they began.
         labels: written into each manifest: `data_fingerprint`, `config_hash`, `versions`.
         mode: how a save overlaps training.
         saver: how saves are made.
@@ -74,6 +75,7 @@ class CheckpointPlan:
     lineages: Sequence[Lineage]
     tracked: dict[str, bool]
     schedule_total: int | None
+    stretched_totals: Mapping[int, int]
     labels: dict[str, Any]
     mode: AsyncMode
     saver: SaverOptions
@@ -130,14 +132,6 @@ class CheckpointHook(Hook):
         if context.is_main:
             without = f", without {', '.join(start.exclude)}" if start.exclude else ""
             log.info("state: %s%s; continuing after step %d", source, without, trainer.state.step)
-            end = trainer.state.schedule_origin + trainer.state.schedule_total
-            if trainer.state.step and end < trainer.options.steps:
-                log.info(
-                    "the learning-rate schedule ends at step %d and stays there up to step %d; to stretch it, give "
-                    "scheduler.total_steps and run.allow_change=[scheduler.total_steps]",
-                    end,
-                    trainer.options.steps,
-                )
 
     def _agree_on_start(self, trainer: Trainer, damaged: Mapping[int, str]) -> StartPoint:
         """Rank 0's choice on all ranks, or its error."""
@@ -253,6 +247,8 @@ class CheckpointHook(Hook):
             trainer.state = saved.without(start.exclude, schedule_total=total)
             if self._plan.schedule_total is not None:
                 trainer.state.schedule_total = self._plan.schedule_total
+            elif trainer.state.schedule_origin in self._plan.stretched_totals:
+                trainer.state.schedule_total = self._plan.stretched_totals[trainer.state.schedule_origin]
         if tensors:
             # A run's own step holds what its model has; other starts say themselves what they leave out.
             known = trainer.engine.names if start.kind is StartKind.step else None
