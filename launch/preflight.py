@@ -10,9 +10,9 @@ import torch
 from checkpoint.config import CheckpointConfig, FinetuneConfig
 from checkpoint.errors import CheckpointError
 from checkpoint.lineage import LoadRequest, StartPoint
-from checkpoint.loading import is_verified
 from checkpoint.outputs import size_in_bytes
-from checkpoint.partial import LoadPlan, LoadRules, check_load
+from checkpoint.partial import LoadPlan, LoadRules, check_load, check_moments, stored_step
+from checkpoint.source import TensorSource
 from checkpoint.storage.opening import is_url
 from launch.build import (
     build_hooks,
@@ -26,6 +26,9 @@ from launch.build import (
     rules,
 )
 from launch.schema import Config
+from launch.weights import buffers_of, shapes_of
+from models.config import DecoderConfig
+from models.hf import CONFIG, HEAD
 from trainer.data.prepare import prepare
 from trainer.data.token_store import TokenStore
 from trainer.data.windows import Windows
@@ -189,18 +192,59 @@ def check_initial_load(config: Config, start: StartPoint) -> LoadPlan:
         CheckpointError: it is not, or does not.
     """
     assert start.path is not None
-    with torch.device("meta"):
-        model = build_model(config)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    source, unused = open_initial(config, start.path, in_hf=start.in_hf)
-    with source:
-        plan = check_load(source, shapes, LoadRules.from_config(config.checkpoint), unused=unused)
-        if not start.model_only and not is_verified(source.place):
+    shapes = shapes_of(config.model)
+    opened = open_initial(config, start.path, find_copies=True)
+    with opened.source as source:
+        plan = check_load(
+            source,
+            shapes,
+            LoadRules.from_config(config.checkpoint),
+            unused=opened.unused,
+            beside=(*opened.same, *buffers_of(config.model)),
+            idle_rules=opened.idle_rules,
+            remedies=_remedies(config),
+        )
+        # Only now: setting the field as the sentence says leads to the load that was just looked at.
+        if opened.in_hf is not start.in_hf:
+            whose, value = ("Hugging Face's", "true") if opened.in_hf else ("not Hugging Face's", "false")
             raise CheckpointError(
-                f"checkpoint.initial_load_model_only must be true for {source.place}, which has no manifest and so "
-                "no train state, but is false; leave it out"
+                f"checkpoint.initial_load_in_hf must be {value} for {start.path}, whose tensors' names are {whose}, "
+                f"but is {str(start.in_hf).lower()}; set checkpoint.initial_load_in_hf={value}"
             )
+        if not start.model_only:
+            _check_state(config, start, source, {n: shapes[n] for n in plan.found})
     return plan
+
+
+def _check_state(
+    config: Config, start: StartPoint, source: TensorSource, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Whether optimizer and counters can come from there too."""
+    if "optimizer" not in start.exclude:
+        check_moments(source, shapes)
+    step = stored_step(source)
+    if step is None:
+        raise CheckpointError(
+            f"checkpoint.initial_load_model_only must be true for {source.place}, which does not say at which step "
+            "it was saved, but is false; leave it out"
+        )
+    if config.train.steps <= step:
+        raise CheckpointError(
+            f"train.steps must be above the step of {source.place} ({step}) to go on from it, but is "
+            f"{config.train.steps}; raise it, or use checkpoint.initial_load_model_only=true to begin at step 0"
+        )
+
+
+def _remedies(config: Config) -> dict[str, str]:
+    """What to do where the output layer is there or not, against the model's config."""
+    if not isinstance(config.model, DecoderConfig):
+        return {}
+    other = str(not config.model.tied_embeddings).lower()
+    remedy = f"use model.tied_embeddings={other}"
+    if config.model.load_weights:
+        # The config is the folder's.
+        remedy = f"set tie_word_embeddings to {other} in its {CONFIG}"
+    return {HEAD.ours: remedy, HEAD.theirs: remedy}
 
 
 def prepare_data(config: Config) -> Path:
