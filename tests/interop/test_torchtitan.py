@@ -64,6 +64,7 @@ def test_any_rows_of_a_fused_matrix_are_read_and_written(
     back = InverseSource(ours, todays_keys(config, ours.infos))
     assert back.infos == stored.infos
     parts = dict(zip(("wq", "wk", "wv"), fused.split(fused.wqkv.weight.detach()), strict=True))
+    whole: dict[str, tuple[TensorSource, Tensor]]
     whole = {f"optimizer.state.layers.0.attention.{w}.weight.exp_avg": (ours, p) for w, p in parts.items()}
     whole[name] = (back, fused.wqkv.weight.detach())
     for wanted, (source, expected) in whole.items():

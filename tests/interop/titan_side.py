@@ -19,8 +19,8 @@ class FusedQkv(nn.Module):
         super().__init__()
         self.queries, self.head = config.n_heads // config.n_kv_heads, config.head_width
         self.wqkv = nn.Linear(config.dim, config.n_kv_heads * (self.queries + 2) * self.head, bias=False)
-        self.register_state_dict_post_hook(self._split)
-        self.register_load_state_dict_pre_hook(self._merge)
+        self.register_state_dict_post_hook(self._split)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(self._merge)  # type: ignore[no-untyped-call]
 
     @staticmethod
     def _split(module: "FusedQkv", state: dict[str, Tensor], prefix: str, _metadata: Any) -> None:
@@ -38,7 +38,7 @@ class FusedQkv(nn.Module):
     def split(self, fused: Tensor) -> list[Tensor]:
         """Into queries, keys and values."""
         groups = fused.reshape(-1, self.queries + 2, self.head, fused.shape[1])
-        parts = groups.split([self.queries, 1, 1], dim=1)
+        parts = torch.split(groups, [self.queries, 1, 1], dim=1)
         return [p.reshape(-1, fused.shape[1]).contiguous() for p in parts]
 
 
