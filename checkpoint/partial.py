@@ -366,9 +366,9 @@ def check_moments(source: TensorSource, shapes: Mapping[str, tuple[int, ...]]) -
     Raises:
         CheckpointError: it has not.
     """
-    remedy = (
-        "use checkpoint.initial_load_model_only=true, or checkpoint.exclude_from_loading=[optimizer] to load the rest"
-    )
+    remedy = "use checkpoint.initial_load_model_only=true"
+    if stored_step(source) is not None:
+        remedy += ", or 'checkpoint.exclude_from_loading=[optimizer]' to go on from its step without"
     for name, shape in shapes.items():
         for moment in moments_of(name):
             if moment not in source.infos:
