@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ __all__ = [
     "RenamedSource",
     "check_load",
     "check_moments",
+    "check_types",
     "load_from",
     "moments_of",
     "pin_source",
@@ -219,8 +220,7 @@ def plan_load(
         CheckpointError: a tensor holds something other than floating-point numbers.
     """
     found = [n for n in shapes if n in source.infos]
-    for name in found:
-        _check_type(source, name)
+    check_types(source, found)
     return LoadPlan(
         found=tuple(found),
         missing=tuple(n for n in shapes if n not in source.infos),
@@ -233,14 +233,20 @@ def plan_load(
 _WEIGHT_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def _check_type(source: TensorSource, name: str) -> None:
-    dtype = source.infos[name].dtype
-    if dtype not in _WEIGHT_TYPES:
-        raise CheckpointError(
-            f"{name} in {source.place} must be float32, bfloat16, float16 or float64, but is "
-            f"{str(dtype).removeprefix('torch.')}: quantised weights are not supported; dequantise them first, for "
-            "instance with transformers"
-        )
+def check_types(source: TensorSource, names: Iterable[str]) -> None:
+    """Whether these tensors are weights, and not codes for some.
+
+    Raises:
+        CheckpointError: one is not.
+    """
+    for name in names:
+        dtype = source.infos[name].dtype
+        if dtype not in _WEIGHT_TYPES:
+            raise CheckpointError(
+                f"{name} in {source.place} must be float32, bfloat16, float16 or float64, but is "
+                f"{str(dtype).removeprefix('torch.')}: quantised weights are not supported; dequantise them first, "
+                "for instance with transformers"
+            )
 
 
 def check_load(

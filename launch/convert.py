@@ -16,7 +16,7 @@ from checkpoint.convert import CastSource, ConversionResult, convert
 from checkpoint.manifest import Manifest
 from checkpoint.mapped import InverseSource
 from checkpoint.outputs import plan_safetensors, plan_step, plan_torch, size_in_bytes
-from checkpoint.partial import moments_of, plan_load, stored_step
+from checkpoint.partial import check_types, moments_of, plan_load, stored_step, weights_of
 from checkpoint.source import TensorSource
 from checkpoint.sources import is_hf_folder
 from checkpoint.storage.opening import as_storage, is_url
@@ -199,6 +199,7 @@ def import_checkpoint(args: argparse.Namespace) -> ConversionResult:
             )
         if config is not None:
             check_fit(opened, config)
+        check_types(ours, [n for n in weights_of(ours) if n.endswith("weight")])
         manifest = Manifest(
             step=0,
             lineage="import",

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 import models
 from checkpoint.commit import METADATA
@@ -21,7 +23,21 @@ from launch.schema import Config, config_modules, register_schemas
 from launch.weights import model_of_folder
 from models.config import ModelConfig
 
-__all__ = ["flavour", "model_from_settings", "model_of", "run_folder_of", "settings_of_model"]
+__all__ = ["flavour", "model_from_settings", "model_of", "run_folder_of", "section_of_run", "settings_of_model"]
+
+
+def section_of_run(step: Storage, name: str) -> dict[str, Any]:
+    """A section of the config of the run that a step lies in; empty where there is no such config."""
+    run = run_folder_of(step)
+    if run is None:
+        return {}
+    try:
+        stored = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException):
+        # Somebody else's file of that name.
+        return {}
+    section = stored.get(name) if isinstance(stored, dict) else None
+    return {str(k): v for k, v in section.items()} if isinstance(section, dict) else {}
 
 
 class UnknownModelError(CheckpointError):
@@ -79,7 +95,13 @@ def model_from_settings(values: Mapping[str, Any], where: str) -> ModelConfig:
             defaults = {f.name: f.default for f in dataclasses.fields(kind)}
             if defaults.get("_target_") == values.get("_target_"):
                 known = {k: v for k, v in values.items() if k in defaults}
-                config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), known))
+                try:
+                    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), known))
+                except OmegaConfBaseException as error:
+                    reason = str(error).splitlines()[0]
+                    raise ValueError(
+                        f"{where} must hold a model's config, but {reason}; force one with --model"
+                    ) from error
                 assert isinstance(config, ModelConfig)
                 config.check()
                 return config
@@ -123,11 +145,8 @@ def model_of(place: str, forced: str | None, overrides: Collection[str] = ()) ->
     step = pin_source(storage)
     if step.exists(METADATA):
         settings = read_manifest(step).model if is_verified(step) else {}
-        run = run_folder_of(step)
-        if not settings and run is not None:
-            stored = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
-            settings = stored["model"] if isinstance(stored, dict) else {}
-        if settings:
+        settings = settings or section_of_run(step, "model")
+        if "_target_" in settings:
             return model_from_settings(settings, step.url)
     # Where it is no checkpoint at all, that is the thing to say.
     open_source(storage).close()

@@ -3,13 +3,11 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from checkpoint.loading import is_verified
 from checkpoint.manifest import Manifest, read_manifest
 from checkpoint.partial import pin_source
 from checkpoint.storage.base import Storage
-from launch.models_known import run_folder_of
+from launch.models_known import section_of_run
 from trainer.config import AdamWConfig
 
 __all__ = ["adamw_of", "beside_tensors", "manifest_of", "step_of"]
@@ -30,13 +28,9 @@ def manifest_of(place: Storage) -> Manifest | None:
 def adamw_of(place: Storage) -> AdamWConfig:
     """The optimizer's settings by the run's config that a step lies below; the defaults where there is none."""
     step = step_of(place)
-    run = run_folder_of(step) if step is not None else None
-    stored = OmegaConf.to_container(OmegaConf.load(run / "config.yaml")) if run is not None else {}
-    given = stored.get("optimizer") if isinstance(stored, dict) else None
+    given = section_of_run(step, "optimizer") if step is not None else {}
     names = ("lr", "weight_decay", "beta1", "beta2", "eps")
-    values: dict[str, Any] = {}
-    if isinstance(given, dict):
-        values = {n: float(given[n]) for n in names if isinstance(given.get(n), int | float)}
+    values: dict[str, Any] = {n: float(given[n]) for n in names if isinstance(given.get(n), int | float)}
     return AdamWConfig(**values)
 
 

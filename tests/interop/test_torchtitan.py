@@ -248,3 +248,20 @@ def _nested(dims: dict[str, Any]) -> dict[str, Any]:
 
     scaling = {k.partition(".")[2]: v for k, v in dims.items() if "." in k}
     return {**{k: v for k, v in dims.items() if "." not in k}, "rope_scaling": RopeScalingConfig(**scaling)}
+
+
+def test_experts_go_out_and_back_without_an_optimizer(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    from tests.interop.hf_models import make
+
+    make("qwen3_moe", tmp_path / "hf")
+    titan = tmp_path / "titan"
+    assert run_ckpt(["export", tmp_path / "hf", titan, "--format", "torchtitan"], monkeypatch, capsys)[0] == 0
+    with open_source(titan) as source:
+        assert source.infos["layers.1.moe.routed_experts.inner_experts.w2_EDF"].shape == (4, 64, 48)
+        assert {n.rpartition(".attention.")[2] for n in source.infos if ".qkv_linear." in n} == {
+            f"qkv_linear.{w}.weight" for w in ("wq", "wk", "wv")
+        }
+    assert run_ckpt(["diff", titan, tmp_path / "hf"], monkeypatch, capsys)[0] == 0
+    # From there to any other format, by the names that are found.
+    assert run_ckpt(["export", titan, tmp_path / "out"], monkeypatch, capsys)[0] == 0
+    assert run_ckpt(["diff", tmp_path / "out", tmp_path / "hf"], monkeypatch, capsys)[0] == 0

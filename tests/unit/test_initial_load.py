@@ -160,6 +160,17 @@ def test_the_sentences_about_rules_give_an_example_that_a_shell_and_hydra_take()
         assert typed_config([example]).checkpoint.load_rename == [r"^model\.=>"]
 
 
+def test_buffers_may_lie_beside_the_parameters(tmp_path: Path) -> None:
+    """As in our own steps of a mixture of experts."""
+    model = ["model=qwen3_moe_debug", "model.vocab_size=320"]
+    shapes = shapes_of(typed_config(model).model)
+    tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    save_file({**tensors, "layers.0.moe.expert_bias_E": torch.zeros(8)}, tmp_path / "a.safetensors")
+    config = typed_config([*model, f"checkpoint.initial_load_path={tmp_path}/a.safetensors"])
+    start = StartPoint(kind=StartKind.initial, path=f"{tmp_path}/a.safetensors", model_only=True)
+    assert check_initial_load(config, start).lines() == []
+
+
 def test_what_is_left_out_is_said(tmp_path: Path) -> None:
     names = ("norm.weight", "tok_embeddings.weight", "output.weight")
     save_file({n.replace("output", "lm_head"): W[n] for n in names}, tmp_path / "a.safetensors")
