@@ -1,5 +1,6 @@
 """Everything that can be refused before a rank starts: one sentence each."""
 
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from checkpoint.lineage import LoadRequest, StartPoint
 from checkpoint.outputs import size_in_bytes
 from checkpoint.partial import LoadPlan, LoadRules, check_load, check_moments, stored_step
 from checkpoint.source import TensorSource
-from checkpoint.storage.opening import is_url
+from checkpoint.storage.opening import is_url, open_storage
 from launch.build import (
     build_hooks,
     build_model,
@@ -26,7 +27,7 @@ from launch.build import (
     rules,
 )
 from launch.schema import Config
-from launch.weights import buffers_of, shapes_of
+from launch.weights import buffers_of, contradictions, shapes_of
 from models.config import DecoderConfig
 from models.hf import CONFIG, HEAD
 from trainer.data.prepare import prepare
@@ -46,6 +47,8 @@ __all__ = [
     "prepare_data",
     "splits_backward",
 ]
+
+log = logging.getLogger(__name__)
 
 
 def check_config(config: Config) -> None:
@@ -211,6 +214,9 @@ def check_initial_load(config: Config, start: StartPoint) -> LoadPlan:
                 f"checkpoint.initial_load_in_hf must be {value} for {start.path}, whose tensors' names are {whose}, "
                 f"but is {str(start.in_hf).lower()}; set checkpoint.initial_load_in_hf={value}"
             )
+        if opened.in_hf:
+            for line in contradictions(open_storage(start.path, config.checkpoint.storage_options), config.model):
+                log.warning("initial load: %s", line)
         if not start.model_only:
             _check_state(config, start, source, {n: shapes[n] for n in plan.found})
     return plan

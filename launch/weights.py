@@ -43,6 +43,7 @@ __all__ = [
     "WeightsSource",
     "buffers_of",
     "config_of_folder",
+    "contradictions",
     "model_of_folder",
     "open_weights",
     "shapes_of",
@@ -166,6 +167,29 @@ def _on_meta(config: ModelConfig) -> LanguageModel:
     with torch.device("meta"):
         model: LanguageModel = resolve_target(config._target_, "model")(config)
     return model
+
+
+# What no shape shows.
+_UNSEEN = ("rms_norm_eps", "rope_parameters", "norm_topk_prob", "num_experts_per_tok", "num_attention_heads")
+
+
+def contradictions(place: Storage, config: ModelConfig) -> list[str]:
+    """Where a folder's `config.json` describes another model than the one that takes its weights."""
+    if not place.exists(CONFIG):
+        return []
+    where = f"{place.url}/{CONFIG}"
+    try:
+        family, stored = read_config(parse_config(place.read(CONFIG), where), config.name, where)
+    except ValueError as error:
+        return [str(error)]
+    if type(stored) is not type(config):
+        return [f"{where} is of the family {family.architecture}, and the model is not"]
+    theirs, ours = family.describe(stored), family.describe(config)
+    return [
+        f"{name} in {where} is {theirs[name]}, but the model's is {ours[name]}"
+        for name in _UNSEEN
+        if theirs.get(name) != ours.get(name)
+    ]
 
 
 def config_of_folder(folder: Path, name: str, *, weights: bool) -> ModelConfig:

@@ -118,6 +118,19 @@ def test_a_flavour_that_is_tied_otherwise_names_the_field(tmp_path: Path) -> Non
         assert left_out.missing == (() if given == "true" else ("output.weight",))
 
 
+def test_a_flavour_of_other_numbers_and_the_same_shapes_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make("llama3_tied", tmp_path / "hf")
+    flavour = [*FLAVOUR, "model.tied_embeddings=true", "model.norm_eps=1e-6"]
+    check_initial_load(typed_config([*flavour, "model.rope_theta=10000"]), start(tmp_path / "hf"))
+    assert not caplog.records
+    check_initial_load(typed_config([*flavour, "model.rope_theta=20000"]), start(tmp_path / "hf"))
+    (record,) = caplog.records
+    assert "rope_parameters in" in record.getMessage()
+    assert "'rope_theta': 10000.0" in record.getMessage()
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
