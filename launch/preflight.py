@@ -1,5 +1,6 @@
 """Everything that can be refused before a rank starts: one sentence each."""
 
+import logging
 import os
 import re
 import shutil
@@ -12,10 +13,10 @@ from checkpoint.config import CheckpointConfig, FinetuneConfig
 from checkpoint.errors import CheckpointError
 from checkpoint.lease import LONGEST_TIMEOUT_S
 from checkpoint.lineage import LoadRequest, StartPoint
-from checkpoint.loading import is_verified
 from checkpoint.outputs import size_in_bytes
-from checkpoint.partial import LoadPlan, LoadRules, check_load
-from checkpoint.storage.opening import is_url
+from checkpoint.partial import LoadPlan, LoadRules, check_load, check_moments, stored_step
+from checkpoint.source import TensorSource
+from checkpoint.storage.opening import is_url, open_storage
 from launch.build import (
     build_hooks,
     build_model,
@@ -30,6 +31,9 @@ from launch.build import (
 from launch.errors import check_no_hub_name, naming_fields
 from launch.ranks import detect_ranks
 from launch.schema import Config
+from launch.weights import buffers_of, contradictions, shapes_of
+from models.config import DecoderConfig
+from models.hf import CONFIG, HEAD
 from trainer.data.config import TextConfig, TokensConfig
 from trainer.data.prepare import cache_folder, prepare
 from trainer.data.token_store import TokenStore
@@ -48,6 +52,8 @@ __all__ = [
     "prepare_data",
     "splits_backward",
 ]
+
+log = logging.getLogger(__name__)
 
 
 def check_config(config: Config) -> None:
@@ -201,18 +207,62 @@ def check_initial_load(config: Config, start: StartPoint) -> LoadPlan:
     """
     assert start.path is not None
     check_no_hub_name("checkpoint.initial_load_path", start.path)
-    with torch.device("meta"):
-        model = build_model(config)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    source, unused = open_initial(config, start.path, in_hf=start.in_hf)
-    with source:
-        plan = check_load(source, shapes, LoadRules.from_config(config.checkpoint), unused=unused)
-        if not start.model_only and not is_verified(source.place):
+    shapes = shapes_of(config.model)
+    opened = open_initial(config, start.path, find_copies=True)
+    with opened.source as source:
+        plan = check_load(
+            source,
+            shapes,
+            LoadRules.from_config(config.checkpoint),
+            unused=opened.unused,
+            beside=(*opened.same, *buffers_of(config.model)),
+            idle_rules=opened.idle_rules,
+            remedies=_remedies(config),
+        )
+        # Only now: setting the field as the sentence says leads to the load that was just looked at.
+        if opened.in_hf is not start.in_hf:
+            whose, value = ("Hugging Face's", "true") if opened.in_hf else ("not Hugging Face's", "false")
             raise CheckpointError(
-                f"checkpoint.initial_load_model_only must be true for {source.place}, which has no manifest and so "
-                "no train state, but is false; leave it out"
+                f"checkpoint.initial_load_in_hf must be {value} for {start.path}, whose tensors' names are {whose}, "
+                f"but is {str(start.in_hf).lower()}; set checkpoint.initial_load_in_hf={value}"
             )
+        if opened.in_hf:
+            for line in contradictions(open_storage(start.path, config.checkpoint.storage_options), config.model):
+                log.warning("initial load: %s", line)
+        if not start.model_only:
+            _check_state(config, start, source, {n: shapes[n] for n in plan.found})
     return plan
+
+
+def _check_state(
+    config: Config, start: StartPoint, source: TensorSource, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Whether optimizer and counters can come from there too."""
+    if "optimizer" not in start.exclude:
+        check_moments(source, shapes)
+    step = stored_step(source)
+    if step is None:
+        raise CheckpointError(
+            f"checkpoint.initial_load_model_only must be true for {source.place}, which does not say at which step "
+            "it was saved, but is false; leave it out"
+        )
+    if config.train.steps <= step:
+        raise CheckpointError(
+            f"train.steps must be above the step of {source.place} ({step}) to go on from it, but is "
+            f"{config.train.steps}; raise it, or use checkpoint.initial_load_model_only=true to begin at step 0"
+        )
+
+
+def _remedies(config: Config) -> dict[str, str]:
+    """What to do where the output layer is there or not, against the model's config."""
+    if not isinstance(config.model, DecoderConfig):
+        return {}
+    other = str(not config.model.tied_embeddings).lower()
+    remedy = f"use model.tied_embeddings={other}"
+    if config.model.load_weights:
+        # The config is the folder's.
+        remedy = f"set tie_word_embeddings to {other} in its {CONFIG}"
+    return {HEAD.ours: remedy, HEAD.theirs: remedy}
 
 
 def prepare_data(config: Config) -> Path:

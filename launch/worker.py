@@ -375,6 +375,7 @@ def _checkpoint_hooks(spec: RankSpec, fingerprint: str) -> list[Any]:
         rules,
         tracked_metrics,
     )
+    from launch.weights import shapes_of
     from trainer.hooks.checkpoint import CheckpointHook, CheckpointPlan
     from trainer.hooks.export import ExportHook, ExportPlan
     from trainer.hooks.last_save import LastSave
@@ -423,7 +424,8 @@ def _checkpoint_hooks(spec: RankSpec, fingerprint: str) -> list[Any]:
             folder=export_folder(spec.run_dir),
         ),
         initial=LoadRules.from_config(options),
-        open_initial=lambda path, in_hf: open_initial(config, path, in_hf=in_hf)[0],
+        open_initial=lambda path: open_initial(config, path).source,
+        parameters=lambda: shapes_of(config.model).keys(),
     )
     return [*hooks, CheckpointHook(plan)]
 
