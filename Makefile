@@ -47,5 +47,5 @@ test: $(STAMP) $(TORCHTUNE)/.installed  ## every test; installs Debian's Slurm f
 attack: $(STAMP)  ## every damage, error code and hostile document; SEED, SHARE and ONLY narrow it down
 	$(BIN)/python -m tests.attack --seed $(SEED) --share $(SHARE) $(if $(ONLY),--only $(ONLY))
 
-clean:          ## remove caches and outputs, keep the virtual environment
-	rm -rf outputs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+clean:          ## remove what tools made; runs (outputs/) and the virtual environment stay
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

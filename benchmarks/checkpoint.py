@@ -9,21 +9,22 @@ memory (or from huge pages, as ours is), "cached read" a read of them from the p
 thread and with as many as the load has.
 
 "Lost" is the training time that a save costs: steps that change all of the state and compute, from the call until the
-checkpoint is durable, beside the same number of steps without a save. A round whose steps without a save drift by
-more than 20 % is discarded and counted; when more than a third are discarded there is no result.
+checkpoint is durable, beside the same number of steps without a save. Rounds whose steps without a save drift by more
+than 20 % are not steady, and are left out unless fewer than three were steady. Each ratio is given by the clock and
+of CPU seconds (all threads of the rank), with quartiles.
 """
 
 import argparse
-import json
 import mmap
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ import torch.multiprocessing as mp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
+from benchmarks.pairs import Seconds, Spread, clocks, counted, machine, ratios, seconds, since, write_rounds
 from checkpoint.config import AsyncMode
 from checkpoint.loading import load_tensors
 from checkpoint.manifest import Manifest
@@ -59,13 +61,6 @@ def make_state(gib: float, rank: int = 0) -> Tensors:
 def nbytes(state: Tensors) -> int:
     """Bytes of all tensors."""
     return sum(t.numel() * t.element_size() for t in state.values())
-
-
-def seconds(action: Callable[[], object]) -> float:
-    """Wall time of a call."""
-    started = time.perf_counter()
-    action()
-    return time.perf_counter() - started
 
 
 class Limits:
@@ -124,31 +119,31 @@ def fsync_tree(folder: Path) -> None:
 class Training:
     """Steps that compute and then change every tensor, as an optimizer does."""
 
-    def __init__(self, state: Tensors, compute: int = 2) -> None:
+    def __init__(self, state: Tensors, compute: int) -> None:
         self.state = state
         self.compute = compute
         self.matrix = torch.randn(1024, 1024)
         self.gradients = {n: torch.full_like(t, 1e-3) for n, t in state.items()}
 
-    def step(self, before_update: Callable[[], None] = lambda: None) -> float:
+    def step(self, before_update: Callable[[], None] = lambda: None) -> Seconds:
         """One step; `before_update` runs where the optimizer would start."""
-        started = time.perf_counter()
+        started = clocks()
         for _ in range(self.compute):
             self.matrix = torch.tanh(self.matrix @ self.matrix * 1e-3)
         before_update()
         for name, tensor in self.state.items():
             tensor.add_(self.gradients[name], alpha=-1e-3)
-        return time.perf_counter() - started
+        return since(started)
 
 
 class Bench:
     """All measurements over one rank's state."""
 
-    def __init__(self, gib: float, folder: Path, files: int) -> None:
+    def __init__(self, gib: float, folder: Path, files: int, compute: int) -> None:
         self.folder, self.rank, self.ranks = folder, dist.get_rank(), dist.get_world_size()
         self.state = make_state(gib, self.rank)
         self.limits = Limits(self.state, folder)
-        self.training = Training(self.state)
+        self.training = Training(self.state, compute)
         group = dist.new_group(backend="gloo")
         assert group is not None
         self.group = group
@@ -167,18 +162,22 @@ class Bench:
     def barrier(self) -> None:
         dist.barrier(self.group)
 
-    def timed(self, action: Callable[[], object]) -> float:
+    def timed(self, action: Callable[[], object]) -> Seconds:
         """The slowest rank's time, all starting together."""
         self.barrier()
-        mine = torch.tensor(seconds(action), dtype=torch.float64)
-        dist.all_reduce(mine, op=dist.ReduceOp.MAX, group=self.group)
-        return float(mine)
+        return self.slowest(seconds(action))
+
+    def slowest(self, mine: Seconds) -> Seconds:
+        """Of all ranks, by each clock."""
+        both = torch.tensor(mine, dtype=torch.float64)
+        dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self.group)
+        return Seconds(*both.tolist())
 
     def begin(self, mode: str) -> None:
         self.step += 1
         self.savers[mode].begin(self.state, Manifest(step=self.step, lineage="a"), self.holders)
 
-    def save(self, mode: str) -> float:
+    def save(self, mode: str) -> Seconds:
         """Time that the call blocks; the write behind it has ended when this returns."""
         blocked = self.timed(lambda: self.begin(mode))
         self.savers[mode].wait_staged()
@@ -193,7 +192,7 @@ class Bench:
         steps = [p for p in (self.folder / mode).glob("step-*") if "." not in p.name]
         return max(steps, key=lambda p: int(p.name[5:]))
 
-    def round(self, peers: bool) -> dict[str, float]:
+    def round(self, peers: bool) -> dict[str, Seconds]:
         """One measurement of each kind."""
         self.training.step()
         times = {
@@ -222,7 +221,7 @@ class Bench:
         assert image is not None
         return image.file(0)
 
-    def _loads(self) -> dict[str, float]:
+    def _loads(self) -> dict[str, Seconds]:
         ours = self.newest("disabled")
         warm_cache(ours)
         file = ours / f"__{self.rank}_0.distcp"
@@ -238,9 +237,9 @@ class Bench:
         )
         return times
 
-    def _lost(self, peers: bool) -> dict[str, float]:
+    def _lost(self, peers: bool) -> dict[str, Seconds]:
         """Training time that each way of saving costs, and the drift of the steps beside it."""
-        lost: dict[str, float] = {}
+        lost: dict[str, Seconds] = {}
         ways: dict[str, Callable[[], tuple[Callable[[], None], Callable[[], bool]]]] = {
             "lost, async": lambda: self._ours("async"),
             "lost, async_with_pinned_mem": lambda: self._ours("async_with_pinned_mem"),
@@ -253,22 +252,23 @@ class Bench:
         before = [self.training.step() for _ in range(4)]
         drift = 0.0
         for name, start in ways.items():
-            steps, spent = 0, 0.0
+            steps, spent, begun = 0, 0.0, clocks()
             self.barrier()
-            begun = time.perf_counter()
+            started = clocks()
             gate, done = start()
-            spent += time.perf_counter() - begun
+            spent += since(started).wall
             while steps < 2 or not done():
-                spent += self.training.step(gate)
+                spent += self.training.step(gate).wall
                 steps += 1
+            cpu = since(begun).cpu
             after = [self.training.step() for _ in range(4)]
-            base = statistics.median([*before, *after])
-            drift = max(drift, abs(statistics.median(after) / statistics.median(before) - 1))
-            lost[name] = max(spent - steps * base, 1e-9)
+            base, base_cpu = (statistics.median(s[i] for s in [*before, *after]) for i in (0, 1))
+            change = statistics.median(s.wall for s in after) / statistics.median(s.wall for s in before)
+            drift = max(drift, abs(change - 1))
+            lost[name] = Seconds(max(spent - steps * base, 1e-9), max(cpu - steps * base_cpu, 1e-9))
             before = after
-        both = torch.tensor([*lost.values(), drift], dtype=torch.float64)
-        dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self.group)
-        return dict(zip([*lost, "drift"], both.tolist(), strict=True))
+        worst = {name: self.slowest(value) for name, value in lost.items()}
+        return {**worst, "drift": self.slowest(Seconds(drift, 0.0))}
 
     def _write_alone(self) -> tuple[Callable[[], None], Callable[[], bool]]:
         """The least that a save beside training can cost when it copies and hashes nothing."""
@@ -302,10 +302,10 @@ class Bench:
         )
         return lambda: None, lambda: bool(future.done())
 
-    def _peers(self) -> dict[str, float]:
+    def _peers(self) -> dict[str, Seconds]:
         out = self.folder / "peer"
         own = out / f"rank{self.rank}"
-        times = {}
+        times: dict[str, Seconds] = {}
         for name, action in {
             "dcp.save": lambda: dcp.save(dict(self.state), checkpoint_id=out / "dcp", process_group=self.group),
             "torch.save": lambda: torch.save(self.state, own / "torch.pt"),
@@ -319,7 +319,8 @@ class Bench:
             own.mkdir(parents=True)
             times[name] = self.timed(action)
             if name != "dcp.save":
-                times[name] += self.timed(lambda: fsync_tree(own))
+                flushed = self.timed(lambda: fsync_tree(own))
+                times[name] = Seconds(times[name].wall + flushed.wall, times[name].cpu + flushed.cpu)
         return times
 
 
@@ -350,7 +351,7 @@ def _stager(kind: AsyncCheckpointerType) -> DefaultStager:
 
 RATIOS = {
     "save, durable and hashed (disabled)": ("disabled", "direct"),
-    "the same": ("disabled", "direct, huge pages"),
+    "the same, of huge pages": ("disabled", "direct, huge pages"),
     "dcp.save": ("dcp.save", "direct"),
     "torch.save + fsync": ("torch.save", "direct"),
     "safetensors + fsync": ("safetensors", "direct"),
@@ -369,40 +370,40 @@ RATIOS = {
 }
 
 
-def summary(rounds: list[dict[str, float]]) -> dict[str, Any]:
-    """Median seconds and median ratios of the rounds that count.
+def is_steady(measured: Mapping[str, Seconds]) -> bool:
+    """Whether the steps beside the saves took as long at the end of a round as at its beginning."""
+    return measured["drift"].wall <= _DRIFT
 
-    Raises:
-        SystemExit: too many were discarded.
-    """
-    counted = [r for r in rounds if r["drift"] <= _DRIFT]
-    if len(counted) * 3 < len(rounds) * 2:
-        raise SystemExit(f"no result: {len(rounds) - len(counted)} of {len(rounds)} rounds drifted by more than 20 %")
-    there = {name: pair for name, pair in RATIOS.items() if pair[0] in counted[0]}
+
+def summary(rounds: Sequence[Mapping[str, Seconds]]) -> dict[str, Any]:
+    """Median seconds and ratios of the rounds that count, by the clock and of CPUs."""
+    used, steady = counted(rounds, is_steady)
+    there = {name: pair for name, pair in RATIOS.items() if pair[0] in used[0]}
+    both = {f"{name} / {base}": ratios(used, measured, base) for name, (measured, base) in there.items()}
     return {
         "rounds": len(rounds),
-        "discarded": len(rounds) - len(counted),
-        "seconds": {name: statistics.median(r[name] for r in counted) for name in counted[0]},
-        "ratios": {
-            f"{name} / {base}": _spread([r[measured] / r[base] for r in counted])
-            for name, (measured, base) in there.items()
+        "steady": steady,
+        "counted": len(used),
+        "seconds": {
+            name: {clock: statistics.median(r[name][i] for r in used) for i, clock in enumerate(("wall", "cpu"))}
+            for name in used[0]
+            if name != "drift"
         },
+        "ratios": {name: {clock: asdict(spread) for clock, spread in found.items()} for name, found in both.items()},
     }
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
 
 
 def show(result: Mapping[str, Any], gib: float, args: argparse.Namespace) -> None:
     """The table."""
+    print(result["machine"])
     print(f"{gib} GiB a rank, {args.ranks} ranks, {args.threads} threads a rank", end="; ")
-    print(f"{result['rounds']} rounds, {result['discarded']} discarded; medians (lowest to highest)")
+    print(f"{result['rounds']} rounds, {result['steady']} steady, {result['counted']} count; medians (quartiles)")
+    print(f"  {'':<50} {'by the clock':>16} {'CPU':>14}")
     for name, value in result["seconds"].items():
-        if name != "drift":
-            print(f"  {name:<34} {value * 1e3:10.1f} ms   {value * 1e3 / gib:10.1f} ms/GiB")
-    for name, r in result["ratios"].items():
-        print(f"  {name:<62} {r['median']:8.3f} x  ({r['lowest']:.3f} to {r['highest']:.3f})")
+        print(f"  {name:<50} {value['wall'] * 1e3:13.1f} ms {value['cpu'] * 1e3:11.1f} ms")
+    for name, by_clock in result["ratios"].items():
+        cells = [str(Spread(**by_clock[c])) if c in by_clock else "" for c in ("wall", "cpu")]
+        print(f"  {name:<62} {cells[0]:<24} CPU {cells[1]}")
 
 
 def run_rank(rank: int, args: argparse.Namespace, folder: str) -> None:
@@ -411,15 +412,19 @@ def run_rank(rank: int, args: argparse.Namespace, folder: str) -> None:
     os.environ["LOCAL_WORLD_SIZE"] = str(args.ranks)
     store = dist.FileStore(f"{folder}/store", args.ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=args.ranks)
-    bench = Bench(args.gib, Path(folder), args.files)
+    bench = Bench(args.gib, Path(folder), args.files, args.compute)
     bench.round(peers=args.peers)
-    rounds = [bench.round(peers=args.peers) for _ in range(args.rounds)]
+    rounds, begun = [], machine()
+    for _ in range(args.rounds):
+        rounds.append(bench.round(peers=args.peers))
+        if rank == 0:
+            result = {"machine": begun, "gib": args.gib, "ranks": args.ranks, "threads": args.threads}
+            result |= summary(rounds)
+            write_rounds(args.json, {**result, "each": rounds})
     if rank == 0:
-        result = {"gib": args.gib, "ranks": args.ranks, "threads": args.threads, **summary(rounds)}
         show(result, args.gib, args)
-        if args.json:
-            args.json.write_text(json.dumps(result, indent=1))
     dist.barrier()
+    sys.stdout.flush()
     os._exit(0)
 
 
@@ -430,10 +435,11 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1, help="torch's, of each rank")
+    parser.add_argument("--compute", type=int, default=2, help="products of 1024 x 1024 matrices in a training step")
     parser.add_argument("--files", type=int, default=1, help="files that a rank writes at once")
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="leave out what is not ours")
     parser.add_argument("--folder", type=Path, help="on the disk to measure; default: a temporary one")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="also written there, after every round")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         start: Any = mp.start_processes

@@ -7,11 +7,12 @@ import argparse
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
-import time
+import tempfile
 from pathlib import Path
+
+from benchmarks.pairs import Seconds, clocks, machine, ratios, since
 
 __all__ = ["main", "measure", "prepare"]
 
@@ -34,7 +35,9 @@ def prepare(folder: Path, layers: int, dim: int, vocab: int) -> Path:
 def measure(arguments: list[str]) -> dict[str, float]:
     """Runs `regrow-ckpt` in a process of its own: seconds, and MiB above the interpreter with its imports."""
     command = [sys.executable, "-m", "benchmarks.convert", "--child", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -51,29 +54,30 @@ def _child(arguments: list[str]) -> None:
     # The peak so far, of importing, is forgotten.
     Path("/proc/self/clear_refs").write_text("5")
     sys.argv = ["regrow-ckpt", *arguments, "--json"]
-    started = time.perf_counter()
+    started = clocks()
     try:
         command.main()
     except SystemExit as stop:
         if stop.code:
             raise
-    seconds = time.perf_counter() - started
-    print(json.dumps({"seconds": seconds, "peak_mib": _memory_mib("VmHWM") - baseline, "baseline_mib": baseline}))
+    taken = since(started)
+    found = {"seconds": taken.wall, "cpu_seconds": taken.cpu}
+    print(json.dumps({**found, "peak_mib": _memory_mib("VmHWM") - baseline, "baseline_mib": baseline}))
 
 
-def copy_seconds(files: list[Path], out: Path) -> float:
+def copy_seconds(files: list[Path], out: Path) -> Seconds:
     """Reads files and writes their bytes to one, flushed: what a conversion cannot do without."""
     memory = bytearray(_PIECE)
-    started = time.perf_counter()
+    started = clocks()
     with out.open("wb", buffering=0) as target:
         for file in files:
             with file.open("rb", buffering=0) as source:
                 while got := source.readinto(memory):
                     target.write(memoryview(memory)[:got])
         os.fsync(target.fileno())
-    seconds = time.perf_counter() - started
+    taken = since(started)
     out.unlink()
-    return seconds
+    return taken
 
 
 def main() -> None:
@@ -86,32 +90,33 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=2.0)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    work: Path = args.folder / "benchmark-convert"
-    work.mkdir(parents=True)
-    try:
+    args.folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        work = Path(folder)
         # A layer of 256 MiB, two matrices of 128 MiB at the ends.
         step = prepare(work, layers=max(1, round(args.gib * 4) - 1), dim=2048, vocab=16384)
         ways = {
             "to-hf": ["export", str(step), str(work / "hf")],
             "from-hf": ["import", str(work / "hf"), str(work / "b")],
         }
-        ratios: dict[str, list[float]] = {way: [] for way in ways}
+        rounds: dict[str, list[dict[str, Seconds]]] = {way: [] for way in ways}
         for _ in range(args.rounds):
             for way, arguments in ways.items():
                 shutil.rmtree(arguments[2], ignore_errors=True)
                 source = [p for p in Path(arguments[1]).iterdir() if p.suffix in (".distcp", ".safetensors")]
                 limit = copy_seconds(source, work / "copy")
                 found = measure(arguments)
-                ratios[way].append(found["seconds"] / limit)
+                ours = Seconds(found["seconds"], found["cpu_seconds"])
+                rounds[way].append({"conversion": ours, "copy": limit})
                 print(
-                    f"{way}: {found['seconds']:.2f} s, {found['seconds'] / limit:.2f} × reading and writing "
-                    f"({limit:.2f} s); peak {found['peak_mib']:.0f} MiB above {found['baseline_mib']:.0f}",
+                    f"{way}: {found['seconds']:.2f} s, {ours.wall / limit.wall:.2f} × reading and writing "
+                    f"({limit.wall:.2f} s); peak {found['peak_mib']:.0f} MiB above {found['baseline_mib']:.0f}",
                     flush=True,
                 )
-        for way, values in ratios.items():
-            print(f"{way}: median ratio {statistics.median(values):.2f}")
-    finally:
-        shutil.rmtree(work)
+        print(machine())
+        for way, each in rounds.items():
+            found_ratios = ratios(each, "conversion", "copy")
+            print(f"{way}: median ratio (quartiles) {found_ratios['wall']}, CPU {found_ratios['cpu']}")
 
 
 if __name__ == "__main__":

@@ -2,16 +2,17 @@
 
     python -m benchmarks.prefetch
 
-The default corpus; 16 sequences of 256 tokens a batch; the medians of 200 batches each, in turn. "read" is the work
-itself; "process" is what handing the finished tensors from another process adds to it.
+The default corpus; 16 sequences of 256 tokens a batch; the medians of 200 batches each, in turn, and of their ratios.
+"read" is the work itself; "process" is what handing the finished tensors from another process adds to it.
 """
 
+import functools
 import statistics
-import time
 from typing import Any
 
 import torch.multiprocessing as mp
 
+from benchmarks.pairs import Seconds, machine, ratios, seconds
 from trainer.data.config import StdlibConfig
 from trainer.data.loader import step_batch
 from trainer.data.order import window_ids
@@ -46,20 +47,20 @@ def main() -> None:
     process = context.Process(target=serve, args=(folder, requests, answers), daemon=True)
     process.start()
     requests.put(0)
-    answers.get()
-    here, there = [], []
+    answers.get(timeout=60.0)
+    rounds: list[dict[str, Seconds]] = []
     for index in range(200):
-        started = time.perf_counter()
-        read(windows, index)
-        here.append(time.perf_counter() - started)
-        started = time.perf_counter()
+        here = seconds(functools.partial(read, windows, index))
         requests.put(index)
-        answers.get()
-        there.append(time.perf_counter() - started)
+        # Without an end the benchmark would wait for a process that has died.
+        there = seconds(lambda: answers.get(timeout=60.0))
+        rounds.append({"read": here, "process": there})
     requests.put(None)
     process.join()
-    direct, handed = (statistics.median(times) * 1e6 for times in (here, there))
-    print(f"read {direct:.0f} us, through a process {handed:.0f} us a batch")
+    direct, handed = (statistics.median(r[n].wall for r in rounds) * 1e6 for n in ("read", "process"))
+    print(machine())
+    print(f"read {direct:.0f} us, through a process {handed:.0f} us a batch; "
+          f"ratio {ratios(rounds, 'process', 'read')['wall']}")  # fmt: skip
 
 
 if __name__ == "__main__":

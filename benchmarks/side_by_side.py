@@ -3,7 +3,6 @@
 import dataclasses
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any, final
 import torch
 from hydra import compose, initialize_config_module
 
+from benchmarks.pairs import Seconds, Spread, clocks, counted, since
 from benchmarks.peers import TransformersLoop
 from benchmarks.products import Products
 from launch.preflight import check_config, prepare_data
@@ -71,25 +71,25 @@ class _InTurn(Hook):
         self._steps: list[dict[str, Any]] = []
         self._losses: list[float] = []
         self._before_s = 0.0
-        self._started = (0.0, 0.0)
+        self._started = Seconds(0.0, 0.0)
 
     def fit_start(self, trainer: Trainer) -> None:
         self._before_s = self._products.seconds()
-        self._started = _clocks()
+        self._started = clocks()
 
     def step_end(self, trainer: Trainer) -> None:
-        ours = _since(self._started)
+        ours = since(self._started)
         assert trainer.batch is not None
         between_s = self._products.seconds()
-        started = _clocks()
+        started = clocks()
         lr = trainer.options.lr * trainer.schedule.factor(trainer.state.step, trainer.state.schedule_total)
         peer_loss = self._peer.step(trainer.batch.micro_batches, lr)
-        theirs = _since(started)
+        theirs = since(started)
         after_s = self._products.seconds()
         step = {"ours_s": ours[0], "ours_cpu_s": ours[1], "theirs_s": theirs[0], "theirs_cpu_s": theirs[1]}
         products_s = (self._before_s, between_s, after_s)
         self._steps.append({**step, "products_s": products_s, "peer_loss": peer_loss})
-        self._before_s, self._started = after_s, _clocks()
+        self._before_s, self._started = after_s, clocks()
 
     def on_metrics(self, trainer: Trainer, row: Mapping[str, Any]) -> None:
         self._losses.append(row["loss"])
@@ -98,15 +98,6 @@ class _InTurn(Hook):
         """Those after the warm-up."""
         both = zip(self._steps, self._losses, strict=True)
         return [Round(**step, loss=loss) for step, loss in both][WARM_UP:]
-
-
-def _clocks() -> tuple[float, float]:
-    return time.perf_counter(), time.process_time()
-
-
-def _since(started: tuple[float, float]) -> tuple[float, float]:
-    wall_s, cpu_s = _clocks()
-    return wall_s - started[0], cpu_s - started[1]
 
 
 @contextmanager
@@ -194,14 +185,13 @@ def _in_turn(config: Config, trainer: Trainer) -> _InTurn:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """Medians over the steady rounds; `cpu_ratio` over all.
+    """Medians and quartiles over the rounds that count.
 
     Attributes:
         rounds: that count: the steady ones, or all where fewer than three were.
         steady: how many were.
         ratio: the peer's time through ours, by the clock.
-        quartiles: of that.
-        cpu_ratio: the same of CPU seconds.
+        cpu_ratio: the same of CPU seconds, over all rounds.
         tokens_per_s, peer_tokens_per_s: by the clock.
         products, peer_products: the share of a step that its products would take alone.
         loss_difference: the largest relative difference of the losses.
@@ -209,9 +199,8 @@ class Comparison:
 
     rounds: int
     steady: int
-    ratio: float
-    quartiles: tuple[float, float]
-    cpu_ratio: float
+    ratio: Spread
+    cpu_ratio: Spread
     tokens_per_s: float
     peer_tokens_per_s: float
     products: float
@@ -221,17 +210,13 @@ class Comparison:
     @classmethod
     def of(cls, rounds: Sequence[Round], tokens: int) -> "Comparison":
         """Of steps of so many tokens."""
-        steady = [r for r in rounds if r.steady]
-        used = steady if len(steady) >= 3 else list(rounds)
-        ratios = [r.theirs_s / r.ours_s for r in used]
-        quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+        used, steady = counted(rounds, lambda r: r.steady)
         products = [statistics.median(r.products_s) for r in used]
         return cls(
             rounds=len(used),
-            steady=len(steady),
-            ratio=statistics.median(ratios),
-            quartiles=(quartiles[0], quartiles[2]),
-            cpu_ratio=statistics.median(r.theirs_cpu_s / r.ours_cpu_s for r in rounds),
+            steady=steady,
+            ratio=Spread.of([r.theirs_s / r.ours_s for r in used]),
+            cpu_ratio=Spread.of([r.theirs_cpu_s / r.ours_cpu_s for r in rounds]),
             tokens_per_s=tokens / statistics.median(r.ours_s for r in used),
             peer_tokens_per_s=tokens / statistics.median(r.theirs_s for r in used),
             products=statistics.median(p / r.ours_s for p, r in zip(products, used, strict=True)),

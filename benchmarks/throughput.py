@@ -18,7 +18,6 @@ there; the first quarter of its steps is left out. MFU is given where the device
 """
 
 import argparse
-import json
 import shlex
 import statistics
 import subprocess
@@ -29,6 +28,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pairs import machine, write_rounds
 from benchmarks.side_by_side import Comparison, compare, profile_steps
 from trainer.jsonlines import read_rows
 
@@ -48,6 +48,7 @@ def shape(arguments: argparse.Namespace) -> list[str]:
         f"data.global_batch_size={arguments.batch_size}",
         f"data.micro_batch_size={micro}",
         f"launch.threads_per_rank={arguments.threads}",
+        f"launch.kernels={arguments.kernels}",
         "train.log_every=1000000",
         "checkpoint=disabled",
         "hooks=none",
@@ -84,21 +85,20 @@ def beside_transformers(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         for precision in arguments.precision:
             rounds = compare(of_model(model, precision, arguments), arguments.rounds)
             c = Comparison.of(rounds, arguments.batch_size * arguments.seq_len)
-            spread = (
-                f"{c.quartiles[0]:.2f} – {c.quartiles[1]:.2f}, {c.rounds} of {len(rounds)} rounds, {c.steady} steady"
-            )
             print_row(
                 model,
                 precision,
-                f"{c.ratio:.2f} ({spread})",
-                f"{c.cpu_ratio:.2f}",
+                f"{c.ratio}, {c.rounds} of {len(rounds)} rounds, {c.steady} steady",
+                str(c.cpu_ratio),
                 f"{c.tokens_per_s:,.0f}",
                 f"{c.peer_tokens_per_s:,.0f}",
                 f"{c.products:.0%}",
                 f"{c.peer_products:.0%}",
                 f"{c.loss_difference:.1e}",
             )
-            written.append({"model": model, "precision": precision, **asdict(c), "each": [asdict(r) for r in rounds]})
+            row = {"model": model, "precision": precision, "kernels": arguments.kernels, **asdict(c)}
+            written.append({**row, "machine": machine(), "each": [asdict(r) for r in rounds]})
+            write_rounds(arguments.json, written)
     return written
 
 
@@ -116,6 +116,7 @@ def of_runs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         memory_gib = max(r["memory_gib"] for r in rows)
         print_row(f"`{run}`", f"{per_s:,.0f}", "" if mfu is None else f"{mfu:.1%}", f"{memory_gib:.2f}")
         written.append({"run": run, "tokens_per_s": per_s, "mfu": mfu, "memory_gib": memory_gib})
+        write_rounds(arguments.json, written)
     return written
 
 
@@ -143,6 +144,7 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", help="overrides, a string for each run; instead of the comparison")
     parser.add_argument("--profile", action="store_true", help="our steps, by operator; instead of the comparison")
     parser.add_argument("--threads", type=int, default=1, help="of a rank; 0: all cores")
+    parser.add_argument("--kernels", choices=("auto", "plain"), default="auto", help="launch.kernels")
     parser.add_argument("--rounds", type=int, default=15, help="steps of each")
     parser.add_argument("--batch-size", type=int, default=4, help="sequences a step")
     parser.add_argument("--micro-batch-size", type=int, default=0, help="sequences a forward pass; 0: all")
@@ -150,9 +152,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write every round there")
     arguments = parser.parse_args()
     work = of_runs if arguments.runs else profiles if arguments.profile else beside_transformers
-    written = work(arguments)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(written, indent=1))
+    print(machine(), end="\n\n", flush=True)
+    write_rounds(arguments.json, work(arguments))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from checkpoint.source import TensorSource, pieces_of, whole
 __all__ = ["Change", "Difference", "compare"]
 
 _PIECE_BYTES = 32 << 20
+_COUNTERS = "train_state."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +87,9 @@ def compare(a: TensorSource, b: TensorSource, *, skip: Collection[str] = (), thr
     left, right = weights_of(a), weights_of(b)
     if len(left) < len(a.infos) and len(right) < len(b.infos):
         left, right = list(a.infos), list(b.infos)
+        # Other programs' counters are no tensors.
+        if not any(n.startswith(_COUNTERS) for n in left) or not any(n.startswith(_COUNTERS) for n in right):
+            left, right = ([n for n in names if not n.startswith(_COUNTERS)] for names in (left, right))
     left, right = [n for n in left if n not in skip], [n for n in right if n not in skip]
     both = [n for n in left if n in set(right)]
     shapes = {

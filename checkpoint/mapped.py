@@ -13,6 +13,30 @@ from checkpoint.source import Box, TensorInfo, TensorSource
 __all__ = ["ForwardSource", "InverseSource", "Key", "halves_to_pairs", "pairs_to_halves"]
 
 
+class Rows(Protocol):
+    """Which rows of a fused tensor are one of ours: `count` blocks from `first` on, of the `blocks` of each group."""
+
+    @property
+    def groups(self) -> int:
+        """How many there are."""
+        ...
+
+    @property
+    def blocks(self) -> int:
+        """In a group, of equal height."""
+        ...
+
+    @property
+    def first(self) -> int:
+        """The number of the first block that is ours."""
+        ...
+
+    @property
+    def count(self) -> int:
+        """How many are ours."""
+        ...
+
+
 class Key(Protocol):
     """One entry of a map; `models.hf.HfKey` is the one there is."""
 
@@ -36,6 +60,11 @@ class Key(Protocol):
         """Theirs is this slice of ours in dimension 0."""
         ...
 
+    @property
+    def rows(self) -> Rows | None:
+        """Ours are some of theirs' rows."""
+        ...
+
 
 def halves_to_pairs(rows: Tensor, head_dim: int) -> Tensor:
     """Whole heads' rows from Hugging Face's order (i, i + H/2 rotate together) to Meta's (2i, 2i + 1)."""
@@ -51,6 +80,16 @@ def _heads_box(box: Box, head_dim: int) -> Box:
     """The box, widened to whole heads."""
     start, stop = box[0]
     return ((start // head_dim * head_dim, -(-stop // head_dim) * head_dim), *box[1:])
+
+
+def _block_height(rows: Rows, height: int, what: str) -> int:
+    """Of one block, in rows."""
+    if height % (rows.groups * rows.blocks):
+        raise CheckpointError(
+            f"{what} must have a multiple of {rows.groups * rows.blocks} rows, but has {height}; use the model that "
+            "it belongs to"
+        )
+    return height // (rows.groups * rows.blocks)
 
 
 def _check_there(source: TensorSource, names: Sequence[str]) -> None:
@@ -84,10 +123,13 @@ class ForwardSource(TensorSource):
         self.infos: Mapping[str, TensorInfo] = {name: self._info(ks) for name, ks in complete.items()}
 
     def _info(self, keys: Sequence[Key]) -> TensorInfo:
-        info = self._source.infos[keys[0].theirs]
-        if keys[0].expert is None:
+        key, info = keys[0], self._source.infos[keys[0].theirs]
+        if key.expert is not None:
+            return TensorInfo(dtype=info.dtype, shape=(len(keys), *info.shape))
+        if key.rows is None or not info.shape:
             return info
-        return TensorInfo(dtype=info.dtype, shape=(len(keys), *info.shape))
+        height = _block_height(key.rows, info.shape[0], f"{key.theirs} in {self.place}")
+        return TensorInfo(dtype=info.dtype, shape=(key.rows.groups * key.rows.count * height, *info.shape[1:]))
 
     @property
     def unused(self) -> list[str]:
@@ -100,12 +142,27 @@ class ForwardSource(TensorSource):
         if keys[0].expert is not None:
             return torch.stack([self._source.read(k.theirs, box[1:]) for k in keys[box[0][0] : box[0][1]]])
         (key,) = keys
+        if key.rows is not None and box:
+            return torch.cat([self._source.read(key.theirs, (run, *box[1:])) for run in self._runs(key, box[0])])
         if not key.heads:
             return self._source.read(key.theirs, box)
         head_dim = self.infos[name].shape[0] // key.heads
         wide = _heads_box(box, head_dim)
         rows = halves_to_pairs(self._source.read(key.theirs, wide), head_dim)
         return rows[box[0][0] - wide[0][0] : box[0][1] - wide[0][0]]
+
+    def _runs(self, key: Key, rows: tuple[int, int]) -> list[tuple[int, int]]:
+        """Theirs' rows that are some of ours, in as few runs as there are."""
+        assert key.rows is not None
+        groups = key.rows
+        height = self._source.infos[key.theirs].shape[0] // (groups.groups * groups.blocks)
+        own, period, origin = groups.count * height, groups.blocks * height, groups.first * height
+        runs = []
+        for group in range(rows[0] // own, -(-rows[1] // own)):
+            low, high = max(rows[0], group * own), min(rows[1], (group + 1) * own)
+            shift = group * (period - own) + origin
+            runs.append((low + shift, high + shift))
+        return runs
 
     def close(self) -> None:
         self._source.close()
@@ -124,16 +181,26 @@ class InverseSource(TensorSource):
         _check_there(source, [k.ours for k in keys])
         self.place = source.place
         self._source = source
-        self._keys = {k.theirs: k for k in keys}
-        infos = {}
-        for key in keys:
-            info = source.infos[key.ours]
-            shape = info.shape if key.expert is None else info.shape[1:]
-            infos[key.theirs] = TensorInfo(dtype=info.dtype, shape=shape)
-        self.infos: Mapping[str, TensorInfo] = infos
+        self._keys: dict[str, list[Key]] = defaultdict(list)
+        for key in sorted(keys, key=lambda k: k.rows.first if k.rows else 0):
+            self._keys[key.theirs].append(key)
+        # In the order of the map.
+        self.infos: Mapping[str, TensorInfo] = {k.theirs: self._info(self._keys[k.theirs]) for k in keys}
+
+    def _info(self, keys: Sequence[Key]) -> TensorInfo:
+        info = self._source.infos[keys[0].ours]
+        if keys[0].expert is not None:
+            return TensorInfo(dtype=info.dtype, shape=info.shape[1:])
+        if keys[0].rows is None or not info.shape:
+            return info
+        rows = sum(self._source.infos[k.ours].shape[0] for k in keys)
+        return TensorInfo(dtype=info.dtype, shape=(rows, *info.shape[1:]))
 
     def read(self, name: str, box: Box) -> Tensor:
-        key = self._keys[name]
+        keys = self._keys[name]
+        key = keys[0]
+        if key.rows is not None and box:
+            return torch.cat([self._source.read(ours, (run, *box[1:])) for ours, run in self._runs(keys, box[0])])
         if key.expert is not None:
             return self._source.read(key.ours, ((key.expert, key.expert + 1), *box)).squeeze(0)
         if not key.heads:
@@ -142,6 +209,23 @@ class InverseSource(TensorSource):
         wide = _heads_box(box, head_dim)
         rows = pairs_to_halves(self._source.read(key.ours, wide), head_dim)
         return rows[box[0][0] - wide[0][0] : box[0][1] - wide[0][0]]
+
+    def _runs(self, keys: Sequence[Key], rows: tuple[int, int]) -> list[tuple[str, tuple[int, int]]]:
+        """Our names and rows that one after another are some of theirs' rows."""
+        runs = []
+        first = keys[0].rows
+        assert first is not None
+        height = self._source.infos[keys[0].ours].shape[0] // (first.groups * first.count)
+        period = first.blocks * height
+        for group in range(rows[0] // period, -(-rows[1] // period)):
+            for key in keys:
+                assert key.rows is not None
+                origin = group * period + key.rows.first * height
+                low, high = max(rows[0], origin), min(rows[1], origin + key.rows.count * height)
+                shift = group * key.rows.count * height - origin
+                if low < high:
+                    runs.append((key.ours, (low + shift, high + shift)))
+        return runs
 
     def close(self) -> None:
         self._source.close()

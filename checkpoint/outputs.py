@@ -5,17 +5,23 @@ where each tensor's raw bytes go, so that a converter can write them in any orde
 after a kill.
 """
 
+import dataclasses
+import io
 import json
+import pickle
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 from checkpoint.commit import complete_step
-from checkpoint.contents import rank_manifest, rank_manifest_name
+from checkpoint.contents import metadata_of, parse_rank_manifest, rank_manifest, rank_manifest_name
 from checkpoint.errors import CheckpointError
 from checkpoint.exchange import report_of
 from checkpoint.files import fsync_path
@@ -150,9 +156,20 @@ def plan_torch(infos: Mapping[str, TensorInfo], work: Path) -> OutputPlan:
 
 
 def plan_step(
-    infos: Mapping[str, TensorInfo], manifest: Manifest, *, file_bytes: int = _STEP_FILE_BYTES
+    infos: Mapping[str, TensorInfo],
+    manifest: Manifest,
+    *,
+    file_bytes: int = _STEP_FILE_BYTES,
+    objects: Mapping[str, Any] | None = None,
 ) -> OutputPlan:
-    """One of our own steps, in files of about `file_bytes` as if so many ranks had written it."""
+    """One of our own steps, in files of about `file_bytes` as if so many ranks had written it.
+
+    Args:
+        infos: the tensors.
+        manifest: what to say of them.
+        file_bytes: see above.
+        objects: numbers and the like that readers of plain DCP find beside the tensors, by flat name.
+    """
     groups: list[list[Chunk]] = [[]]
     filled = 0
     for name, info in infos.items():
@@ -180,21 +197,57 @@ def plan_step(
             placed.append(Placed(name=item.chunk.name, info=infos[item.chunk.name], file=file, start=item.data))
 
     def finish(folder: Path, hashes: Mapping[str, str]) -> None:
-        _finish_step(folder, hashes, plans, manifest)
+        _finish_step(folder, hashes, plans, manifest, objects or {})
 
     return OutputPlan(files=files, fixed=fixed, placed=placed, finish=finish)
 
 
-def _finish_step(folder: Path, hashes: Mapping[str, str], plans: Sequence[SavePlan], manifest: Manifest) -> None:
+def _finish_step(
+    folder: Path,
+    hashes: Mapping[str, str],
+    plans: Sequence[SavePlan],
+    manifest: Manifest,
+    objects: Mapping[str, Any],
+) -> None:
     """The ranks' manifests, and what makes a step of them."""
     place = LocalStorage(folder)
-    reports = []
+    reports, items = [], []
     for rank, plan in enumerate(plans):
         names = [file_name(rank, 0)][: len(plan.file_bytes)]
         body = rank_manifest(plan, names, [hashes[item.chunk.name] for item in plan.items])
         place.write(rank_manifest_name(rank), body, flush=False)
         reports.append(report_of(body))
-    complete_step(place, manifest, reports)
+        items += parse_rank_manifest(body)
+    metadata = None
+    if objects:
+        metadata, stored = _with_objects(metadata_of(items), objects)
+        place.write(_OBJECTS, stored, flush=False)
+        reports[0]["files"][_OBJECTS] = len(stored)
+    complete_step(place, manifest, reports, metadata)
+
+
+_OBJECTS = "__objects.distcp"
+
+
+def _with_objects(metadata: Metadata, objects: Mapping[str, Any]) -> tuple[bytes, bytes]:
+    """`.metadata` with objects as stock DCP describes them, and the file that holds them."""
+    file = io.BytesIO()
+    entries: dict[str, Any] = {}
+    storage: dict[MetadataIndex, Any] = {}
+    for name, value in objects.items():
+        stream = io.BytesIO()
+        torch.save(value, stream)
+        body = stream.getvalue()
+        entries[name] = BytesStorageMetadata()
+        storage[MetadataIndex(name)] = _StorageInfo(relative_path=_OBJECTS, offset=file.tell(), length=len(body))
+        file.write(body)
+    described = dataclasses.replace(
+        metadata,
+        state_dict_metadata={**metadata.state_dict_metadata, **entries},
+        planner_data={**metadata.planner_data, **{name: (name,) for name in entries}},
+        storage_data={**metadata.storage_data, **storage},
+    )
+    return pickle.dumps(described), file.getvalue()
 
 
 def _write(path: Path, body: bytes) -> None:

@@ -12,16 +12,19 @@ from typing import TYPE_CHECKING, Any, final
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from checkpoint.lease import Ticket
-from launch.errors import UserError, check_arguments, describe
+from launch.errors import UserError, check_arguments, check_chdir, describe, describe_run_folder, naming_fields
 from launch.failures import RankFailed, clear_failures, first_failure
+from launch.overrides import is_multirun, swept_keys
 from launch.run_name import register_resolver
 from launch.schema import Config, Device, register_schemas
 from launch.signals import STOP_NOTE_VARIABLE, StopFlag
 from launch.sweep import RunFailed, result_of
+from launch.threads import threads_per_rank
 from launch.typed import plain, to_config
 from launch.worker import Outcome, RankSpec, log_to_console, run_rank
 from trainer.config import ParallelConfig
@@ -51,12 +54,14 @@ class Application:
         self._flag = flag
         self._full_error = full_error
         self._codes: list[int] = []
+        self._swept: list[str] = []
+        self._folders: set[Path] = set()
         self._home = os.getpid()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """In a process that joblib or submitit started for a run of a sweep."""
         self.__dict__.update(state)
-        register_resolver()
+        register_resolver(self._swept)
         register_schemas()
         log_to_console()
 
@@ -66,9 +71,10 @@ class Application:
         Raises:
             UserError and Hydra's own errors, for what cannot be composed.
         """
-        check_arguments(arguments)
-        register_resolver()
         register_schemas()
+        check_arguments(arguments)
+        self._swept = swept_keys(arguments)
+        register_resolver(self._swept)
         launching = any(a.startswith("hydra/launcher=") for a in arguments)
         if launching:
             from launch.launchers import register_launchers
@@ -78,7 +84,7 @@ class Application:
         if not showing:
             # Hydra prints these itself, through loggers that would reach our console a second time.
             log_to_console()
-        if launching and not showing and not {"-m", "--multirun"} & set(arguments):
+        if is_multirun(arguments) and not showing and not {"-m", "--multirun"} & set(arguments):
             arguments = [*arguments, "--multirun"]
         # argparse takes overrides on one side of a flag only.
         sweeping = [a for a in arguments if a in ("-m", "--multirun")]
@@ -88,6 +94,11 @@ class Application:
         except RunFailed as error:
             print(f"error: {error}", file=sys.stderr)
             self._codes.append(error.exit_code)
+        except HydraException:
+            raise
+        except OSError as error:
+            # Those of a run itself never come here.
+            raise UserError(describe_run_folder(error, arguments)) from error
         finally:
             if any(a.startswith("hydra/launcher=joblib") for a in arguments):
                 from joblib.externals.loky import get_reusable_executor
@@ -149,6 +160,7 @@ class Application:
     def _train(self, config: DictConfig) -> tuple[Outcome, bool]:
         hydra_config = HydraConfig.get()
         run_dir = Path(hydra_config.runtime.output_dir)
+        self._check_folder(run_dir, hydra_config)
         sweep = Path(config.run.root).name if hydra_config.mode is RunMode.MULTIRUN else None
         sweep = os.environ.get(SWEEP_VARIABLE, sweep)
         overrides = list(hydra_config.overrides.task)
@@ -163,6 +175,26 @@ class Application:
             return _train_external(spec, self._flag), True
         return self._train_here(spec), False
 
+    def _check_folder(self, run_dir: Path, hydra_config: Any) -> None:
+        """Whether the run has a folder of its own, and the command its working directory.
+
+        Raises:
+            Refused: it has not.
+        """
+        if run_dir in self._folders:
+            raise Refused(
+                f"the runs of a sweep must have directories of their own, but two share {run_dir}; sweep over values "
+                "that differ, or set run.name"
+            )
+        self._folders.add(run_dir)
+        # Hydra has gone into the run's folder already.
+        os.chdir(hydra_config.runtime.cwd)
+        try:
+            check_chdir(hydra_config.job.chdir)
+        except UserError:
+            _remove_if_empty(run_dir)
+            raise
+
     def _train_here(self, spec: RankSpec) -> Outcome:
         from trainer.hooks.startup import mark
 
@@ -173,8 +205,8 @@ class Application:
             spec = dataclasses.replace(spec, ticket=ticket)
             with refusing():
                 opened = _open(spec)
-            if opened.finished:
-                return _already_finished(spec)
+            if opened.reached is not None:
+                return _already_finished(spec, opened.reached)
             spec = dataclasses.replace(spec, record=opened.record)
             if spec.config.checkpoint.create_seed_checkpoint:
                 from launch.seed import write_seed_checkpoint
@@ -204,7 +236,7 @@ def refusing() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        raise Refused(describe(error) or str(error)) from error
+        raise Refused(describe(error) or sentence_of(error)) from error
     except Exception as error:
         sentence = describe(error)
         if sentence is None:
@@ -212,10 +244,17 @@ def refusing() -> Iterator[None]:
         raise Refused(sentence) from error
 
 
-def _already_finished(spec: RankSpec) -> Outcome:
-    steps = spec.config.train.steps
-    log.info("finished already at step %d: %s; raise train.steps to go on", steps, spec.run_dir)
-    return Outcome(kind="finished", step=steps)
+def sentence_of(error: ValueError | OSError) -> str:
+    """Without a number: of an operating system's own error, the path and the reason."""
+    if isinstance(error, OSError) and error.errno is not None:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or type(error).__name__}; check that it is there and may be used"
+    return str(error)
+
+
+def _already_finished(spec: RankSpec, step: int) -> Outcome:
+    log.info("finished already at step %d: %s; raise train.steps to go on", step, spec.run_dir)
+    return Outcome(kind="finished", step=step)
 
 
 def _remove_if_empty(run_dir: Path) -> None:
@@ -237,7 +276,7 @@ def _prepare(config: DictConfig, run_dir: Path, sweep: str | None) -> tuple[Rank
         check_seed,
         prepare_data,
     )
-    from launch.ranks import detect_ranks, export_ranks
+    from launch.ranks import detect_ranks, export_ranks, forget_ranks
     from trainer.device import pick_device_type
     from trainer.parallel.layout import resolve_layout
 
@@ -252,9 +291,16 @@ def _prepare(config: DictConfig, run_dir: Path, sweep: str | None) -> tuple[Rank
     layout = resolve_layout(typed.parallel, available, ranks_are_given=ranks is not None)
     check_parallel(typed, layout, device_type)
     check_launch(layout, device_type, ranks_are_given=ranks is not None)
+    local_ranks = 1 if ranks is None else ranks.local_world_size
+    typed.launch.threads_per_rank = threads_per_rank(
+        typed.launch.threads_per_rank, os.environ, local_ranks=local_ranks
+    )
     if ranks is not None:
         export_ranks(ranks)
-    check_disk(typed, run_dir)
+    else:
+        forget_ranks()
+    with naming_fields(("run.root", run_dir)):
+        check_disk(typed, run_dir)
     spec = RankSpec(
         config=typed,
         settings=plain(config),
@@ -282,7 +328,14 @@ def _open(spec: RankSpec) -> "OpenedRun":
     from launch.run_dir import open_run
     from trainer.data.token_store import TokenStore
 
-    return open_run(spec.config, spec.settings, spec.run_dir, TokenStore(spec.data_folder), overrides=spec.overrides)
+    places = [
+        ("run.root", spec.run_dir),
+        ("checkpoint.initial_load_path", spec.config.checkpoint.initial_load_path),
+        ("data.cache", spec.data_folder),
+    ]
+    with naming_fields(*places):
+        store = TokenStore(spec.data_folder)
+        return open_run(spec.config, spec.settings, spec.run_dir, store, overrides=spec.overrides)
 
 
 def _train_external(spec: RankSpec, flag: StopFlag) -> Outcome:
@@ -300,13 +353,13 @@ def _train_external(spec: RankSpec, flag: StopFlag) -> Outcome:
             clear_failures(spec.run_dir)
             with refusing():
                 run = _open(spec)
-            return {"finished": run.finished, "record": run.record.as_json()}
+            return {"reached": run.reached, "record": run.record.as_json()}
 
         opened = share_from_rank_zero(open_here, spec.config.launch.timeout_s)
         if isinstance(opened, str):
             raise Refused(opened)
-        if opened["finished"]:
-            return _already_finished(spec)
+        if opened["reached"] is not None:
+            return _already_finished(spec, opened["reached"])
         record = RunRecord.from_json(opened["record"])
         try:
             # Rank 0 makes steps valid, and it is the one that holds the lease.

@@ -7,18 +7,15 @@ from typing import Any
 import torch
 
 from checkpoint.config import CheckpointConfig
-from checkpoint.errors import CheckpointError
-from checkpoint.mapped import ForwardSource
 from checkpoint.outputs import size_in_bytes
-from checkpoint.partial import LoadRules, RenamedSource, weights_of
+from checkpoint.partial import LoadRules
 from checkpoint.policy import EveryNSteps, FirstStep, LastStep, OnStop, SavePolicy
 from checkpoint.retention import KeepLatest, RetentionRule
-from checkpoint.source import TensorSource
-from checkpoint.sources import is_hf_folder, open_source
 from checkpoint.storage.base import Storage
 from checkpoint.storage.opening import is_url, open_storage
 from launch.schema import Config, Logger
 from launch.targets import resolve_target
+from launch.weights import OpenedWeights, open_weights
 from models.base import LanguageModel
 from models.hf import HfKey, family_of
 from trainer.data.source import Source
@@ -51,30 +48,19 @@ def hf_keys(config: Config) -> list[HfKey]:
     return family_of(config.model).keys(config.model)
 
 
-def open_initial(config: Config, path: str, *, in_hf: bool) -> tuple[TensorSource, list[str]]:
-    """The checkpoint that a run starts from, under our names; and their names that nothing takes.
+def open_initial(config: Config, path: str, *, find_copies: bool = False) -> OpenedWeights:
+    """The checkpoint that a run starts from, under our names.
+
+    Args:
+        config: the run's.
+        path: of the checkpoint; or a URL.
+        find_copies: see `open_weights`.
 
     Raises:
-        CheckpointError: it is not there, or is of the other kind.
+        CheckpointError: it is not there, or cannot be read.
     """
     place = open_storage(path, config.checkpoint.storage_options)
-    rules = LoadRules.from_config(config.checkpoint)
-    if place.names() and is_hf_folder(place) is not in_hf:
-        wanted, remedy = (HF, "false") if in_hf else ("a checkpoint of Regrow's or DCP's", "true")
-        raise CheckpointError(
-            f"checkpoint.initial_load_path must be {wanted}, but {path} is not; set "
-            f"checkpoint.initial_load_in_hf={remedy}"
-        )
-    source = open_source(place)
-    if rules.rename:
-        source = RenamedSource(source, rules.rename)
-    if not in_hf:
-        return source, []
-    mapped = ForwardSource(source, hf_keys(config), strict=False)
-    return mapped, [name for name in mapped.unused if name in weights_of(source)]
-
-
-HF = "a Hugging Face folder (config.json and safetensors)"
+    return open_weights(place, config.model, LoadRules.from_config(config.checkpoint).rename, find_copies=find_copies)
 
 
 def build_source(config: Config) -> Source:

@@ -15,7 +15,7 @@ from checkpoint.compare import compare
 from checkpoint.scratch import clear_dead_scratch
 from checkpoint.storage.base import Storage
 from checkpoint.storage.opening import as_storage, is_url, open_storage
-from launch.convert import add_conversions, buffers_of, export_checkpoint, import_checkpoint, under_our_names
+from launch.convert import add_conversions, buffers_beside, export_checkpoint, import_checkpoint, under_our_names
 from launch.worker import log_to_console
 
 __all__ = ["main"]
@@ -175,7 +175,7 @@ def _verify(args: argparse.Namespace) -> int:
 def _diff(args: argparse.Namespace) -> int:
     with under_our_names(args.a) as a, under_our_names(args.b) as b:
         # Hugging Face has parameters alone.
-        skip = buffers_of(args.a) | buffers_of(args.b) if args.a != args.b else set()
+        skip = buffers_beside(args.a) | buffers_beside(args.b) if args.a != args.b else set()
         difference = compare(a, b, skip=skip)
     _print(args, difference.as_json(), difference.lines() or ["no difference"])
     return 1 if difference.lines() else 0

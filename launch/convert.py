@@ -6,70 +6,66 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import final
 
 import torch
-from torch import Tensor
 
 from checkpoint.convert import CastSource, ConversionResult, convert
 from checkpoint.manifest import Manifest
-from checkpoint.mapped import ForwardSource
+from checkpoint.mapped import InverseSource
 from checkpoint.outputs import plan_safetensors, plan_step, plan_torch, size_in_bytes
-from checkpoint.partial import weights_of
-from checkpoint.source import Box, TensorInfo, TensorSource
-from checkpoint.sources import is_hf_folder, open_source
+from checkpoint.partial import check_types, moments_of, plan_load, stored_step, weights_of
+from checkpoint.source import TensorSource
+from checkpoint.sources import is_hf_folder
 from checkpoint.storage.opening import as_storage, is_url
-from launch.models_known import model_of, run_folder_of, settings_of_model
-from launch.targets import resolve_target
+from launch.models_known import UnknownModelError, model_of, run_folder_of, settings_of_model
+from launch.torchtitan import adamw_of, beside_tensors, manifest_of
+from launch.weights import OpenedWeights, WeightsSource, buffers_of, open_weights, shapes_of
 from launch.worker import log_to_console, software_versions
-from models.config import ModelConfig
-from models.hf import family_of
+from models.config import DecoderConfig, ModelConfig
+from models.torchtitan import todays_keys
 from trainer.hf_folder import HfExport, export_hf
 
-__all__ = ["add_conversions", "buffers_of", "export_checkpoint", "import_checkpoint", "main", "under_our_names"]
+__all__ = ["add_conversions", "buffers_beside", "export_checkpoint", "import_checkpoint", "main", "under_our_names"]
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-@final
-class WeightsSource(TensorSource):
-    """A checkpoint's weights, without what lies beside them."""
-
-    def __init__(self, source: TensorSource) -> None:
-        self.place = source.place
-        self._source = source
-        self.infos: Mapping[str, TensorInfo] = {n: source.infos[n] for n in weights_of(source)}
-
-    def read(self, name: str, box: Box) -> Tensor:
-        return self._source.read(name, box)
-
-    def close(self) -> None:
-        self._source.close()
-
-
-def under_our_names(place: str, forced: str | None = None) -> TensorSource:
+def under_our_names(place: str) -> TensorSource:
     """Any checkpoint under our names.
 
     Raises:
         ValueError: it cannot be read, or is of a model that we do not have.
     """
-    if not is_hf_folder(as_storage(place)):
-        return open_source(place)
-    config = model_of(place, forced)
-    return ForwardSource(open_source(place), family_of(config).keys(config))
+    storage = as_storage(place)
+    opened = open_weights(storage, _model_or_none(place))
+    return _without(opened.source, opened.same)
 
 
-def buffers_of(place: str) -> set[str]:
+def buffers_beside(place: str) -> set[str]:
     """What a Hugging Face folder's model has beside parameters, under our names; nothing for other checkpoints."""
     if not is_hf_folder(as_storage(place)):
         return set()
-    config = model_of(place, None)
-    with torch.device("meta"):
-        model = resolve_target(config._target_, "model")(config)
-    return set(model.state_dict()) - {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return buffers_of(model_of(place, None))
+
+
+def _model(args: argparse.Namespace) -> ModelConfig:
+    return model_of(args.checkpoint, args.model, _overrides(args))
+
+
+def _overrides(args: argparse.Namespace) -> list[str]:
+    # The reference's own arguments have none.
+    return list(getattr(args, "override", ()))
+
+
+def _model_or_none(place: str, forced: str | None = None, overrides: Collection[str] = ()) -> ModelConfig | None:
+    """The model that a checkpoint is of, None where it does not say."""
+    try:
+        return model_of(place, forced, overrides)
+    except UnknownModelError:
+        return None
 
 
 def add_conversions(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
@@ -77,7 +73,7 @@ def add_conversions(command: Callable[[str, str], argparse.ArgumentParser]) -> N
     out = command("export", "from a checkpoint to a Hugging Face folder or one file; run again after a kill")
     out.add_argument("checkpoint", help="a step, or a run (its newest step); a path or URL")
     out.add_argument("out", type=Path, help="a new or empty folder; a new file with torch and safetensors")
-    out.add_argument("--format", choices=("hf", "torch", "safetensors"), default="hf")
+    out.add_argument("--format", choices=("hf", "torch", "safetensors", "torchtitan"), default="hf")
     out.add_argument("--max-shard-size", default="5GB", help="of a file, with hf")
     out.add_argument("--hf-assets-path", type=Path, help="a folder whose config and tokenizer files are taken over")
     back = command("import", "from a Hugging Face folder or a file to a checkpoint; run again after a kill")
@@ -89,6 +85,9 @@ def add_conversions(command: Callable[[str, str], argparse.ArgumentParser]) -> N
     for parser in (out, back):
         parser.add_argument("--dtype", choices=DTYPES, help="of the floating-point weights; theirs without it")
         parser.add_argument("--model", help="a flavour like llama3_8b, where the checkpoint does not say or is wrong")
+        parser.add_argument(
+            "--override", action="append", default=[], metavar="model.FIELD=VALUE", help="of that flavour; repeatable"
+        )
         parser.add_argument("--threads", type=int, default=2)
 
 
@@ -99,22 +98,20 @@ def export_checkpoint(args: argparse.Namespace) -> ConversionResult:
         ValueError: one sentence.
     """
     _check(args)
-    dtype: torch.dtype | None = getattr(torch, args.dtype) if args.dtype else None
-    source: TensorSource = WeightsSource(open_source(args.checkpoint))
-    with source, _progress(args) as progress:
+    needs_model = args.format in ("hf", "torchtitan")
+    config = _model(args) if needs_model else _model_or_none(args.checkpoint, args.model, _overrides(args))
+    opened = open_weights(as_storage(args.checkpoint), config)
+    with opened.source as source, _progress(args) as progress:
+        if config is not None:
+            check_fit(opened, config)
         if args.format == "hf":
-            config = model_of(args.checkpoint, args.model)
-            export = HfExport(
-                config=config,
-                dtype=dtype,
-                max_shard_bytes=size_in_bytes(args.max_shard_size, "--max-shard-size"),
-                assets=_assets(args.hf_assets_path, config),
-                tokenizer=_tokenizer(source.place),
-            )
-            return export_hf(source, args.out, export, threads=args.threads, progress=progress)
-        source = CastSource(source, dtype) if dtype is not None else source
+            assert config is not None
+            return _export_hf(args, source, config, progress)
+        if args.format == "torchtitan":
+            assert config is not None
+            return _export_torchtitan(args, source, config, progress)
         return convert(
-            source,
+            _cast(WeightsSource(source), args),
             plan_torch
             if args.format == "torch"
             else lambda infos, _work: plan_safetensors(infos, max_shard_bytes=None, small={}),
@@ -125,6 +122,65 @@ def export_checkpoint(args: argparse.Namespace) -> ConversionResult:
         )
 
 
+def _export_hf(
+    args: argparse.Namespace, source: TensorSource, config: ModelConfig, progress: Callable[[int, int], None]
+) -> ConversionResult:
+    export = HfExport(
+        config=config,
+        dtype=_dtype(args),
+        max_shard_bytes=size_in_bytes(args.max_shard_size, "--max-shard-size"),
+        assets=_assets(args.hf_assets_path, config),
+        tokenizer=_tokenizer(source.place),
+    )
+    return export_hf(source, args.out, export, threads=args.threads, progress=progress)
+
+
+def _export_torchtitan(
+    args: argparse.Namespace, source: TensorSource, config: ModelConfig, progress: Callable[[int, int], None]
+) -> ConversionResult:
+    """A DCP folder under torchtitan's names of today, with the optimizer's state where there is one.
+
+    It is one of our steps all the same, so that it is verified wherever we read it.
+    """
+    if not isinstance(config, DecoderConfig):
+        raise ValueError(f"--format torchtitan must be of a decoder, but {config.name} is none; use --format torch")
+    shapes, names = shapes_of(config), set(source.infos)
+    moments = [m for n in shapes for m in moments_of(n)]
+    whole = names.issuperset(moments) and args.dtype is None
+    step = stored_step(source)
+    kept = [n for n in (*shapes, *sorted(buffers_of(config)), *(moments if whole else ())) if n in names]
+    titans = InverseSource(source, todays_keys(config, kept))
+    place = as_storage(args.checkpoint)
+    stored = manifest_of(place)
+    train_state = stored.train_state if whole and stored is not None else {}
+    manifest = Manifest(
+        step=step or 0,
+        lineage="export",
+        kind="full" if whole else "model",
+        train_state=train_state,
+        model=settings_of_model(config),
+        versions=software_versions(),
+    )
+    objects = beside_tensors(titans.infos, step or 0, train_state, adamw_of(place)) if whole else {}
+    return convert(
+        _cast(titans, args),
+        lambda infos, _work: plan_step(infos, manifest, objects=objects),
+        args.out,
+        identity={"from": source.place, "format": "torchtitan", "model": json.dumps(manifest.model)},
+        threads=args.threads,
+        progress=progress,
+    )
+
+
+def _dtype(args: argparse.Namespace) -> torch.dtype | None:
+    return getattr(torch, args.dtype) if args.dtype else None
+
+
+def _cast(source: TensorSource, args: argparse.Namespace) -> TensorSource:
+    dtype = _dtype(args)
+    return source if dtype is None else CastSource(source, dtype)
+
+
 def import_checkpoint(args: argparse.Namespace) -> ConversionResult:
     """`regrow-ckpt import`.
 
@@ -132,45 +188,64 @@ def import_checkpoint(args: argparse.Namespace) -> ConversionResult:
         ValueError: one sentence.
     """
     _check(args)
-    place, in_hf = args.checkpoint, is_hf_folder(as_storage(args.checkpoint))
-    if args.format is not None and (args.format == "hf") is not in_hf and as_storage(place).names():
-        raise ValueError(
-            f"--format must be {'hf' if in_hf else 'that of IN'} for {place}, but is {args.format}; leave it out"
+    place = as_storage(args.checkpoint)
+    config = _model(args) if is_hf_folder(place) or args.model else None
+    opened = open_weights(place, config)
+    with opened.source as ours, _progress(args) as progress:
+        if args.format is not None and (args.format == "hf") is not opened.in_hf:
+            raise ValueError(
+                f"--format must be {'hf' if opened.in_hf else 'that of IN'} for {args.checkpoint}, but is "
+                f"{args.format}; leave it out"
+            )
+        if config is not None:
+            check_fit(opened, config)
+        check_types(ours, [n for n in weights_of(ours) if n.endswith("weight")])
+        manifest = Manifest(
+            step=0,
+            lineage="import",
+            kind="model",
+            model=settings_of_model(config) if config is not None else {},
+            versions=software_versions(),
         )
-    config = model_of(place, args.model) if in_hf or args.model else None
-    source: TensorSource
-    if in_hf:
-        assert config is not None
-        source = ForwardSource(open_source(place), family_of(config).keys(config))
-        _check_unused(source)
-    else:
-        source = WeightsSource(open_source(place))
-    if args.dtype:
-        source = CastSource(source, getattr(torch, args.dtype))
-    manifest = Manifest(
-        step=0,
-        lineage="import",
-        kind="model",
-        model=settings_of_model(config) if config is not None else {},
-        versions=software_versions(),
-    )
-    with source, _progress(args) as progress:
         return convert(
-            source,
+            _cast(_without(WeightsSource(ours), opened.same), args),
             lambda infos, _work: plan_step(infos, manifest),
             args.out,
-            identity={"from": source.place, "format": "step", "model": json.dumps(manifest.model)},
+            identity={"from": ours.place, "format": "step", "model": json.dumps(manifest.model)},
             threads=args.threads,
             progress=progress,
         )
 
 
-def _check_unused(source: ForwardSource) -> None:
-    extra = [n for n in source.unused if n != "lm_head.weight" and not n.endswith("rotary_emb.inv_freq")]
-    if extra:
+def _without(source: TensorSource, names: Collection[str]) -> TensorSource:
+    """Without copies of other tensors."""
+    source.infos = {n: info for n, info in source.infos.items() if n not in names}
+    return source
+
+
+def check_fit(opened: OpenedWeights, config: ModelConfig) -> None:
+    """Whether a checkpoint holds a model's tensors, all of them, in their shapes, and no more.
+
+    Raises:
+        ValueError: it does not.
+    """
+    source, shapes = opened.source, shapes_of(config)
+    plan = plan_load(source, shapes, unused=opened.unused, beside=(*opened.same, *buffers_of(config)))
+    remedy = f"give the --model that it is of, which {config.name} is not"
+    if plan.missing:
         raise ValueError(
-            f"{source.place} holds {extra[0]}, which the model of its config.json does not have ({len(extra)} such "
-            "names); the folder is of another model"
+            f"{source.place} must hold {plan.missing[0]}, but does not ({len(plan.missing)} of {len(shapes)} are "
+            f"missing); {remedy}"
+        )
+    if plan.unused:
+        raise ValueError(
+            f"{source.place} holds {plan.unused[0]}, which the model does not have ({len(plan.unused)} such names); "
+            f"{remedy}"
+        )
+    for name in plan.resized:
+        raise ValueError(
+            f"{name} in {source.place} has shape {source.infos[name].shape}, but the model's has {shapes[name]}; "
+            f"{remedy}"
         )
 
 

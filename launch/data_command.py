@@ -2,14 +2,17 @@
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 
 from checkpoint.scratch import clear_dead_scratch
 from launch.worker import log_to_console
+from trainer.data.cache import writing_to
 from trainer.data.config import StdlibConfig, TextConfig
-from trainer.data.prepare import tokenize
-from trainer.data.source import TextUnits
+from trainer.data.prepare import complete_store, only_one
+from trainer.data.recipe import RECIPE
+from trainer.data.source import DataError, TextUnits
 from trainer.data.stdlib import StdlibSource
 from trainer.data.text import TextSource
 from trainer.data.token_store import INDEX, TokenStore
@@ -54,20 +57,19 @@ def _source(args: argparse.Namespace) -> TextUnits:
 
 
 def _tokenize(args: argparse.Namespace) -> None:
+    if args.workers < 0:
+        raise DataError(f"--workers must be at least 0, but is {args.workers}; use 0")
     source = _source(args)
     source.check()
-    args.out.mkdir(parents=True, exist_ok=True)
-    marker, key = args.out / "corpus.txt", source.key()
-    if marker.exists() and marker.read_text() != key:
-        raise ValueError(
-            f"OUT must be empty or an unfinished part of the same corpus, but {args.out} is of another one; "
-            "choose another folder"
-        )
-    if not marker.exists() and any(args.out.iterdir()):
-        raise ValueError(f"OUT must be an empty folder, but {args.out} is not; choose another one")
-    marker.write_text(key)
-    if not (args.out / INDEX).exists():
-        tokenize(source, args.out)
+    out: Path = args.out
+    with writing_to(out, "OUT"):
+        out.mkdir(parents=True, exist_ok=True)
+        if not os.path.lexists(out / RECIPE) and any(p.name != ".lock" for p in out.iterdir()):
+            made = (out / INDEX).exists() or (out / "corpus.txt").exists()
+            held = "was made by a version that did not note its options" if made else "is not"
+            raise DataError(f"OUT must be an empty folder, but {out} {held}; choose another one")
+        with only_one(out):
+            complete_store(source, out)
 
 
 def _show(folder: Path) -> None:
@@ -90,7 +92,7 @@ def main() -> None:
             _show(args.out)
         else:
             _show(args.folder)
-    except (ValueError, FileNotFoundError) as error:
+    except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Difference", "compare", "config_hash", "flatten", "is_free", "name_from_overrides"]
+__all__ = ["Difference", "compare", "config_hash", "flatten", "former_sweep_name", "is_free", "sweep_name"]
 
 # Fields by prefix. Identity may never change; hyperparameters only when allowed by name; the rest is free.
 _HYPERPARAMETERS = ("optimizer.", "scheduler.", "precision.", "train.grad_clip")
@@ -96,8 +96,48 @@ def compare(stored: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[list[D
     return identity, hyperparameters
 
 
-def name_from_overrides(model_name: str, overrides: Sequence[tuple[str, Any]]) -> str | None:
-    """A run's name in a sweep: the model and the overrides that are not free; None where none is left.
+def sweep_name(model_name: str, swept: Sequence[tuple[str, Any]], digest: str) -> str | None:
+    """A run's name in a sweep: the model, what is swept, and the hash of what makes the run what it is.
+
+    Values that would make it too long are cut and hashed; every swept field keeps its name.
+
+    Args:
+        model_name: `model.name`.
+        swept: (key, canonical value) of what differs between the runs.
+        digest: `config_hash`, which tells runs apart that share all of that.
+
+    Returns:
+        The name, None where the fields' names alone are too long for a folder's.
+    """
+    pairs = sorted((key, str(value)) for key, value in swept)
+    for width in (_NAME_LENGTH, 40, 24, 16, _HASH_DIGITS):
+        fields = ",".join(f"{_safe(key)}={_cut(value, width)}" for key, value in pairs)
+        name = "-".join(part for part in (model_name, fields, digest) if part)
+        if len(name.encode()) <= _NAME_LENGTH:
+            return name
+    return None
+
+
+# Below the 255 bytes of file systems, with room for what is made beside a run's folder (`NAME.log`).
+_NAME_LENGTH = 200
+_HASH_DIGITS = 8
+
+
+def _safe(text: str) -> str:
+    return re.sub(r"[^\w.,=+-]", "_", text, flags=re.ASCII)
+
+
+def _cut(value: str, width: int) -> str:
+    """A value in at most so many characters; what is cut off is told apart by a hash."""
+    if len(value) <= width:
+        return _safe(value)
+    digest = hashlib.blake2b(value.encode(errors="replace"), digest_size=_HASH_DIGITS // 2).hexdigest()
+    kept = width - _HASH_DIGITS - 2
+    return f"{_safe(value[:kept])}..{digest}" if kept > 0 else digest
+
+
+def former_sweep_name(model_name: str, overrides: Sequence[tuple[str, Any]]) -> str | None:
+    """A sweep's run as version 0.1.0 named it: by all overrides that are not free; None where none is left.
 
     Args:
         model_name: `model.name`.
@@ -107,7 +147,7 @@ def name_from_overrides(model_name: str, overrides: Sequence[tuple[str, Any]]) -
     if not parts:
         return None
     exact = ",".join(parts)
-    text = re.sub(r"[^\w.,=+-]", "_", exact, flags=re.ASCII)
+    text = _safe(exact)
     if text != exact or len(text) > 160:
         # What was replaced or cut off must still tell two runs apart.
         text = f"{text[:140]}-{hashlib.blake2b(exact.encode(errors='replace'), digest_size=4).hexdigest()}"

@@ -1,32 +1,58 @@
 """Which model a checkpoint is of: by its manifest, a `config.json`, its run's config, or a flavour's name."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 import models
 from checkpoint.errors import CheckpointError
-from checkpoint.loading import is_verified, resolve_foreign
+from checkpoint.loading import is_verified
 from checkpoint.manifest import read_manifest
-from checkpoint.sources import is_hf_folder
+from checkpoint.partial import pin_source
+from checkpoint.sources import is_hf_folder, open_source
+from checkpoint.step_name import METADATA
 from checkpoint.storage.base import Storage
 from checkpoint.storage.local import LocalStorage
 from checkpoint.storage.opening import as_storage
 from launch.schema import Config, config_modules, register_schemas
+from launch.weights import model_of_folder
 from models.config import ModelConfig
-from models.hf import read_config
 
-__all__ = ["flavour", "model_from_settings", "model_of", "run_folder_of", "settings_of_model"]
+__all__ = ["flavour", "model_from_settings", "model_of", "run_folder_of", "section_of_run", "settings_of_model"]
 
 
-def flavour(name: str) -> ModelConfig:
+def section_of_run(step: Storage, name: str) -> dict[str, Any]:
+    """A section of the config of the run that a step lies in; empty where there is no such config."""
+    run = run_folder_of(step)
+    if run is None:
+        return {}
+    try:
+        stored = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException):
+        # Somebody else's file of that name.
+        return {}
+    section = stored.get(name) if isinstance(stored, dict) else None
+    return {str(k): v for k, v in section.items()} if isinstance(section, dict) else {}
+
+
+class UnknownModelError(CheckpointError):
+    """A checkpoint does not say what it is of."""
+
+
+def flavour(name: str, overrides: Collection[str] = ()) -> ModelConfig:
     """The config of a flavour in `conf/model`.
 
+    Args:
+        name: of the flavour.
+        overrides: `model.FIELD=VALUE`.
+
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is none of that name, or no such field.
     """
     from hydra import compose, initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
@@ -40,7 +66,7 @@ def flavour(name: str) -> ModelConfig:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_module("conf", version_base="1.3"):
-            config: Config = to_config(compose("config", overrides=[f"model={name}"]))
+            config: Config = to_config(compose("config", overrides=[f"model={name}", *overrides]))
     except Exception as error:
         sentence = describe(error)
         if sentence is None:
@@ -69,7 +95,13 @@ def model_from_settings(values: Mapping[str, Any], where: str) -> ModelConfig:
             defaults = {f.name: f.default for f in dataclasses.fields(kind)}
             if defaults.get("_target_") == values.get("_target_"):
                 known = {k: v for k, v in values.items() if k in defaults}
-                config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), known))
+                try:
+                    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), known))
+                except OmegaConfBaseException as error:
+                    reason = str(error).splitlines()[0]
+                    raise ValueError(
+                        f"{where} must hold a model's config, but {reason}; force one with --model"
+                    ) from error
                 assert isinstance(config, ModelConfig)
                 config.check()
                 return config
@@ -86,34 +118,38 @@ def run_folder_of(step: Storage) -> Path | None:
     return next((p for p in step.path.resolve().parents[:4] if (p / "config.yaml").is_file()), None)
 
 
-def model_of(place: str, forced: str | None) -> ModelConfig:
+def model_of(place: str, forced: str | None, overrides: Collection[str] = ()) -> ModelConfig:
     """The model that a checkpoint is of.
 
     Args:
         place: what `open_source` opens.
         forced: a flavour's name, which is believed.
+        overrides: `model.FIELD=VALUE`, of that flavour.
 
     Raises:
         ValueError: it cannot be found out.
     """
+    strange = next((o for o in overrides if forced is None or not o.startswith("model.")), None)
+    if strange is not None:
+        raise ValueError(
+            f"--override must be model.FIELD=VALUE beside --model, but is {strange}; write for instance "
+            "--model llama3_debug --override model.dim=256"
+        )
     if forced is not None:
-        return flavour(forced)
+        config = flavour(forced, overrides)
+        config.check()
+        return config
     storage = as_storage(place)
     if is_hf_folder(storage):
-        import json
-
-        path = f"{storage.url}/config.json"
-        fields = json.loads(storage.read("config.json"))
-        return read_config(fields, storage.url.rstrip("/").rpartition("/")[2], path)[1]
-    step = resolve_foreign(storage) if storage.names() else None
-    if step is not None:
+        return model_of_folder(storage)
+    step = pin_source(storage)
+    if step.exists(METADATA):
         settings = read_manifest(step).model if is_verified(step) else {}
-        run = run_folder_of(step)
-        if not settings and run is not None:
-            stored = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
-            settings = stored["model"] if isinstance(stored, dict) else {}
-        if settings:
+        settings = settings or section_of_run(step, "model")
+        if "_target_" in settings:
             return model_from_settings(settings, step.url)
-    raise CheckpointError(
+    # Where it is no checkpoint at all, that is the thing to say.
+    open_source(storage).close()
+    raise UnknownModelError(
         f"--model must be given, because {storage.url} does not say what it is of; use --model llama3_8b"
     )

@@ -1,6 +1,8 @@
 """Everything that can be refused before a rank starts: one sentence each."""
 
+import logging
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,10 +13,10 @@ from checkpoint.config import CheckpointConfig, FinetuneConfig
 from checkpoint.errors import CheckpointError
 from checkpoint.lease import LONGEST_TIMEOUT_S
 from checkpoint.lineage import LoadRequest, StartPoint
-from checkpoint.loading import is_verified
 from checkpoint.outputs import size_in_bytes
-from checkpoint.partial import LoadPlan, LoadRules, check_load
-from checkpoint.storage.opening import is_url
+from checkpoint.partial import LoadPlan, LoadRules, check_load, check_moments, stored_step
+from checkpoint.source import TensorSource
+from checkpoint.storage.opening import is_url, open_storage
 from launch.build import (
     build_hooks,
     build_model,
@@ -26,8 +28,14 @@ from launch.build import (
     policies,
     rules,
 )
+from launch.errors import check_no_hub_name, naming_fields
+from launch.ranks import detect_ranks
 from launch.schema import Config
-from trainer.data.prepare import prepare
+from launch.weights import buffers_of, contradictions, shapes_of
+from models.config import DecoderConfig
+from models.hf import CONFIG, HEAD
+from trainer.data.config import TextConfig, TokensConfig
+from trainer.data.prepare import cache_folder, prepare
 from trainer.data.token_store import TokenStore
 from trainer.data.windows import Windows
 from trainer.parallel.layout import Layout
@@ -44,6 +52,8 @@ __all__ = [
     "prepare_data",
     "splits_backward",
 ]
+
+log = logging.getLogger(__name__)
 
 
 def check_config(config: Config) -> None:
@@ -168,10 +178,11 @@ def check_seed(environ: Mapping[str, str]) -> None:
     Raises:
         ValueError: torchrun started several.
     """
-    started = environ.get("WORLD_SIZE", "1")
-    if started != "1":
+    ranks = detect_ranks(environ, None)
+    if ranks is not None and ranks.world_size > 1:
         raise ValueError(
-            f"checkpoint.create_seed_checkpoint must be run by 1 process, but {started} were started; start one"
+            f"checkpoint.create_seed_checkpoint must be run by 1 process, but {ranks.world_size} were started; start "
+            "one"
         )
 
 
@@ -195,18 +206,63 @@ def check_initial_load(config: Config, start: StartPoint) -> LoadPlan:
         CheckpointError: it is not, or does not.
     """
     assert start.path is not None
-    with torch.device("meta"):
-        model = build_model(config)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    source, unused = open_initial(config, start.path, in_hf=start.in_hf)
-    with source:
-        plan = check_load(source, shapes, LoadRules.from_config(config.checkpoint), unused=unused)
-        if not start.model_only and not is_verified(source.place):
+    check_no_hub_name("checkpoint.initial_load_path", start.path)
+    shapes = shapes_of(config.model)
+    opened = open_initial(config, start.path, find_copies=True)
+    with opened.source as source:
+        plan = check_load(
+            source,
+            shapes,
+            LoadRules.from_config(config.checkpoint),
+            unused=opened.unused,
+            beside=(*opened.same, *buffers_of(config.model)),
+            idle_rules=opened.idle_rules,
+            remedies=_remedies(config),
+        )
+        # Only now: setting the field as the sentence says leads to the load that was just looked at.
+        if opened.in_hf is not start.in_hf:
+            whose, value = ("Hugging Face's", "true") if opened.in_hf else ("not Hugging Face's", "false")
             raise CheckpointError(
-                f"checkpoint.initial_load_model_only must be true for {source.place}, which has no manifest and so "
-                "no train state, but is false; leave it out"
+                f"checkpoint.initial_load_in_hf must be {value} for {start.path}, whose tensors' names are {whose}, "
+                f"but is {str(start.in_hf).lower()}; set checkpoint.initial_load_in_hf={value}"
             )
+        if opened.in_hf:
+            for line in contradictions(open_storage(start.path, config.checkpoint.storage_options), config.model):
+                log.warning("initial load: %s", line)
+        if not start.model_only:
+            _check_state(config, start, source, {n: shapes[n] for n in plan.found})
     return plan
+
+
+def _check_state(
+    config: Config, start: StartPoint, source: TensorSource, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Whether optimizer and counters can come from there too."""
+    if "optimizer" not in start.exclude:
+        check_moments(source, shapes)
+    step = stored_step(source)
+    if step is None:
+        raise CheckpointError(
+            f"checkpoint.initial_load_model_only must be true for {source.place}, which does not say at which step "
+            "it was saved, but is false; leave it out"
+        )
+    if config.train.steps <= step:
+        raise CheckpointError(
+            f"train.steps must be above the step of {source.place} ({step}) to go on from it, but is "
+            f"{config.train.steps}; raise it, or use checkpoint.initial_load_model_only=true to begin at step 0"
+        )
+
+
+def _remedies(config: Config) -> dict[str, str]:
+    """What to do where the output layer is there or not, against the model's config."""
+    if not isinstance(config.model, DecoderConfig):
+        return {}
+    other = str(not config.model.tied_embeddings).lower()
+    remedy = f"use model.tied_embeddings={other}"
+    if config.model.load_weights:
+        # The config is the folder's.
+        remedy = f"set tie_word_embeddings to {other} in its {CONFIG}"
+    return {HEAD.ours: remedy, HEAD.theirs: remedy}
 
 
 def prepare_data(config: Config) -> Path:
@@ -216,11 +272,26 @@ def prepare_data(config: Config) -> Path:
         ValueError: the corpus or the tokenizer does not fit.
         FileNotFoundError: a file is missing.
     """
+    if getattr(config.data, "tokenizer", None):
+        check_no_hub_name("data.tokenizer", str(config.data.tokenizer))
     source = build_source(config)
-    source.check()
-    folder = prepare(source)
-    check_data(config, TokenStore(folder))
+    with naming_fields(("data.cache", cache_folder(config.data)), *_data_places(config)):
+        source.check()
+        folder = prepare(source, lambda size: _check_vocabulary(config, size))
+        check_data(config, TokenStore(folder))
     return folder
+
+
+def _data_places(config: Config) -> list[tuple[str, str | Path | None]]:
+    """Where the data's fields say that something is read."""
+    data = config.data
+    places: list[tuple[str, str | Path | None]] = [("data.tokenizer", getattr(data, "tokenizer", None))]
+    if isinstance(data, TokensConfig):
+        places.append(("data.path", data.path))
+    if isinstance(data, TextConfig):
+        # The folder in which a pattern begins to match.
+        places += [("data.files", re.split(r"[^/]*[*?[]", pattern, maxsplit=1)[0] or ".") for pattern in data.files]
+    return places
 
 
 def check_data(config: Config, store: TokenStore) -> None:
@@ -229,17 +300,26 @@ def check_data(config: Config, store: TokenStore) -> None:
     Raises:
         ValueError: naming field, rule, value and remedy.
     """
-    if store.index.vocab_size > config.model.vocab_size:
-        raise ValueError(
-            f"model.vocab_size must be at least the tokenizer's ({store.index.vocab_size}), but is "
-            f"{config.model.vocab_size}; use model.vocab_size={store.index.vocab_size} or another data.tokenizer"
-        )
+    _check_vocabulary(config, store.index.vocab_size)
     windows = Windows(store, config.data.seq_len, config.data.validation_fraction, validation=False)
     if not len(windows):
         raise ValueError(
             f"data must hold at least one sequence of data.seq_len + 1 tokens outside the validation split, but "
             f"the corpus has {store.index.tokens} tokens in all and data.seq_len is {config.data.seq_len}; "
             "add text or lower data.seq_len"
+        )
+
+
+def _check_vocabulary(config: Config, size: int) -> None:
+    """Whether the model has a row for every id below `size`.
+
+    Raises:
+        ValueError: it has fewer.
+    """
+    if size > config.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size must be at least the tokenizer's ({size}), but is {config.model.vocab_size}; "
+            f"use model.vocab_size={size} or another data.tokenizer"
         )
 
 

@@ -35,6 +35,7 @@ from checkpoint.storage.base import Storage
 from checkpoint.storage.local import LocalStorage
 from launch.build import checkpoint_folder, export_folder
 from launch.errors import UserError
+from launch.extension import say_where_it_stands, settle_schedule
 from launch.identity import Difference, compare
 from launch.lost_record import check_owner, newest_of, rebuild_record
 from launch.preflight import check_initial_load
@@ -49,6 +50,7 @@ __all__ = ["begin_run", "open_run", "own_run", "share_run"]
 log = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"
+_GONE = "is gone"
 _RANKS_LOCK = ".ranks.lock"
 # A document of the run before its rename: only the launcher and rank 0 write these, and only while they own the run.
 _TEMPORARY = re.compile(
@@ -189,11 +191,12 @@ class OpenedRun:
 
     Attributes:
         record: as this start makes it; written by `begin_run`, once the state is loaded.
-        finished: whether the run has come to its end already; the record is then written.
+        reached: the step at which the run has come to its end already, its record is then written; None where there
+            is something to do.
     """
 
     record: RunRecord
-    finished: bool
+    reached: int | None
 
 
 def open_run(
@@ -257,15 +260,19 @@ def open_run(
     start = start_point(record.lineages, [(e.step, e.manifest.lineage) for e in entries if e.resumable])
     if _is_finished(config, record, entries, run_dir):
         begin_run(settings, run_dir, store, overrides, record)
-        return OpenedRun(record=record, finished=True)
+        reached = max([record.attempts[-1].to_step, *(e.step for e in entries)])
+        say_where_it_stands(config, reached, entries)
+        return OpenedRun(record=record, reached=reached)
     _check_start(config, start, record, catalog.folder.url)
     _check_weights(start, record, entries, run_dir)
+    settle_schedule(config, record, start, entries)
+    say_where_it_stands(config, start.step, entries)
     for change in changes:
         log.warning("%s, from step %d on", change, start.step)
         record.changes.append(
             {"name": change.name, "from": change.stored, "to": change.given, "after_step": start.step}
         )
-    return OpenedRun(record=record, finished=False)
+    return OpenedRun(record=record, reached=None)
 
 
 def begin_run(
@@ -290,26 +297,41 @@ def begin_run(
 
 
 def _stored_config(run_dir: Path, record: RunRecord | None, complete: Sequence[Entry]) -> dict[str, Any] | None:
-    """The config that the run was accepted with; out of its newest step where the file is gone.
+    """The config that the run was accepted with; out of its newest step where the file is gone or damaged.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: the file is damaged, and no step tells.
     """
-    path = run_dir / CONFIG
-    if record is not None and not path.exists():
-        return next((e.manifest.config for e in reversed(complete) if e.manifest.run_id == record.run_id), None)
     if record is None:
         return None
+    path = run_dir / CONFIG
+    stored, problem = _read_config(path)
+    if stored is not None:
+        return stored
+    tells = next((e for e in reversed(complete) if e.manifest.run_id == record.run_id and e.manifest.config), None)
+    if tells is not None:
+        log.warning("%s %s; the config that step %d was made with is taken", path, problem, tells.step)
+        return tells.manifest.config
+    if problem == _GONE:
+        return None
+    raise UserError(
+        f"{path} must be the run's config, but {problem}; restore it from {run_dir / '.hydra/config.yaml'}"
+    )
+
+
+def _read_config(path: Path) -> tuple[dict[str, Any] | None, str]:
+    """A stored config; where it cannot be read, None and what is wrong."""
     try:
         stored = OmegaConf.to_container(OmegaConf.create(read_regular(path).decode()))
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(
-            f"{path} must be the run's config, but cannot be read ({str(error).splitlines()[0]}); restore it from "
-            f"{run_dir / '.hydra/config.yaml'}"
-        ) from error
-    if not isinstance(stored, dict):
-        raise UserError(f"{path} must be the run's config, but is not; restore it from {run_dir}/.hydra/config.yaml")
-    return {str(k): v for k, v in stored.items()}
+    except FileNotFoundError:
+        return None, _GONE
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError, OSError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = (error.strerror if isinstance(error, OSError) else None) or lines[0]
+        return None, f"cannot be read ({reason})"
+    if not isinstance(stored, dict) or "model" not in stored:
+        return None, "holds none"
+    return {str(k): v for k, v in stored.items()}, ""
 
 
 def _from_weights(config: Config, lineage: Lineage) -> Lineage:
@@ -328,7 +350,7 @@ def _from_weights(config: Config, lineage: Lineage) -> Lineage:
 
 def _is_restart(environ: Mapping[str, str]) -> bool:
     """Whether torchrun or Slurm starts the same launch again."""
-    return any(environ.get(n, "0") != "0" for n in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    return any(environ.get(n) not in (None, "", "0") for n in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
 def _check_start(config: Config, start: StartPoint, record: RunRecord, folder: str) -> None:

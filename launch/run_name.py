@@ -1,6 +1,7 @@
 """The default of `run.name`, as an OmegaConf resolver."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,27 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from launch.identity import config_hash, name_from_overrides
+from launch.errors import UserError, not_alone
+from launch.identity import config_hash, former_sweep_name, is_free, sweep_name
 
 __all__ = ["register_resolver"]
 
 _SECTIONS = ("model", "data", "optimizer", "scheduler", "precision", "train", "seed")
 
 
-def register_resolver() -> None:
-    """Makes `${regrow_run_name:}` and `${regrow_folder_name:PATH}` known."""
-    OmegaConf.register_new_resolver("regrow_run_name", _run_name, replace=True)
+def register_resolver(swept: Sequence[str] = ()) -> None:
+    """Makes `${regrow_run_name:}` and `${regrow_folder_name:PATH}` known.
+
+    Args:
+        swept: the fields and groups that differ between the runs of the command's sweep. A job of a sweep cannot tell
+            them from what is the same for all.
+    """
+    keys = frozenset(swept)
+
+    def run_name(*, _root_: DictConfig) -> str:
+        return _run_name(_root_, keys)
+
+    OmegaConf.register_new_resolver("regrow_run_name", run_name, replace=True)
     OmegaConf.register_new_resolver("regrow_folder_name", _folder_name, replace=True)
 
 
@@ -27,20 +39,35 @@ def _folder_name(path: str) -> str:
     return re.sub(r"[^\w.+=-]", "_", Path(path).expanduser().resolve().name, flags=re.ASCII).lstrip(".") or "model"
 
 
-def _run_name(*, _root_: DictConfig) -> str:
-    chosen = {name: _root_._get_node(name) for name in _SECTIONS}
+def _run_name(root: DictConfig, swept: frozenset[str]) -> str:
+    chosen = {name: root._get_node(name) for name in _SECTIONS}
     plain = OmegaConf.to_container(
-        OmegaConf.masked_copy(_root_, list(chosen)), resolve=True, enum_to_str=True, throw_on_missing=False
+        OmegaConf.masked_copy(root, list(chosen)), resolve=True, enum_to_str=True, throw_on_missing=False
     )
     assert isinstance(plain, dict)
     config: dict[str, Any] = {str(k): v for k, v in plain.items()}
-    model_name = str(config["model"]["name"])
-    hydra = _hydra(_root_)
-    if hydra is not None and hydra.mode is RunMode.MULTIRUN:
-        name = name_from_overrides(model_name, _canonical(_root_, list(hydra.overrides.task)))
-        if name is not None:
-            return name
-    return f"{model_name}-{config_hash(config)}"
+    if not isinstance(config["model"], dict):
+        raise UserError("model must be chosen, but is missing; add model=CHOICE, without ~")
+    model_name, digest = str(config["model"]["name"]), config_hash(config)
+    hydra = _hydra(root)
+    if hydra is None or hydra.mode is not RunMode.MULTIRUN:
+        return f"{model_name}-{digest}"
+    pairs = _canonical(root, list(hydra.overrides.task))
+    former = former_sweep_name(model_name, pairs)
+    if former is not None and (Path(str(root.run.root)) / former / "run.json").is_file():
+        return former
+    # A sweep may also be written down in the config of a sweeper.
+    keys = swept | {str(key) for key in hydra.sweeper.get("params") or ()}
+    for key in sorted(keys):
+        if is_free(key):
+            raise UserError(not_alone(key))
+    name = sweep_name(model_name, [(key, value) for key, value in pairs if key in keys], digest)
+    if name is None:
+        raise UserError(
+            f"run.name must be given where so many fields are swept ({len(keys)}) that their names are too long for "
+            "a folder's, but is not; add for instance run.name='run-${hydra:job.num}'"
+        )
+    return name
 
 
 def _hydra(root: DictConfig) -> Any:

@@ -26,8 +26,9 @@ from trainer.config import (
     WandbConfig,
 )
 from trainer.data.config import DataConfig
+from trainer.run_record import Extend
 
-__all__ = ["Config", "Device", "LaunchConfig", "Logger", "Mode", "RunConfig", "register_schemas"]
+__all__ = ["Config", "Device", "Kernels", "LaunchConfig", "Logger", "Mode", "RunConfig", "register_schemas"]
 
 
 class Mode(Enum):
@@ -51,6 +52,13 @@ class Device(Enum):
     cuda = "cuda"
 
 
+class Kernels(Enum):
+    """What CPUs compute with: what was measured to be fastest, or torch's operators everywhere."""
+
+    auto = "auto"
+    plain = "plain"
+
+
 @dataclass(kw_only=True, slots=True)
 class RunConfig:
     """Where a run lives and how it goes on.
@@ -61,6 +69,8 @@ class RunConfig:
             what it is, so that the same command finds it again. In a sweep, its overrides.
         resume: `auto` continues what is there, `must` fails when nothing is, `never` starts afresh.
         rewind: apply load options again that were applied before.
+        extend: what to do where `train.steps` goes beyond the end of the learning-rate schedule that the run
+            began with: `refuse`, `stretch` the schedule over all steps, or `hold` its last value. Acts once.
         allow_change: hyperparameters that may differ from the stored ones, by name.
     """
 
@@ -68,6 +78,7 @@ class RunConfig:
     name: str = MISSING
     resume: Resume = Resume.auto
     rewind: bool = False
+    extend: Extend = Extend.refuse
     allow_change: list[str] = field(default_factory=list)
 
 
@@ -78,8 +89,10 @@ class LaunchConfig:
     Attributes:
         device: where they compute.
         max_restarts: times that all ranks are started again, here, after one died.
-        threads_per_rank: CPU threads; 0 shares the cores. Results are bitwise the same only with the same
-            number.
+        threads_per_rank: CPU threads; 0 takes OMP_NUM_THREADS where that is set, else shares the cores. Results
+            are bitwise the same only with the same number.
+        kernels: on CPUs, `auto` uses the kernels that are faster than torch's operators here by a tenth, and keeps to
+            them for the run; `plain` uses none.
         timeout_s: seconds after which a collective that hangs is an error.
         elastic: with `parallel.dp_shard=-1` under Slurm, the numbers of ranks that a run may go on with.
     """
@@ -87,6 +100,7 @@ class LaunchConfig:
     device: Device = Device.auto
     max_restarts: int = 0
     threads_per_rank: int = 0
+    kernels: Kernels = Kernels.auto
     timeout_s: float = 600.0
     elastic: list[int] = field(default_factory=list)
 

@@ -1,6 +1,7 @@
 """A sweep as an object: its runs in `sweep.json`, and what each of them has come to. No torch, no Hydra."""
 
 import fcntl
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.files import read_json, write_json
+from checkpoint.step_name import parse_step_name
 from launch.errors import UserError
 from launch.slurm_jobs import Job
 from trainer.jsonlines import read_rows
@@ -25,6 +27,8 @@ __all__ = [
     "result_of",
     "run_name_override",
 ]
+
+log = logging.getLogger(__name__)
 
 FILE = "sweep.json"
 _PROGRAM, _FORMAT = "regrow sweep", 1
@@ -262,13 +266,17 @@ def _checkpoints(run_dir: Path, where: str, record: RunRecord | None) -> list[in
         newest = max((a.saved_step for a in record.attempts), default=0) if record else 0
         return [newest] if newest else []
     folder = run_dir / where
-    names = [p.name.removeprefix("step-") for p in folder.glob("step-*")] if folder.is_dir() else []
-    return sorted(int(n) for n in names if n.isdigit())
+    steps = [parse_step_name(p.name) for p in folder.glob("step-*")] if folder.is_dir() else []
+    return sorted(step for step in steps if step is not None)
 
 
 def result_of(run_dir: Path) -> float | None:
     """A run's result: its last validation loss, or without validation its last loss; None before the first step."""
-    rows = list(read_rows(run_dir / _METRICS))
+    try:
+        rows = list(read_rows(run_dir / _METRICS))
+    except OSError as error:
+        log.warning("%s has no result: %s cannot be read (%s)", run_dir, _METRICS, error.strerror or error)
+        return None
     found = next((r["val_loss"] for r in reversed(rows) if "val_loss" in r), rows[-1]["loss"] if rows else None)
     return None if found is None else float(found)
 

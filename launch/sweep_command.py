@@ -16,6 +16,7 @@ from launch.errors import UserError
 from launch.slurm_jobs import Job, cancel, list_jobs
 from launch.sweep import RunStatus, Sweep, SweepRun, inspect_run
 from launch.sweep_table import status_table
+from launch.versions import own_version
 from launch.worker import log_to_console
 
 __all__ = ["main"]
@@ -37,6 +38,7 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="regrow-sweep", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"regrow {own_version()}")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
         ("status", "a table: state, step, losses, attempts, node, time lost between starts, checkpoints"),

@@ -10,7 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from launch.errors import UserError
+from launch.errors import UserError, check_chdir
 from launch.schema import Config, Device
 from launch.sweep import SweepRun, run_name_override
 from launch.typed import to_config
@@ -57,6 +57,7 @@ def plan_runs(
                 composed.hydra.job.id = str(first + index)
                 composed.hydra.job.num = first + index
             HydraConfig.instance().set_config(composed)
+            check_chdir(composed.hydra.job.chdir)
             run_dir = Path(str(composed.hydra.sweep.dir), str(composed.hydra.sweep.subdir)).absolute()
             task = copy.deepcopy(composed)
             with open_dict(task):

@@ -16,6 +16,9 @@ def main() -> None:
     """The command's entry. Exit codes: 0 done, 1 failed, 2 bad input, 3 stopped and resumable."""
     flag = StopFlag()
     flag.install()
+    from trainer.places import ensure_home
+
+    ensure_home()
     if PARENT_VARIABLE in os.environ:
         die_with_parent(int(os.environ.pop(PARENT_VARIABLE)))
     try:
@@ -33,6 +36,11 @@ def main() -> None:
 
 
 def _run(arguments: list[str], flag: StopFlag) -> int:
+    if "--version" in arguments:
+        from launch.versions import own_version
+
+        print(f"regrow {own_version()}")
+        return EXIT_DONE
     from launch.app import Application
     from launch.errors import describe
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from launch.errors import UserError
+from launch.errors import UserError, check_no_hub_name, naming_fields
 from launch.schema import Config
 from models.from_hf_config import FromHfConfig
 
@@ -56,10 +56,12 @@ def _filled(config: DictConfig) -> DictConfig:
 
 def _with_model(config: DictConfig) -> DictConfig:
     """`model=from_hf` replaced by the family's own config, weights and tokenizer taken from the same folder."""
-    from models.hf import from_folder
+    from launch.weights import config_of_folder
 
     given, path = config.model, Path(config.model.path).expanduser()
-    _, model = from_folder(path, str(given.name))
+    check_no_hub_name("model.path", str(config.model.path))
+    with naming_fields(("model.path", path)):
+        model = config_of_folder(path, str(given.name), weights=bool(given.load_weights))
     for name in ("vocab_size", "max_seq_len"):
         if not OmegaConf.is_missing(given, name):
             setattr(model, name, given[name])

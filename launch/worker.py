@@ -21,6 +21,7 @@ from trainer.process import PARENT_VARIABLE, die_with_parent
 if TYPE_CHECKING:
     from checkpoint.lease import Ticket
     from launch.schema import Config
+    from models.base import LanguageModel
     from trainer.loop import StopReason, Trainer
     from trainer.parallel.context import ParallelContext
     from trainer.parallel.layout import Layout
@@ -188,6 +189,7 @@ def build_trainer(spec: RankSpec, context: "ParallelContext", flag: StopFlag, th
     assert isinstance(dims, DecoderConfig), "the launcher refuses other models"
     with torch.device("meta"):
         whole = build_model(config)
+    _choose_kernels(spec, whole, context)
     parallel = parallelise(
         whole,
         context,
@@ -244,6 +246,26 @@ def build_trainer(spec: RankSpec, context: "ParallelContext", flag: StopFlag, th
         state=TrainState(schedule_total=config.scheduler.total_steps or config.train.steps),
         stop_requested=_Wish(flag, compiles=config.train.compile),
     )
+
+
+def _choose_kernels(spec: RankSpec, whole: "LanguageModel", context: "ParallelContext") -> None:
+    """Says what a CPU computes with; layouts that cut sequences or matrices, and float64, are there to be checked."""
+    import torch
+
+    from launch.schema import Kernels
+    from models.kernels import cases_of
+    from trainer.config import PrecisionName
+    from trainer.kernels import choose_kernels, use_plain_operators
+
+    config, layout = spec.config, context.layout
+    cut, name = layout.tp * layout.cp > 1, config.precision.name
+    plain = config.launch.kernels is Kernels.plain or config.train.compile or name is PrecisionName.fp64
+    if plain or cut or context.device.type != "cpu":
+        use_plain_operators()
+        return
+    rows = min(config.data.micro_batch_size, -(-config.data.global_batch_size // layout.data_ranks))
+    dtype = torch.bfloat16 if name is PrecisionName.bf16 else torch.float32
+    choose_kernels(cases_of(whole, rows, config.data.seq_len, dtype), context, spec.run_dir)
 
 
 class _Wish:
@@ -350,15 +372,11 @@ def _attempt(context: "ParallelContext", threads: int) -> Any:
 
 def software_versions() -> dict[str, str]:
     """What a run or a checkpoint was made with."""
-    from importlib.metadata import PackageNotFoundError, version
-
     import torch
 
-    try:
-        own = version("regrow")
-    except PackageNotFoundError:
-        own = "uninstalled"
-    versions = {"regrow": own, "torch": str(torch.__version__), "python": platform.python_version()}
+    from launch.versions import own_version
+
+    versions = {"regrow": own_version(), "torch": str(torch.__version__), "python": platform.python_version()}
     revision = _git_revision()
     return {**versions, "git": revision} if revision else versions
 
@@ -388,6 +406,7 @@ def _checkpoint_hooks(spec: RankSpec, fingerprint: str) -> list[Any]:
         rules,
         tracked_metrics,
     )
+    from launch.weights import shapes_of
     from trainer.hooks.checkpoint import CheckpointHook, CheckpointPlan
     from trainer.hooks.export import ExportHook, ExportPlan
     from trainer.hooks.last_save import LastSave
@@ -416,6 +435,7 @@ def _checkpoint_hooks(spec: RankSpec, fingerprint: str) -> list[Any]:
         lineages=record.lineages,
         tracked=tracked_metrics(options),
         schedule_total=config.scheduler.total_steps,
+        stretched_totals=record.stretched_totals(),
         labels=run_labels(spec, fingerprint),
         mode=options.async_mode,
         saver=SaverOptions(
@@ -435,7 +455,8 @@ def _checkpoint_hooks(spec: RankSpec, fingerprint: str) -> list[Any]:
             folder=export_folder(spec.run_dir),
         ),
         initial=LoadRules.from_config(options),
-        open_initial=lambda path, in_hf: open_initial(config, path, in_hf=in_hf)[0],
+        open_initial=lambda path: open_initial(config, path).source,
+        parameters=lambda: shapes_of(config.model).keys(),
     )
     return [*hooks, CheckpointHook(plan)]
 

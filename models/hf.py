@@ -7,20 +7,67 @@ tensors by these keys is `checkpoint.mapped`.
 import importlib
 import json
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+import re
+import stat
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import models
-from models.config import ModelConfig
+from models.config import DecoderConfig, ModelConfig
 
-__all__ = ["HfFamily", "HfKey", "block_keys", "families", "family_of", "from_folder", "require", "rope_fields"]
+__all__ = [
+    "CONFIG",
+    "EMBEDDING",
+    "HEAD",
+    "MOST_LAYERS",
+    "TOKEN_IDS",
+    "HfFamily",
+    "HfKey",
+    "RowGroups",
+    "block_keys",
+    "carried_over",
+    "check_not_quantised",
+    "end_keys",
+    "families",
+    "family_of",
+    "from_folder",
+    "has_hf_names",
+    "number",
+    "parse_config",
+    "read_config",
+    "require",
+    "require_full_attention",
+    "rope_fields",
+    "whole",
+]
+
+CONFIG = "config.json"
+# No config.json is larger.
+_CONFIG_BYTES = 16 << 20
+# Above every model's dimensions, layers and experts: what is allocated by a number from a file stays bounded.
+_LARGEST = 1 << 26
+MOST_LAYERS = 4096
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowGroups:
+    """Which rows of a fused tensor are one of ours.
+
+    The fused tensor's rows are `groups` groups of `blocks` blocks of equal height; ours are the `count` blocks from
+    `first` on of each group.
+    """
+
+    groups: int
+    blocks: int
+    first: int
+    count: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HfKey:
-    """One tensor on the disk in Hugging Face's layout, and what it is of ours.
+    """One tensor on the disk in another layout, and what it is of ours.
 
     Attributes:
         ours: our parameter's name.
@@ -28,12 +75,18 @@ class HfKey:
         heads: above 0, the rows are those of so many attention heads, whose halves theirs holds one after the other
             and ours interleaved (RoPE as in Meta's code).
         expert: theirs is this slice of ours in dimension 0, with that dimension left out; None: all of it.
+        rows: ours are some of theirs' rows, which hold several of ours; None: all of them.
     """
 
     ours: str
     theirs: str
     heads: int = 0
     expert: int | None = None
+    rows: RowGroups | None = None
+
+
+EMBEDDING = HfKey(ours="tok_embeddings.weight", theirs="model.embed_tokens.weight")
+HEAD = HfKey(ours="output.weight", theirs="lm_head.weight")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,33 +154,132 @@ def from_folder(folder: Path, name: str | None = None) -> tuple[HfFamily, ModelC
     Raises:
         ValueError: no `config.json`, or one of a model that we do not have.
     """
-    path = folder / "config.json"
+    path = folder / CONFIG
     try:
-        fields = json.loads(path.read_text())
-    except FileNotFoundError as error:
+        kind = path.stat()
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(
             f"{folder} must be a Hugging Face folder, but has no config.json; give the folder that holds it"
         ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError, NotADirectoryError) as error:
-        raise ValueError(f"{path} must be JSON, but is not ({error}); download it again") from error
+    # A named pipe would keep us waiting.
+    if not stat.S_ISREG(kind.st_mode) or kind.st_size > _CONFIG_BYTES:
+        raise ValueError(f"{path} must be a file of at most {_CONFIG_BYTES >> 20} MiB, but is not; download it again")
+    fields = parse_config(path.read_bytes(), str(path))
     return read_config(fields, name or folder.resolve().name, str(path))
+
+
+def parse_config(body: bytes, where: str) -> dict[str, Any]:
+    """The fields of a `config.json`; raises ValueError where it is none."""
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} must be JSON, but is not ({error}); download it again") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{where} must be a JSON object, but is {type(fields).__name__}; download it again")
+    return fields
 
 
 def read_config(fields: Mapping[str, Any], name: str, where: str) -> tuple[HfFamily, ModelConfig]:
     """The family and config that `config.json`'s fields describe; raises ValueError where we have no such model."""
     named = fields.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(n, str) for n in named):
+        raise ValueError(f"architectures in {where} must be a list of names, but is {named!r}; download it again")
     for family in families():
         if family.architecture in named or (not named and fields.get("model_type") == family.model_type):
+            check_not_quantised(fields, where)
             try:
                 config = family.read(fields, name)
             except KeyError as error:
                 raise ValueError(f"{where} must have the field {error}, but has not; restore it") from error
-            config.check()
+            except (TypeError, AttributeError, OverflowError) as error:
+                raise ValueError(
+                    f"{where} must hold a model's dimensions, but one is of another type ({error}); download it again"
+                ) from error
+            _check_read(config, where)
             return family, config
     shown = ", ".join(named) or fields.get("model_type") or "nothing"
     raise ValueError(
         f"architectures in {where} must be one of {_names()}, but is {shown}; Regrow has no model of that kind"
     )
+
+
+def _check_read(config: ModelConfig, where: str) -> None:
+    try:
+        config.check()
+    except ValueError as error:
+        # The sentence names our fields and a remedy on the command line; the values are the file's.
+        reason = str(error).partition(";")[0]
+        raise ValueError(
+            f"{where} must describe a model that can be built, but {reason}; download it again"
+        ) from error
+
+
+def check_not_quantised(fields: Mapping[str, Any], where: str) -> None:
+    """Refuses a folder whose weights are codes that need scales, as its `config.json` says.
+
+    Raises:
+        ValueError: they are.
+    """
+    for field in ("quantization_config", "compression_config"):
+        value = fields.get(field)
+        if value:
+            method = value.get("quant_method") if isinstance(value, Mapping) else None
+            raise ValueError(
+                f"{field} in {where} must not be set, but is ({method or 'of an unnamed method'}): quantised weights "
+                "are not supported; use the folder of the model in bfloat16, or dequantise it with transformers"
+            )
+
+
+# Parts of a name that no layout but Hugging Face's has, with the model's prefix or without.
+_HF_NAME = re.compile(r"(^|\.)(embed_tokens\.|layers\.\d+\.self_attn\.|layers\.\d+\.mlp\.)")
+
+
+def has_hf_names(names: Iterable[str], config: ModelConfig | None = None) -> bool:
+    """Whether tensors of these names lie in Hugging Face's layout, rows included: the names are the format's mark.
+
+    Args:
+        names: of the stored tensors.
+        config: of the model that they are for, whose family may have names of its own.
+    """
+    names = set(names)
+    if any(_HF_NAME.search(n) for n in names):
+        return True
+    family = next((f for f in families() if type(config) is f.config_class), None)
+    if family is None:
+        return False
+    # lm_head is a name in torchtitan's layout too.
+    return any(k.theirs in names for k in family.keys(config) if k.theirs not in (HEAD.theirs, k.ours))
+
+
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def carried_over(fields: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
+    """Those fields of another `config.json` that stay true of a model of ours; everything else describes its weights.
+
+    Args:
+        fields: the other's; of the same tokenizer.
+        vocab_size: ours; token ids beyond it become null.
+    """
+    kept: dict[str, Any] = {name: _token_id(fields.get(name), vocab_size) for name in TOKEN_IDS}
+    spread, cached = fields.get("initializer_range"), fields.get("use_cache")
+    if isinstance(spread, float) and 0 < spread < 1:
+        kept["initializer_range"] = spread
+    if isinstance(cached, bool):
+        kept["use_cache"] = cached
+    return kept
+
+
+def _token_id(value: Any, vocab_size: int) -> int | list[int] | None:
+    """One id or several, null where none is in the vocabulary."""
+    several = [v for v in (value if isinstance(value, list) else [value]) if _is_token(v, vocab_size)]
+    if not several:
+        return None
+    return several if isinstance(value, list) else int(several[0])
+
+
+def _is_token(value: Any, vocab_size: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocab_size
 
 
 def require(fields: Mapping[str, Any], field: str, wanted: Any, model: str) -> None:
@@ -143,12 +295,63 @@ def require(fields: Mapping[str, Any], field: str, wanted: Any, model: str) -> N
         )
 
 
+def require_full_attention(fields: Mapping[str, Any], model: str) -> None:
+    """Refuses layers that see a window of the sequence alone, or are of another kind.
+
+    Raises:
+        ValueError: `layer_types` names one.
+    """
+    kinds = fields.get("layer_types") or []
+    others = [k for k in kinds if k != "full_attention"] if isinstance(kinds, list) else [kinds]
+    if others:
+        raise ValueError(
+            f"layer_types in config.json must be 'full_attention' alone for {model}, but has {others[0]!r}; it is "
+            "not supported"
+        )
+
+
+def whole(fields: Mapping[str, Any], name: str, *, default: int | None = None, most: int = _LARGEST) -> int:
+    """A dimension; raises KeyError where it is missing and has no default, ValueError where it cannot be one."""
+    value = fields[name] if default is None else fields.get(name, default)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise ValueError(
+            f"{name} in config.json must be a whole number from 1 to {most}, but is {value!r}; download it again"
+        )
+    return value
+
+
+def number(fields: Mapping[str, Any], name: str) -> float:
+    """A positive number; raises KeyError where it is missing, ValueError where it is none."""
+    value = fields[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise ValueError(f"{name} in config.json must be a number above 0, but is {value!r}; download it again")
+    return float(value)
+
+
 def rope_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """RoPE's settings, from transformers 5's `rope_parameters` or the older fields; `rope_type` is always there."""
-    rope = dict(fields.get("rope_parameters") or fields.get("rope_scaling") or {})
-    rope.setdefault("rope_type", rope.pop("type", "default"))
-    rope.setdefault("rope_theta", fields.get("rope_theta", 10_000.0))
+    """RoPE's settings, from the older fields or transformers 5's `rope_parameters`; `rope_type` is always there."""
+    # The older name wins, as in transformers.
+    given = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
+    if not isinstance(given, Mapping):
+        raise ValueError(f"rope_parameters in config.json must be an object, but is {given!r}; download it again")
+    rope = dict(given)
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        raise ValueError(
+            "rope_parameters in config.json must be those of all layers alike, but differ between kinds of layers; "
+            "it is not supported"
+        )
+    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    rope["rope_theta"] = rope.get("rope_theta") or fields.get("rope_theta") or 10_000.0
+    # Rotates a part of each head alone; it may stand in either place.
+    require({**fields, **rope}, "partial_rotary_factor", 1.0, "Regrow")
     return rope
+
+
+def end_keys(config: DecoderConfig, blocks: Sequence[HfKey]) -> list[HfKey]:
+    """The keys of all of a decoder, given those of its blocks."""
+    keys = [EMBEDDING, *blocks, HfKey(ours="norm.weight", theirs="model.norm.weight")]
+    return keys if config.tied_embeddings else [*keys, HEAD]
 
 
 def block_keys(pairs: Sequence[tuple[str, str, int]], layers: int) -> list[HfKey]:

@@ -15,32 +15,22 @@ from torch import Tensor, nn
 
 from models.base import LanguageModel
 from models.config import DecoderConfig
-from models.cpu import causal_attention, on_plain_cpu, rms_norm, swiglu
+from models.cpu import Kind, causal_attention, is_used, plain_attention, rms_norm
 from models.init import InitRule
 from models.linear import Linear
 from models.rope import rope_table
 
 __all__ = ["Attention", "Decoder", "DecoderBlock", "FeedForward", "RMSNorm", "attend"]
 
-# Of positions that attention by blocks is faster than torch's kernel on a CPU.
-LONGEST_BLOCKED = 2048
-
 Rotation = Callable[[Tensor, Tensor], Tensor]
 
 
 def attend(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, mask: Tensor | None) -> Tensor:
-    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) by scaled_dot_product_attention."""
-    if mask is None and q_BTNH.shape[1] <= LONGEST_BLOCKED and on_plain_cpu(q_BTNH, k_BTKH, v_BTKH):
+    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245), causal without a mask."""
+    b, t, n, h = q_BTNH.shape
+    if mask is None and is_used(Kind.attention, (b, t, n, k_BTKH.shape[2], h), q_BTNH, k_BTKH, v_BTKH):
         return causal_attention(q_BTNH, k_BTKH, v_BTKH)
-    out_BNTH = F.scaled_dot_product_attention(
-        q_BTNH.transpose(1, 2),
-        k_BTKH.transpose(1, 2),
-        v_BTKH.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=mask is None,
-        enable_gqa=q_BTNH.shape[2] != k_BTKH.shape[2],
-    )
-    return out_BNTH.transpose(1, 2)
+    return plain_attention(q_BTNH, k_BTKH, v_BTKH, mask)
 
 
 class RMSNorm(nn.Module):
@@ -52,7 +42,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        if on_plain_cpu(x, self.weight):
+        if is_used(Kind.norm, (x.numel() // x.shape[-1], x.shape[-1]), x, self.weight):
             return rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
 
@@ -95,8 +85,7 @@ class FeedForward(nn.Module):
         self.w3 = Linear(dim, ffn_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.w1(x), self.w3(x)
-        out: Tensor = self.w2(swiglu(gate, up) if on_plain_cpu(gate, up) else F.silu(gate) * up)
+        out: Tensor = self.w2(F.silu(self.w1(x)) * self.w3(x))
         return out
 
 

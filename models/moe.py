@@ -111,7 +111,7 @@ class MixtureOfExperts(nn.Module):
 
     Attributes:
         expert_bias: added to the scores where experts are chosen, float32 `(E,)`.
-        load: tokens that chose each expert in training since it was set to 0, float32 `(E,)`.
+        load: tokens that chose each expert in training since it was set to 0, int64 `(E,)`.
         loss_scale: what the auxiliary loss of one sequence counts, 1 / sequences of a step.
         sum_counts: sums counts over the ranks that share a sequence.
     """
@@ -135,7 +135,7 @@ class MixtureOfExperts(nn.Module):
         self.router = Router(dim, n_experts, per_token, normalise=normalise)
         self.experts = Experts(dim, ffn_dim, n_experts)
         self.register_buffer("expert_bias", torch.empty(n_experts, dtype=torch.float32))
-        self.register_buffer("load", torch.empty(n_experts, dtype=torch.float32), persistent=False)
+        self.register_buffer("load", torch.empty(n_experts, dtype=torch.int64), persistent=False)
         self.loss_scale = 1.0
         self.run_experts: RunExperts = run_experts
         self.sum_counts: Callable[[Tensor], Tensor] = lambda counts: counts
@@ -143,7 +143,8 @@ class MixtureOfExperts(nn.Module):
     def init_buffers(self, device: torch.device) -> None:
         """Zeroes."""
         self.expert_bias = torch.zeros(self.n_experts, dtype=torch.float32, device=device)
-        self.load = torch.zeros(self.n_experts, dtype=torch.float32, device=device)
+        # A float32 counts no further than 2^24.
+        self.load = torch.zeros(self.n_experts, dtype=torch.int64, device=device)
 
     def forward(self, x_BTD: Tensor, valid_BT: Tensor | None) -> Tensor:
         x_SD = x_BTD.flatten(0, 1)
@@ -163,10 +164,10 @@ class MixtureOfExperts(nn.Module):
 
     @torch.no_grad()
     def _count(self, chosen_SC: Tensor, valid_BT: Tensor | None) -> None:
-        weights = torch.ones_like(chosen_SC, dtype=torch.float32)
+        counts = torch.ones_like(chosen_SC)
         if valid_BT is not None:
-            weights *= valid_BT.reshape(-1, 1)
-        self.load.scatter_add_(0, chosen_SC.flatten(), weights.flatten())
+            counts *= valid_BT.reshape(-1, 1)
+        self.load.scatter_add_(0, chosen_SC.flatten(), counts.flatten())
 
     def _balance_loss(
         self, scores_SE: Tensor, chosen_SC: Tensor, shape: torch.Size, valid_BT: Tensor | None

@@ -1,5 +1,6 @@
 """Training steps under many layouts: several on each set of ranks, with everything that should be equal observed."""
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ class Observed:
     Attributes:
         losses: of each step.
         norms: of each step's gradient, before clipping.
+        exact_norms: the same from every box of the gradients once, in float64.
         first: the whole first weights.
         last: the whole weights, and the experts' biases, after the last step.
         loads: of each step, tokens per expert by layer.
@@ -42,6 +44,7 @@ class Observed:
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
+    exact_norms: list[float] = field(default_factory=list)
     first: dict[str, Tensor] = field(default_factory=dict)
     last: dict[str, Tensor] = field(default_factory=dict)
     loads: list[dict[str, Tensor]] = field(default_factory=list)
@@ -55,17 +58,32 @@ def relative(a: float, b: float) -> float:
     return abs(a - b) / max(abs(b), 1e-30)
 
 
+def exact_norm(trainer: Trainer) -> float:
+    """Of the gradients, in float64; boxes that several ranks hold count once."""
+    own = {}
+    for name, parameter in trainer.model.named_parameters():
+        assert parameter.grad is not None
+        offset, part = box_of(parameter.grad)
+        own[name, offset] = float(part.double().square().sum())
+    every: list[Any] = [None] * trainer.context.world_size
+    dist.all_gather_object(every, own, group=trainer.context.save_group)
+    return math.sqrt(math.fsum({box: square for held in every for box, square in held.items()}.values()))
+
+
+def box_of(tensor: Tensor) -> tuple[tuple[int, ...], Tensor]:
+    """Where this rank's part of a tensor begins, and the part."""
+    if not isinstance(tensor, DTensor):
+        return (0,) * tensor.ndim, tensor.detach()
+    return local_box(tensor.shape, tensor.device_mesh, tensor.placements)[1], tensor.to_local().detach()
+
+
 def whole_tensors(trainer: Trainer) -> dict[str, Tensor]:
     """All parameters and expert biases, put together from the boxes that ranks hold; on rank 0."""
     own = {}
     for name, tensor in [*trainer.model.named_parameters(), *trainer.model.named_buffers()]:
-        if name.endswith((".load", "rope")):
-            continue
-        offset = (0,) * tensor.ndim
-        if isinstance(tensor, DTensor):
-            _, offset = local_box(tensor.shape, tensor.device_mesh, tensor.placements)
-        part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        own[name] = (tuple(tensor.shape), offset, part.detach().clone())
+        if not name.endswith((".load", "rope")):
+            offset, part = box_of(tensor)
+            own[name] = (tuple(tensor.shape), offset, part.clone())
     parts: list[Any] = [None] * trainer.context.world_size
     dist.all_gather_object(parts, own, group=trainer.context.save_group)
     whole: dict[str, Tensor] = {}
@@ -97,6 +115,7 @@ class Recorder(Hook):
             for name, load in held.items():
                 total[name] = total.get(name, torch.zeros_like(load)) + load
         self.seen.loads.append(total)
+        self.seen.exact_norms.append(exact_norm(trainer))
 
     def step_end(self, trainer: Trainer) -> None:
         assert trainer.batch is not None

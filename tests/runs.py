@@ -55,7 +55,7 @@ def train(overrides: Sequence[str], run_dir: Path, world_size: int = 1) -> Resul
     run_dir.mkdir(parents=True, exist_ok=True)
     spec = spec_of(overrides, run_dir, world_size)
     opened = _open(spec)
-    if opened.finished:
+    if opened.reached is not None:
         return Result("finished", spec.config.train.steps, "")
     spec = dataclasses.replace(spec, record=opened.record)
     outcomes = run_distributed(_train_rank, spec, world_size=world_size)

@@ -29,12 +29,14 @@ TINY_MODEL = [
     "model.ffn_dim=64",
     "model.vocab_size=320",
 ]
+# Nothing is measured, and nothing depends on the machine.
+ONE_THREAD = ["launch.threads_per_rank=1", "launch.kernels=plain"]
 TINY_DATA = ["data=text", "data.tokenizer_vocab_size=300", "data.seq_len=32", "data.micro_batch_size=4"]
 
 
 def tiny(corpus: Path, *overrides: str) -> list[str]:
     """Overrides for a tiny run over `corpus`."""
-    return [*TINY_MODEL, *TINY_DATA, f"data.files=[{corpus}]", "launch.threads_per_rank=1", *overrides]
+    return [*TINY_MODEL, *TINY_DATA, f"data.files=[{corpus}]", *ONE_THREAD, *overrides]
 
 
 def compose_config(overrides: Sequence[str]) -> DictConfig:

@@ -170,9 +170,9 @@ class SchedulerConfig:
     """A learning-rate schedule; a subclass per shape.
 
     Attributes:
-        warmup_steps: linear from 0.
-        total_steps: where the schedule ends; null takes `train.steps` of the run's first start and keeps it,
-            so that raising `train.steps` later does not bend the curve.
+        warmup_steps: linear from 0; where it does not leave a step for the decay, the schedule's first tenth.
+        total_steps: where the schedule ends; null takes `train.steps` of the run's first start and keeps it;
+            `run.extend` says what raising `train.steps` later does.
         min_lr_ratio: the end of the schedule, as a part of `optimizer.lr`; it holds from there on.
     """
 

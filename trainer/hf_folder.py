@@ -13,7 +13,7 @@ from checkpoint.mapped import InverseSource
 from checkpoint.outputs import plan_safetensors
 from checkpoint.source import TensorSource
 from models.config import ModelConfig
-from models.hf import family_of
+from models.hf import CONFIG, TOKEN_IDS, carried_over, family_of, parse_config
 from trainer.data.tokenizer import end_of_text_id, load_tokenizer
 
 __all__ = ["HfExport", "export_hf", "small_files"]
@@ -93,18 +93,22 @@ def small_files(export: HfExport, dtype: torch.dtype) -> dict[str, bytes]:
         for name in (*TOKENIZER_FILES, *_LICENCES):
             if (export.assets / name).is_file():
                 files[name] = (export.assets / name).read_bytes()
+        if "auto_map" in (given := _fields_of(export.assets, "tokenizer_config.json")):
+            # The code that it names does not go in.
+            files["tokenizer_config.json"] = _json({k: v for k, v in given.items() if k != "auto_map"})
     has_tokenizer = "tokenizer.json" in files or "tokenizer.model" in files
     end: int | None = None
     if not has_tokenizer and export.tokenizer is not None:
         files["tokenizer.json"] = export.tokenizer.read_bytes()
         end, files["tokenizer_config.json"] = _tokenizer_config(export.tokenizer, export.config.max_seq_len)
-    files["config.json"] = _json(_config(export, dtype, end))
-    generation = _assets_json(export.assets, "generation_config.json")
-    if not generation:
-        fields = json.loads(files["config.json"])
-        ids = {k: fields[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if fields.get(k) is not None}
-        generation = {"_from_model_config": True, **ids}
-    files["generation_config.json"] = _json(generation)
+    theirs, sampling = _fields_of(export.assets, CONFIG), _fields_of(export.assets, "generation_config.json")
+    of_our_kind = family_of(export.config).architecture in (theirs.get("architectures") or [])
+    if not has_tokenizer and ("tokenizer.json" in files or not of_our_kind):
+        # Token ids are the tokenizer's: those of a folder whose tokenizer does not go in would be wrong here.
+        theirs, sampling = {"eos_token_id": end}, {}
+    config = _config(export, dtype, theirs)
+    files[CONFIG] = _json(config)
+    files["generation_config.json"] = _json(_generation(sampling, config))
     return files
 
 
@@ -112,29 +116,40 @@ def _json(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _assets_json(assets: Path | None, name: str) -> dict[str, Any]:
+def _fields_of(assets: Path | None, name: str) -> dict[str, Any]:
+    """The fields of a small JSON file of the assets; none where it is not there."""
     if assets is None or not (assets / name).is_file():
         return {}
-    found: dict[str, Any] = json.loads((assets / name).read_text())
-    return found
+    return parse_config((assets / name).read_bytes(), str(assets / name))
 
 
-def _config(export: HfExport, dtype: torch.dtype, end: int | None) -> dict[str, Any]:
-    """`config.json`: what the assets' says and our model does not know, and our model's own fields."""
+def _config(export: HfExport, dtype: torch.dtype, theirs: dict[str, Any]) -> dict[str, Any]:
+    """`config.json`: our model's own fields, and what stays true of another's."""
     family = family_of(export.config)
-    fields = _assets_json(export.assets, "config.json")
-    if family.architecture not in fields.get("architectures", []):
-        # Token ids and the like of another model would be wrong here; transformers' defaults too.
-        fields = {"bos_token_id": None, "eos_token_id": end, "pad_token_id": None}
     name = str(dtype).removeprefix("torch.")
     return {
-        **fields,
+        **carried_over(theirs, export.config.vocab_size),
         **family.describe(export.config),
         "architectures": [family.architecture],
         "model_type": family.model_type,
         "dtype": name,
         "torch_dtype": name,
     }
+
+
+# How text is continued; nothing of the model that it was written for.
+_GENERATION = ("repetition_penalty", "max_new_tokens")
+_SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p")
+
+
+def _generation(given: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """`generation_config.json`: the assets' way of sampling, and the ids that the model's config has."""
+    names = [*_GENERATION, *(_SAMPLING if given.get("do_sample") is True else ())]
+    kept = {name: given[name] for name in names if isinstance(given.get(name), int | float)}
+    ids = carried_over(given, config["vocab_size"])
+    found = {n: config[n] if ids[n] is None else ids[n] for n in TOKEN_IDS}
+    origin = {} if given else {"_from_model_config": True}
+    return {**origin, **kept, **{n: v for n, v in found.items() if v is not None}}
 
 
 def _tokenizer_config(tokenizer: Path, length: int) -> tuple[int | None, bytes]:

@@ -28,14 +28,16 @@ class _SummedCrossEntropy(torch.autograd.Function):
             labels_R1 = labels_S[part, None]
             counts_R1 = labels_R1 != IGNORE
             labels_R1 = labels_R1.where(counts_R1, 0)
-            logs_RV = torch.log_softmax(logits_SV[part], -1, dtype=exact)
-            total -= logs_RV.gather(1, labels_R1).where(counts_R1, 0.0).sum()
+            weights_RV = logits_SV[part].to(exact) - logits_SV[part].amax(-1, keepdim=True)
+            targets_R1 = weights_RV.gather(1, labels_R1)
+            # Summed by pairs, which `log_softmax` does not: over a large vocabulary it is off by parts in a million.
+            sums_R1 = weights_RV.exp_().sum(-1, keepdim=True)
+            total += (sums_R1.to(torch.float64).log() - targets_R1).where(counts_R1, 0.0).sum()
             if grad_SV is not None:
-                weights_RV = logs_RV.exp_()
-                weights_RV.scatter_add_(1, labels_R1, weights_RV.new_full((), -1.0).expand(labels_R1.shape))
-                torch.mul(weights_RV, counts_R1.to(exact), out=grad_SV[part])
+                weights_RV.scatter_add_(1, labels_R1, -sums_R1)
+                torch.mul(weights_RV, counts_R1 / sums_R1, out=grad_SV[part])
         ctx.save_for_backward(grad_SV)
-        return total.to(exact)
+        return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
@@ -45,7 +47,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
 
 def summed_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """Cross-entropy in nats, summed over the labels that count; computed in float32 or better."""
+    """Cross-entropy in nats, summed over the labels that count; a float64 scalar of terms in float32 or better."""
     total: Tensor = _SummedCrossEntropy.apply(logits_BTV.flatten(0, 1), labels_BT.flatten())  # type: ignore[no-untyped-call]
     return total
 

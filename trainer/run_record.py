@@ -2,7 +2,9 @@
 
 import secrets
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,9 +12,9 @@ from msgspec import Meta
 
 from checkpoint.documents import Count, DocumentError, Token, convert_document, parse_json
 from checkpoint.files import read_regular, write_json
-from checkpoint.lineage import Lineage, check_lineages
+from checkpoint.lineage import Lineage, check_lineages, is_visible
 
-__all__ = ["Attempt", "RunRecord", "RunRecordError", "new_id"]
+__all__ = ["Attempt", "Extend", "Extension", "RunRecord", "RunRecordError", "new_id"]
 
 FILE = "run.json"
 FORMAT = 1
@@ -62,6 +64,39 @@ class Attempt:
     versions: dict[str, str] = field(default_factory=dict)
 
 
+class Extend(Enum):
+    """`run.extend`: what becomes of the learning-rate schedule where a run is to go on beyond its end."""
+
+    refuse = "refuse"
+    stretch = "stretch"
+    hold = "hold"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Extension:
+    """How a run went on beyond its schedule; it acts on the line of steps that it was given for.
+
+    Attributes:
+        lineage: the lineage that it was given for.
+        after_step: the first step that it acts on is the one after this.
+        mode: `stretch` or `hold`.
+        origin: the step at which the schedule began.
+        total: the steps that the schedule spans from here on.
+        steps: `train.steps` of the command.
+    """
+
+    lineage: Token
+    after_step: Count
+    mode: Extend
+    origin: Count
+    total: Count
+    steps: Count
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**asdict(self), "mode": self.mode.value}
+
+
 @dataclass(kw_only=True, slots=True)
 class RunRecord:
     """The file's content.
@@ -71,6 +106,7 @@ class RunRecord:
         lineages: oldest first; the last is the current one.
         attempts: oldest first.
         changes: hyperparameters changed on resume, with the step.
+        extensions: how the run went on beyond its schedule, oldest first.
         data_fingerprint: of the corpus and its tokenizer.
         wandb_step: Weights & Biases has taken every row up to this step.
     """
@@ -79,6 +115,7 @@ class RunRecord:
     lineages: list[Lineage] = field(default_factory=list)
     attempts: list[Attempt] = field(default_factory=list)
     changes: list[dict[str, Any]] = field(default_factory=list)
+    extensions: list[Extension] = field(default_factory=list)
     data_fingerprint: str = ""
     wandb_step: Count = 0
 
@@ -92,6 +129,7 @@ class RunRecord:
             "lineages": [x.as_json() for x in self.lineages],
             "attempts": [asdict(a) for a in self.attempts],
             "changes": self.changes,
+            "extensions": [e.as_json() for e in self.extensions],
         }
 
     @classmethod
@@ -110,6 +148,14 @@ class RunRecord:
     def save(self, run_dir: Path) -> None:
         """Replaces the file, durably."""
         write_json(run_dir / FILE, self.as_json())
+
+    def visible_extensions(self) -> list[Extension]:
+        """Those that act on the newest lineage's line, oldest first."""
+        return [e for e in self.extensions if is_visible(self.lineages, e.after_step, e.lineage)]
+
+    def stretched_totals(self) -> Mapping[int, int]:
+        """What the newest lineage's schedules were stretched to: steps by the step at which a schedule began."""
+        return {e.origin: e.total for e in self.visible_extensions() if e.mode is Extend.stretch}
 
     @classmethod
     def load(cls, run_dir: Path) -> "RunRecord | None":

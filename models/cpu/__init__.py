@@ -1,20 +1,28 @@
-"""What torch does slowly on CPUs, done faster with torch's own operators; the results are as exact as torch's."""
+"""Kernels for CPUs, of torch's own operators: as exact as torch's, used where they were measured to be faster."""
 
 import torch
-from torch import Tensor, nn
 
 from models.cpu.attention import causal_attention
+from models.cpu.choice import WINS_BY, Case, Kind, decide, is_used, use
 from models.cpu.linear import PRODUCTS, linear
-from models.cpu.pointwise import rms_norm, swiglu
+from models.cpu.measure import has_kernel, measure, plain_attention
+from models.cpu.pointwise import rms_norm
 
-__all__ = ["CPU_PRODUCTS", "causal_attention", "linear", "on_plain_cpu", "rms_norm", "swiglu"]
+__all__ = [
+    "CPU_PRODUCTS",
+    "WINS_BY",
+    "Case",
+    "Kind",
+    "causal_attention",
+    "decide",
+    "has_kernel",
+    "is_used",
+    "linear",
+    "measure",
+    "plain_attention",
+    "rms_norm",
+    "use",
+]
 
 # Operators whose results are dear to compute again.
 CPU_PRODUCTS = (*PRODUCTS, torch.ops.regrow.causal_attention.default)
-
-
-def on_plain_cpu(*tensors: Tensor) -> bool:
-    """Whether the kernels here may take these: no subclass (DTensor) that means more than its values, no tracing."""
-    if torch.compiler.is_compiling():
-        return False
-    return all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in tensors)

@@ -1,10 +1,11 @@
 """Causal attention on a CPU, by products of blocks.
 
-torch's flash kernel for CPUs reaches a tenth of the machine's rate in bfloat16 and a third in float32, because its
-products are small. Here a block of queries meets all keys before it in one batched product, and the query heads that
-share a key head are one matrix, so that nothing is repeated. As in flash attention (Dao 2023, arXiv:2307.08691), the
-backward pass computes the weights again: nothing of size T² is kept. Scores, their softmax and its derivative are
-float32 or better; the other products have the inputs' dtype, their sums over blocks float32 or better.
+On some CPUs (Zen 5) torch's flash kernel reaches a tenth of the machine's rate in bfloat16 and a third in float32,
+because its products are small; on others (Zen 3, Sapphire Rapids) it is faster than this. Here a block of queries
+meets all keys before it in one batched product, and the query heads that share a key head are one matrix, so that
+nothing is repeated. As in flash attention (Dao 2023, arXiv:2307.08691), the backward pass computes the weights again:
+nothing of size T² is kept. Scores, their softmax and its derivative are float32 or better; the other products have
+the inputs' dtype, their sums over blocks float32 or better.
 
 Shapes: B batch, T positions, N query heads, K key/value heads, G = N / K, H head width, C queries of a block,
 Q = C · G, S keys that they see; M = B · K.

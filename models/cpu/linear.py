@@ -1,11 +1,11 @@
-"""Products with a weight: oneDNN's in float32, where torch takes MKL's."""
+"""float32 products with a weight by oneDNN, where torch takes MKL."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["PRODUCTS", "linear"]
+__all__ = ["HAS_ONEDNN", "PRODUCTS", "linear"]
 
 
 def _onednn() -> Any:
@@ -16,47 +16,42 @@ def _onednn() -> Any:
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
-# MKL keeps to AVX2 on AMD's CPUs, at half of oneDNN's rate.
+# MKL keeps to AVX2 on AMD's CPUs, at half of oneDNN's rate on those that have AVX-512.
 _ONEDNN = _onednn()
+HAS_ONEDNN = _ONEDNN is not None
 # Operators beside torch's own that multiply here.
 PRODUCTS = () if _ONEDNN is None else (_ONEDNN.default,)
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     """`x @ weight.T`; `weight` is a matrix, `x` may have more dimensions."""
-    if _ONEDNN is not None and x.dtype == torch.float32:
-        rows = _ONEDNN(x.flatten(0, -2), weight, None, "none", [], "")
-        # As `matmul` does: the matrix is nobody else's, so what is returned is no view to autograd.
-        out: Tensor = torch.ops.aten._unsafe_view(rows, [*x.shape[:-1], weight.shape[0]])
-        return out
-    return torch.matmul(x, weight.t())
+    rows = _ONEDNN(x.flatten(0, -2), weight, None, "none", [], "")
+    # As `matmul` does: the matrix is nobody else's, so what is returned is no view to autograd.
+    out: Tensor = torch.ops.aten._unsafe_view(rows, [*x.shape[:-1], weight.shape[0]])
+    return out
 
 
 def _outer(grad: Tensor, x: Tensor) -> Tensor:
     """`grad.T @ x`, the gradient of a weight."""
-    if _ONEDNN is not None and x.dtype == torch.float32:
-        # oneDNN's left side is copied to be contiguous: better the narrower of the two.
-        return _product(grad.t(), x.t()) if grad.shape[1] <= x.shape[1] else _product(x.t(), grad.t()).t()
-    return torch.mm(grad.t(), x)
+    # oneDNN's left side is copied to be contiguous: better the narrower of the two.
+    return _product(grad.t(), x.t()) if grad.shape[1] <= x.shape[1] else _product(x.t(), grad.t()).t()
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        cast = weight.to(x.dtype)
-        ctx.save_for_backward(x, cast)
-        ctx.master = weight.dtype
-        return _product(x, cast)
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         grad_x = _product(grad, weight.t()) if ctx.needs_input_grad[0] else None
-        grad_w = _outer(grad.flatten(0, -2), x.flatten(0, -2)).to(ctx.master) if ctx.needs_input_grad[1] else None
+        grad_w = _outer(grad.flatten(0, -2), x.flatten(0, -2)) if ctx.needs_input_grad[1] else None
         return grad_x, grad_w
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`x @ weight.T` in x's dtype; the weight's gradient has the weight's dtype."""
+    """`x @ weight.T`, both float32, where `HAS_ONEDNN`."""
     out: Tensor = _Linear.apply(x, weight)  # type: ignore[no-untyped-call]
     return out

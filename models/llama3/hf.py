@@ -3,7 +3,18 @@
 from collections.abc import Mapping
 from typing import Any
 
-from models.hf import HfFamily, HfKey, block_keys, require, rope_fields
+from models.hf import (
+    MOST_LAYERS,
+    HfFamily,
+    HfKey,
+    block_keys,
+    end_keys,
+    number,
+    require,
+    require_full_attention,
+    rope_fields,
+    whole,
+)
 from models.llama3.config import Llama3Config, RopeScalingConfig
 
 __all__ = ["FAMILY"]
@@ -24,12 +35,7 @@ def _keys(config: Llama3Config) -> list[HfKey]:
         ],
         config.n_layers,
     )
-    ends = [
-        HfKey(ours="tok_embeddings.weight", theirs="model.embed_tokens.weight"),
-        *blocks,
-        HfKey(ours="norm.weight", theirs="model.norm.weight"),
-    ]
-    return ends if config.tied_embeddings else [*ends, HfKey(ours="output.weight", theirs="lm_head.weight")]
+    return end_keys(config, blocks)
 
 
 def _describe(config: Llama3Config) -> dict[str, Any]:
@@ -67,30 +73,31 @@ def _describe(config: Llama3Config) -> dict[str, Any]:
 def _read(fields: Mapping[str, Any], name: str) -> Llama3Config:
     for field, wanted in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
         require(fields, field, wanted, "Llama 3")
-    dim, heads = int(fields["hidden_size"]), int(fields["num_attention_heads"])
+    require_full_attention(fields, "Llama 3")
+    dim, heads = whole(fields, "hidden_size"), whole(fields, "num_attention_heads")
     require(fields, "head_dim", dim // heads, "Llama 3")
     rope = rope_fields(fields)
     scaling = RopeScalingConfig()
     if rope["rope_type"] == "llama3":
         scaling = RopeScalingConfig(
-            factor=float(rope["factor"]),
-            low_freq_factor=float(rope["low_freq_factor"]),
-            high_freq_factor=float(rope["high_freq_factor"]),
-            original_max_seq_len=int(rope["original_max_position_embeddings"]),
+            factor=number(rope, "factor"),
+            low_freq_factor=number(rope, "low_freq_factor"),
+            high_freq_factor=number(rope, "high_freq_factor"),
+            original_max_seq_len=whole(rope, "original_max_position_embeddings"),
         )
     else:
         require(rope, "rope_type", "default", "Llama 3")
     return Llama3Config(
         name=name,
         dim=dim,
-        n_layers=int(fields["num_hidden_layers"]),
+        n_layers=whole(fields, "num_hidden_layers", most=MOST_LAYERS),
         n_heads=heads,
-        n_kv_heads=int(fields.get("num_key_value_heads") or heads),
-        ffn_dim=int(fields["intermediate_size"]),
-        vocab_size=int(fields["vocab_size"]),
-        max_seq_len=int(fields["max_position_embeddings"]),
-        norm_eps=float(fields["rms_norm_eps"]),
-        rope_theta=float(rope["rope_theta"]),
+        n_kv_heads=whole(fields, "num_key_value_heads", default=heads),
+        ffn_dim=whole(fields, "intermediate_size"),
+        vocab_size=whole(fields, "vocab_size"),
+        max_seq_len=whole(fields, "max_position_embeddings"),
+        norm_eps=number(fields, "rms_norm_eps"),
+        rope_theta=number(rope, "rope_theta"),
         rope_scaling=scaling,
         tied_embeddings=bool(fields.get("tie_word_embeddings", False)),
     )

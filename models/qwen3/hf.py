@@ -6,8 +6,18 @@ transformers keeps experts fused in memory; on the disk each expert has keys of 
 from collections.abc import Mapping
 from typing import Any
 
-from models.config import DecoderConfig
-from models.hf import HfFamily, HfKey, block_keys, require, rope_fields
+from models.hf import (
+    MOST_LAYERS,
+    HfFamily,
+    HfKey,
+    block_keys,
+    end_keys,
+    number,
+    require,
+    require_full_attention,
+    rope_fields,
+    whole,
+)
 from models.qwen3.config import Qwen3Config, Qwen3MoeConfig
 
 __all__ = ["FAMILY"]
@@ -25,18 +35,9 @@ _ATTENTION = [
 _MLP = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
-def _ends(config: DecoderConfig, blocks: list[HfKey]) -> list[HfKey]:
-    keys = [
-        HfKey(ours="tok_embeddings.weight", theirs="model.embed_tokens.weight"),
-        *blocks,
-        HfKey(ours="norm.weight", theirs="model.norm.weight"),
-    ]
-    return keys if config.tied_embeddings else [*keys, HfKey(ours="output.weight", theirs="lm_head.weight")]
-
-
 def _dense_keys(config: Qwen3Config) -> list[HfKey]:
     mlp = [(f"feed_forward.{ours}.weight", f"mlp.{theirs}.weight", 0) for ours, theirs in _MLP.items()]
-    return _ends(config, block_keys([*_ATTENTION, *mlp], config.n_layers))
+    return end_keys(config, block_keys([*_ATTENTION, *mlp], config.n_layers))
 
 
 def _moe_keys(config: Qwen3MoeConfig) -> list[HfKey]:
@@ -51,7 +52,7 @@ def _moe_keys(config: Qwen3MoeConfig) -> list[HfKey]:
         for ours, theirs in _MLP.items()
         for e in range(config.n_experts)
     ]
-    return _ends(config, [*block_keys([*_ATTENTION, *gate], config.n_layers), *experts])
+    return end_keys(config, [*block_keys([*_ATTENTION, *gate], config.n_layers), *experts])
 
 
 def _describe_common(config: Qwen3Config | Qwen3MoeConfig) -> dict[str, Any]:
@@ -95,29 +96,32 @@ def _describe_moe(config: Qwen3MoeConfig) -> dict[str, Any]:
     }
 
 
-def _read_common(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _read_common(fields: Mapping[str, Any], name: str, head_dim: int | None) -> dict[str, Any]:
+    """`head_dim`: where the file has none; None is the quotient."""
     for field, wanted in (("hidden_act", "silu"), ("attention_bias", False), ("use_sliding_window", False)):
         require(fields, field, wanted, "Qwen3")
+    require_full_attention(fields, "Qwen3")
     rope = rope_fields(fields)
     require(rope, "rope_type", "default", "Qwen3")
-    heads = int(fields["num_attention_heads"])
+    dim, heads = whole(fields, "hidden_size"), whole(fields, "num_attention_heads")
     return {
         "name": name,
-        "dim": int(fields["hidden_size"]),
-        "n_layers": int(fields["num_hidden_layers"]),
+        "dim": dim,
+        "n_layers": whole(fields, "num_hidden_layers", most=MOST_LAYERS),
         "n_heads": heads,
-        "n_kv_heads": int(fields.get("num_key_value_heads") or heads),
-        "head_dim": int(fields.get("head_dim") or fields["hidden_size"] // heads),
-        "vocab_size": int(fields["vocab_size"]),
-        "max_seq_len": int(fields["max_position_embeddings"]),
-        "norm_eps": float(fields["rms_norm_eps"]),
-        "rope_theta": float(rope["rope_theta"]),
+        "n_kv_heads": whole(fields, "num_key_value_heads", default=heads),
+        "head_dim": whole(fields, "head_dim", default=head_dim or max(1, dim // heads)),
+        "vocab_size": whole(fields, "vocab_size"),
+        "max_seq_len": whole(fields, "max_position_embeddings"),
+        "norm_eps": number(fields, "rms_norm_eps"),
+        "rope_theta": number(rope, "rope_theta"),
         "tied_embeddings": bool(fields.get("tie_word_embeddings", False)),
     }
 
 
 def _read_dense(fields: Mapping[str, Any], name: str) -> Qwen3Config:
-    return Qwen3Config(**_read_common(fields, name), ffn_dim=int(fields["intermediate_size"]))
+    # transformers' own default.
+    return Qwen3Config(**_read_common(fields, name, 128), ffn_dim=whole(fields, "intermediate_size"))
 
 
 def _read_moe(fields: Mapping[str, Any], name: str) -> Qwen3MoeConfig:
@@ -125,10 +129,12 @@ def _read_moe(fields: Mapping[str, Any], name: str) -> Qwen3MoeConfig:
     if fields.get("mlp_only_layers"):
         require(fields, "mlp_only_layers", [], "Qwen3-MoE")
     return Qwen3MoeConfig(
-        **_read_common(fields, name),
-        n_experts=int(fields["num_local_experts" if "num_local_experts" in fields else "num_experts"]),
-        experts_per_token=int(fields["num_experts_per_tok"]),
-        expert_ffn_dim=int(fields["moe_intermediate_size"]),
+        **_read_common(fields, name, None),
+        n_experts=whole(
+            fields, "num_local_experts" if "num_local_experts" in fields else "num_experts", most=MOST_LAYERS
+        ),
+        experts_per_token=whole(fields, "num_experts_per_tok"),
+        expert_ffn_dim=whole(fields, "moe_intermediate_size"),
         # transformers' own default is false; the released models say true.
         norm_topk_prob=bool(fields.get("norm_topk_prob", False)),
     )

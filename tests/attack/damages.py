@@ -364,7 +364,7 @@ def on_reader(act: Callable[[Path, Path], None]) -> Callable[[Path], None]:
 # Files of the run beside its steps: those that are made anew, and those that a person must look at.
 _MADE_ANEW = {
     "run.json": ("missing",),
-    "config.yaml": ("missing",),
+    "config.yaml": ("missing", "empty", "cut in half", "a FIFO", "a loop", "a link to /dev/zero", "mode 000"),
     "tokenizer.json": ("missing", "empty", "cut in half", "a FIFO", "a loop", "a link to /dev/zero"),
     "stop.json": ("missing", "empty", "a FIFO", "a loop", "a dangling link"),
     ".ranks.lock": ("missing", "a FIFO", "a loop"),
@@ -374,7 +374,7 @@ _MADE_ANEW = {
 }
 _REFUSED = {
     "run.json": ("empty", "cut in half", "a folder", "a FIFO", "a loop", "a link to /dev/zero", "mode 000"),
-    "config.yaml": ("empty", "a folder", "a FIFO", "a loop", "a link to /dev/zero", "mode 000"),
+    "config.yaml": ("a folder",),
     "metrics.jsonl": ("a folder", "a FIFO", "a socket", "a loop", "a link to /dev/zero", "mode 000"),
     ".hydra": ("a FIFO", "a loop", "mode 000"),
     "tokenizer.json": ("a folder",),

@@ -8,6 +8,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,11 @@ def _change(rng: random.Random, document: Any) -> None:
         place[key] = rng.choice(_ODD)
 
 
+def _change_some(rng: random.Random, document: Any) -> None:
+    for _ in range(rng.choice([1, 1, 2, 5])):
+        _change(rng, document)
+
+
 def _bytes(rng: random.Random, body: bytes) -> bytes:
     """One change of a file's bytes."""
     kind, data = rng.randrange(7), bytearray(body)
@@ -161,7 +167,7 @@ def _rank_manifest(rng: random.Random, folder: Path) -> str:
 def _forged_manifest(rng: random.Random, folder: Path) -> str:
     step = sound_step(folder)
     try:
-        forge(step, root=lambda d: [_change(rng, d) for _ in range(rng.choice([1, 1, 2, 5]))])
+        forge(step, root=partial(_change_some, rng))
     except (UnicodeEncodeError, RecursionError):
         return "cannot be written"
     return _read_step(folder)
@@ -170,7 +176,7 @@ def _forged_manifest(rng: random.Random, folder: Path) -> str:
 def _forged_rank_manifest(rng: random.Random, folder: Path) -> str:
     step = sound_step(folder)
     try:
-        forge(step, rank=lambda d: [_change(rng, d) for _ in range(rng.choice([1, 1, 2, 5]))])
+        forge(step, rank=partial(_change_some, rng))
     except (UnicodeEncodeError, RecursionError):
         return "cannot be written"
     return _read_step(folder)

@@ -6,11 +6,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from launch.errors import UserError, check_arguments
-from launch.identity import compare, config_hash, flatten, is_free, name_from_overrides
+from launch.identity import compare, config_hash, flatten, is_free
 from launch.preflight import check_config
 from launch.ranks import detect_ranks
 from launch.targets import resolve_target
@@ -140,20 +138,6 @@ def test_free_fields() -> None:
         assert is_free(name), name
     for name in ("model", "optimizer", "optimizer.lr", "seed", "data.seq_len", "scheduler", "precision"):
         assert not is_free(name), name
-
-
-@given(
-    st.lists(
-        st.tuples(st.sampled_from(["optimizer.lr", "seed", "model", "data.seq_len"]), st.integers() | st.text()),
-        max_size=4,
-    )
-)
-def test_names_from_overrides_are_folder_names(overrides: list[tuple[str, object]]) -> None:
-    name = name_from_overrides("m", overrides)
-    assert (name is None) == (not overrides)
-    if name is not None:
-        assert "/" not in name
-        assert len(name) < 200
 
 
 def test_hash_ignores_order() -> None:

@@ -160,7 +160,7 @@ def test_extending_does_not_bend_the_schedule(corpus: Path, tmp_path: Path) -> N
     overrides = tiny(corpus, "data.global_batch_size=8", "scheduler=cosine", "scheduler.warmup_steps=2", "hooks=none")
     train([*overrides, "train.steps=10"], tmp_path / "run")
     before = [r["lr"] for r in metrics(tmp_path / "run")]
-    train([*overrides, "train.steps=14"], tmp_path / "run")
+    train([*overrides, "train.steps=14", "run.extend=hold"], tmp_path / "run")
     after = [r["lr"] for r in metrics(tmp_path / "run")]
     assert after[:10] == before
     assert after[10:] == [pytest.approx(before[-1])] * 4

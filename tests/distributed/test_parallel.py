@@ -16,6 +16,8 @@ from tests.support import TINY_MODEL, tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
+# Of the relative differences of losses, gradient norms and parameters in float32.
+LIMITS = (5e-7, 1e-6, 1e-6)
 STEPS = "train.steps=5"
 # The learning rate and eps are fixed, and eps is large enough that Adam does not turn rounding into steps.
 FIXED = [STEPS, "optimizer.lr=1e-3", "optimizer.eps=1e-3", "scheduler.warmup_steps=0", "data.global_batch_size=8",
@@ -69,9 +71,8 @@ def differences(seen: Observed, reference: Observed) -> tuple[float, float, floa
         assert all(torch.equal(load[n], expected[n]) for n in load), "routing differs"
     loss = max(relative(a, b) for a, b in zip(seen.losses, reference.losses, strict=True))
     norm = max(relative(a, b) for a, b in zip(seen.norms, reference.norms, strict=True))
-    parameters = max(
-        float((seen.last[n] - t).norm() / t.norm()) for n, t in reference.last.items() if float(t.norm()) > 0
-    )
+    whole = {n: t.double() for n, t in reference.last.items() if bool(t.any())}
+    parameters = max(float((seen.last[n].double() - t).norm() / t.norm()) for n, t in whole.items())
     return loss, norm, parameters
 
 
@@ -82,7 +83,7 @@ def compare(
     """Runs the layouts beside one rank, and holds each difference against its limit."""
     settings = base(corpus, kind, *overrides)
     (reference,) = observe([settings], folder, 1)
-    assert len(reference.losses) == 5
+    assert len(reference.losses) >= 2
     assert reference.losses[-1] != reference.losses[0]
     every = observe([[*settings, *degrees(layout)] for layout in layouts], folder, world)
     rows = []
@@ -91,6 +92,8 @@ def compare(
         what = " ".join([kind, *overrides])
         rows.append(f"| {world} | {what} | {layout} | {found[0]:.1e} | {found[1]:.1e} | {found[2]:.1e} |\n")
         assert relative(seen.validation, reference.validation) <= limits[0], layout
+        for norm, exact in zip(seen.norms, seen.exact_norms, strict=True):
+            assert relative(norm, exact) <= 1e-12, f"{layout}: the norm is not that of the gradients"
         for value, limit, name in zip(found, limits, ("loss", "gradient norm", "parameters"), strict=True):
             assert value <= limit, f"{layout}: {name} differs by {value:.1e}"
     print("".join(rows))
@@ -103,7 +106,7 @@ def compare(
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_every_layout_trains_the_model_of_one_rank(corpus: Path, tmp_path: Path, kind: str, world: int) -> None:
     layouts = (DENSE_LAYOUTS if kind == "dense" else MOE_LAYOUTS)[world]
-    compare(corpus, tmp_path, world, kind, layouts, (5e-6, 5e-6, 1e-5))
+    compare(corpus, tmp_path, world, kind, layouts, LIMITS)
 
 
 @pytest.mark.parametrize("world", [2, 4, 8])
@@ -114,10 +117,10 @@ def test_dense_layouts_agree_to_rounding_in_float64(corpus: Path, tmp_path: Path
 def test_all_pipeline_schedules_with_and_without_sharding(corpus: Path, tmp_path: Path) -> None:
     plain = [f"pp=2 pp_schedule={s}" for s in SCHEDULES]
     small = "data.micro_batch_size=1"
-    compare(corpus, tmp_path, 2, "dense", plain, (5e-6, 5e-6, 1e-5), small)
+    compare(corpus, tmp_path, 2, "dense", plain, LIMITS, small)
     sharded = [f"pp=2 dp_shard=2 pp_schedule={s}" for s in SCHEDULES]
     mixed = [f"pp=2 tp=2 pp_schedule={SCHEDULES[-1]}"]
-    compare(corpus, tmp_path, 4, "dense", [*sharded, *mixed], (5e-6, 5e-6, 1e-5), small)
+    compare(corpus, tmp_path, 4, "dense", [*sharded, *mixed], LIMITS, small)
 
 
 def test_bfloat16_stays_near(corpus: Path, tmp_path: Path) -> None:
@@ -132,7 +135,7 @@ def test_tied_embeddings_documents_and_other_heads(corpus: Path, tmp_path: Path)
     layouts = ["pp=2 dp_shard=2", "pp=2 tp=2 pp_schedule=interleaved", "pp=4 pp_schedule=gpipe", "tp=2 cp=2", "cp=4",
                "dp_shard=2 cp=2 cp_method=gather", "cp=2 tp=2 cp_balance=false", "cp=4 cp_method=ring",
                "pp=2 cp=2 pp_layers=[1,3]", f"pp=2 dp_shard=2 pp_schedule={SCHEDULES[-2]}"]  # fmt: skip
-    compare(corpus, tmp_path, 4, "dense", layouts, (5e-6, 5e-6, 1e-5), *overrides)
+    compare(corpus, tmp_path, 4, "dense", layouts, LIMITS, *overrides)
 
 
 def test_batches_that_do_not_divide_and_the_auxiliary_loss(corpus: Path, tmp_path: Path) -> None:
@@ -140,17 +143,22 @@ def test_batches_that_do_not_divide_and_the_auxiliary_loss(corpus: Path, tmp_pat
                  "data.micro_batch_size=2"]  # fmt: skip
     layouts = ["dp_shard=4 ep=2", "dp_shard=2 tp=2 ep=2", "tp=2 cp=2 ep=4", "dp_shard=2 cp=2", "pp=2 tp=2",
                "pp=2 dp_shard=2 ep=2 pp_schedule=gpipe", "dp_shard=2 tp=2 ep=2 sequence_parallel=false"]  # fmt: skip
-    compare(corpus, tmp_path, 4, "moe", layouts, (5e-6, 5e-6, 1e-5), *overrides)
+    compare(corpus, tmp_path, 4, "moe", layouts, LIMITS, *overrides)
+
+
+def test_a_large_vocabulary_and_wide_matrices(corpus: Path, tmp_path: Path) -> None:
+    wide = ["model.vocab_size=32000", "model.dim=512", "model.n_layers=1", "model.ffn_dim=256", "data.seq_len=8",
+            "model.tied_embeddings=true", "data.global_batch_size=2", "train.steps=2"]  # fmt: skip
+    compare(corpus, tmp_path, 2, "dense", ["dp_shard=2", "tp=2"], LIMITS, *wide)
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_recomputation_and_compilation_change_nothing(corpus: Path, tmp_path: Path, kind: str) -> None:
     layouts = ["dp_shard=2 tp=2", "pp=2 cp=2 cp_method=ring", "tp=2 cp=2", "pp=2 tp=2"]
     layouts += ["dp_shard=4 ep=2", "dp_shard=2 tp=2 ep=4"] if kind == "moe" else []
-    limits = (5e-6, 5e-6, 1e-5)
     # Each layer is compiled by itself, and two are as good as four.
     small = "model.n_layers=2"
-    compare(corpus, tmp_path, 4, kind, layouts, limits, small, "train.activation_checkpoint=full")
-    compare(corpus, tmp_path, 4, kind, layouts[:2], limits, small, "train.activation_checkpoint=selective")
+    compare(corpus, tmp_path, 4, kind, layouts, LIMITS, small, "train.activation_checkpoint=full")
+    compare(corpus, tmp_path, 4, kind, layouts[:2], LIMITS, small, "train.activation_checkpoint=selective")
     options = ["train.compile=true", "train.compile_backend=aot_eager"]
-    compare(corpus, tmp_path, 4, kind, layouts[:3], limits, small, *options)
+    compare(corpus, tmp_path, 4, kind, layouts[:3], LIMITS, small, *options)

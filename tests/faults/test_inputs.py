@@ -77,7 +77,36 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "prompt": (["hooks=default", "hooks.sample.prompts=['']"], r"hooks.sample.prompts must hold texts, but one is empty"),
     "other shape": (["checkpoint.initial_load_path=outputs/a", "run.name=b", "model.dim=64"],
                     r"tok_embeddings.weight in outputs/a/checkpoint/step-4 has shape \(320, 32\), but the model's has \(320, 64\)"),
+    "another precision": (["precision=fp16"], r"precision must be one of bf16, fp32, fp64, but is 'fp16'; choose one of them$"),
+    "misspelt group": (["modle=llama3_1b"], r"modle is not a field; did you mean model\?"),
+    "field without its section": (["prompts=hello"], r"prompts is not a field; did you mean hooks.sample.prompts\?"),
+    "field of another choice": (["model.path=x"], r"model.path is a field of model=from_hf alone; add model=from_hf"),
+    "experiment": (["+experiment=x"], r"experiment must be one of demo, but is 'x'; .*--config-dir=DIR with DIR/experiment/x.yaml"),
+    "section": (["train=x"], r"train is a section and has no value of its own; set its fields, as in train.steps=VALUE"),
+    "number for a group": (["precision=16"], r"precision must be the name of a choice, .* but is 16; write for instance precision.name=VALUE"),
+    "no list": (["run.allow_change=optimizer.lr"], r"run.allow_change must be a list, .* write run.allow_change=\[optimizer.lr\]"),
+    "open list": (["data.files=[a.txt"], r"cannot be read \(its \[ is not closed\); write 'data.files=\[a.txt\]'"),
+    "brackets": (["data.files=[a[1].txt]"], r"""cannot be read .* write 'data.files=\["a\[1\].txt"\]'"""),
+    "signs": (["run.name=größe"], r"""must stand in quotes\); write 'run.name="größe"'"""),
+    "interpolation": (["run.name=${foo}"], r"\$\{foo\} must name a field of the config, but foo is none; name another"),
+    "environment": (["run.root=${oc.env:NOPE}"], r"but NOPE is not set; set it, or write \$\{oc.env:NOPE,DEFAULT\}"),
+    "several values": (["seed=1,2"], r"seed must have one value, but seed=1,2 has several; write -m seed=1,2 to sweep over them, seed=\[1,2\]"),
+    "no place for runs": (["run.root=/proc/x"], r"run.root must be a folder that can be written, but /proc/x cannot \(No such file"),
+    "long name": ([f"run.name={'n' * 300}"], r"run.name must be at most 255 bytes long, but n+… has 300; choose a shorter one"),
+    "no place for tokens": (["data.cache=/proc/x", "run.name=b"], r"data.cache must be a folder that can be written, but /proc/x cannot"),
+    "another folder": (["hydra.job.chdir=true", "run.name=b"], r"hydra.job.chdir must be false, but is true: data.files, run.root .* leave it out"),
+    "name on the Hub": (["model=from_hf", "model.path=meta-llama/Llama-3.2-1B"], r"model.path must be a folder .*\(hf download meta-llama/Llama-3.2-1B"),
+    "beyond the schedule": (["train.steps=1000"], r"train.steps must be at most 4, .* but is 1000: 996 steps .* run.extend=stretch .* run.resume=never"),
     "disabled": (["checkpoint=disabled"], r"checkpoint.enable must not be false for a run that has checkpoints"),
+}  # fmt: skip
+
+
+# Variables that another launch left, and what the sentence must say.
+LEFT: dict[str, tuple[dict[str, str], str]] = {
+    "rank": ({"RANK": "2", "WORLD_SIZE": "2"}, r"RANK must be below WORLD_SIZE \(2\), but is 2; .* unset RANK"),
+    "world": ({"RANK": "0", "WORLD_SIZE": "two"}, r"WORLD_SIZE must be a whole number of at least 1, but is 'two'; .* unset"),
+    "local rank": ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "1"}, r"LOCAL_RANK must be below LOCAL_WORLD_SIZE \(1\), but is 1"),
+    "port": ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "http"}, r"MASTER_PORT must be a whole number"),
 }  # fmt: skip
 
 
@@ -123,6 +152,39 @@ def test_one_sentence_and_nothing_lost(
     assert re.search(pattern, one_sentence(err)), err
     assert contents(place / "outputs/a") == before
     assert not [p for p in (place / "outputs").iterdir() if p.name == "b"]
+
+
+@pytest.mark.parametrize("case", LEFT)
+def test_ranks_that_contradict_each_other_are_refused(
+    case: str, place: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    variables, pattern = LEFT[case]
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    code, err = run_here(tiny(corpus, "run.name=b"), monkeypatch, capsys)
+    assert code == 2, err
+    assert re.search(pattern, one_sentence(err)), err
+    assert not (place / "outputs/b").exists()
+
+
+def test_two_runs_of_a_sweep_never_share_a_folder(
+    place: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    sweep = tiny(
+        corpus, "run.name=a", "hooks=none", "train.steps=4", "-m", "optimizer.lr=0.001,1e-3", "run.name='a${mode}'"
+    )
+    sweep.remove("run.name=a")
+    code, err = run_here([*sweep, "data.files=[nothing.txt]"], monkeypatch, capsys)
+    assert code == 2
+    assert "the runs of a sweep must have directories of their own, but two share" in err
+
+
+def test_the_version_is_ours(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["regrow"])
+    assert _run(["--version"], StopFlag()) == 0
+    assert re.fullmatch(r"regrow \S+\n", capsys.readouterr().out)
 
 
 def test_a_traceback_is_there_for_those_who_want_it(

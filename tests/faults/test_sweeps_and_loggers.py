@@ -33,7 +33,7 @@ def test_a_sweep_makes_finds_and_extends_its_runs(corpus: Path, tmp_path: Path) 
     assert code == 0, out
     assert out.count("finished already at step 5") == 4
     assert all(len(record(r)["attempts"]) == 1 for r in runs)
-    code, out = regrow([*sweep, "train.steps=8"], tmp_path)
+    code, out = regrow([*sweep, "train.steps=8", "run.extend=hold"], tmp_path)
     assert code == 0, out
     assert all([r["step"] for r in metrics(x)] == list(range(1, 9)) for x in runs)
     assert sorted(p for p in (tmp_path / "outputs").iterdir() if p.is_dir()) == runs

@@ -12,6 +12,7 @@ from checkpoint.loading import load_tensors
 from checkpoint.manifest import Manifest
 from checkpoint.saver import StepSaver
 from tests.support import assert_same_tensors, curve, metrics, regrow, tiny
+from trainer.optimizer import global_grad_norm
 from trainer.parallel.ring import block_attention, block_gradients
 
 pytestmark = [
@@ -78,6 +79,23 @@ def test_the_device_trains_what_the_cpu_trains(corpus: Path, tmp_path: Path) -> 
     rows = zip(metrics(tmp_path / "outputs/cpu"), metrics(tmp_path / "outputs/cuda"), strict=True)
     for cpu, cuda in rows:
         assert cuda["loss"] == pytest.approx(cpu["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_norm_is_exact_on_the_device(dtype: torch.dtype) -> None:
+    """Large, tiny, constant, empty and transposed gradients, in a few launches that copy none of them."""
+    torch.manual_seed(0)
+    shapes = [(32_000, 512), (70_001,), (3,), (0,), *[(64, 64)] * 300]
+    grads = [(torch.randn(s) * 1e-25).to(DEVICE, dtype) for s in shapes]
+    grads += [torch.full((3_000_000,), 1e-26).to(DEVICE, dtype), grads[0][:300].t()]
+    parameters = [torch.nn.Parameter(torch.empty_like(g)) for g in grads]
+    for parameter, grad in zip(parameters, grads, strict=True):
+        parameter.grad = grad
+    exact = sum(float(g.double().square().sum()) for g in grads) ** 0.5
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    assert float(global_grad_norm(parameters)) == pytest.approx(exact, rel=1e-12)
+    assert torch.cuda.max_memory_allocated() - held < 8 << 20
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Stock PyTorch Distributed Checkpoint, torchtitan's layout and torchtune, each with its own code."""
+"""Stock PyTorch Distributed Checkpoint and torchtune, each with its own code."""
 
 import json
 import os
@@ -9,17 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from checkpoint.manifest import read_manifest
 from checkpoint.sources import open_source, read_whole
-from tests.pool import run_distributed
-from tests.runs import first_weights, train
-from tests.support import REPO, TINY_DATA, stored_tensors, tiny, typed_config
-from trainer.parallel.context import close_parallel
+from tests.runs import train
+from tests.support import REPO, TINY_DATA, tiny, typed_config
 
 TORCHTUNE = REPO / ".venv-torchtune"
 
@@ -111,41 +106,3 @@ def test_stock_readers_open_ours(corpus: Path, tmp_path: Path) -> None:
     subprocess.run([*command, "dcp_to_torch", str(step), str(tmp_path / "one.pt")], check=True, capture_output=True)
     one: dict[str, Any] = torch.load(tmp_path / "one.pt", weights_only=True)
     assert torch.equal(one["output.weight"], ours["output.weight"])
-
-
-def _save_as_torchtitan(weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """On two ranks, by stock `dcp.save`: flat names, sharded as FSDP2 shards, and what else torchtitan saves."""
-    dist.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (2,))
-    state: dict[str, Any] = {}
-    for name, tensor in weights.items():
-        placement = Shard(0) if tensor.shape[0] % 2 == 0 else Replicate()
-        state[name] = distribute_tensor(tensor, mesh, [placement])
-        for part in ("exp_avg", "exp_avg_sq"):
-            state[f"optimizer.state.{name}.{part}"] = distribute_tensor(torch.zeros_like(tensor), mesh, [placement])
-        state[f"optimizer.state.{name}.step"] = torch.tensor(7.0)
-        state[f"optimizer.param_groups.{name}.lr"] = 1e-3
-    state |= {"train_state.step": torch.tensor(7), "lr_scheduler.last_epoch": 7, "dataloader.dp_rank_0": b"bytes"}
-    dcp.save(state, checkpoint_id=folder)
-    dist.barrier()
-    close_parallel()
-
-
-@pytest.mark.slow
-def test_a_checkpoint_in_torchtitans_layout_is_loaded(corpus: Path, tmp_path: Path) -> None:
-    overrides = tiny(corpus, "hooks=none", "train.steps=1", "optimizer.lr=0.0")
-    shapes = first_weights(overrides, tmp_path / "shapes", 1)
-    generator = torch.Generator().manual_seed(11)
-    weights = {n: torch.randn(t.shape, generator=generator) * 0.02 for n, t in shapes.items()}
-    titan = tmp_path / "titan/checkpoint/step-7"
-    run_distributed(_save_as_torchtitan, weights, titan, world_size=2)
-    assert not (titan / "manifest.json").exists()
-    for ranks, layout in ((1, []), (2, ["parallel=fsdp", "parallel.dp_shard=2"])):
-        # A step's folder, and the run that it lies in.
-        place = titan if ranks == 1 else tmp_path / "titan"
-        loading = [*overrides, *layout, f"checkpoint.initial_load_path={place}"]
-        train(loading, tmp_path / f"run-{ranks}", world_size=ranks)
-        stored = stored_tensors(tmp_path / f"run-{ranks}/checkpoint/step-1")
-        assert all(torch.equal(stored[n], w) for n, w in weights.items())
-        log = (tmp_path / f"run-{ranks}/logs/rank-0.log").read_text()
-        assert f"initial load from {titan}, unverified, model only; continuing after step 0" in log

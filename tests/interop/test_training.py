@@ -26,6 +26,7 @@ def from_hf(folder: Path, corpus: Path, *overrides: str) -> list[str]:
         f"data.files=[{corpus}]",
         "hooks=none",
         "launch.threads_per_rank=1",
+        "launch.kernels=plain",
         *overrides,
     ]
 
@@ -110,7 +111,7 @@ def test_exports_while_training_and_after_a_kill(corpus: Path, tmp_path: Path) -
     # With its step still there an export that is missing is made at the next start.
     shutil.rmtree(folder / "step-6")
     (folder / ".step-6.new.partial-convert").mkdir()
-    train([*exporting, "train.steps=8"], tmp_path / "run")
+    train([*exporting, "train.steps=8", "run.extend=hold"], tmp_path / "run")
     assert sorted(p.name for p in folder.iterdir()) == ["step-2", "step-4", "step-6", "step-8"]
     plain = train(overrides, tmp_path / "plain")
     assert plain.kind == "finished"

@@ -132,7 +132,7 @@ def test_ranks_change_and_load_options_act_once(cluster: Cluster, corpus: Path, 
     assert samples(run_dir) == samples(whole)
     assert max(abs(a[1] - b[1]) for a, b in zip(curve(run_dir), curve(whole), strict=True)) < 5e-5
 
-    give(cluster, tmp_path, [*back, "checkpoint.load_step=20", "train.steps=300"])
+    give(cluster, tmp_path, [*back, "checkpoint.load_step=20", "train.steps=300", "run.extend=hold"])
     rewound = tmp_path / "back" / "a"
     # Rows of the lineage that was left are dropped before the attempt is recorded.
     wait_until(lambda: len(record(rewound)["attempts"]) == 2 and last_step(rewound) >= 35, 120.0, 0.02)

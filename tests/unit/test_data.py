@@ -24,7 +24,7 @@ from trainer.data.source import Unit
 from trainer.data.stdlib import StdlibSource
 from trainer.data.text import TextSource
 from trainer.data.token_store import TOKENIZER, TokenStore, shard_is_complete, write_index, write_shard
-from trainer.data.tokenizer import END_OF_TEXT, load_tokenizer, train_bpe
+from trainer.data.tokenizer import END_OF_TEXT, load_tokenizer, tokenizer_hash, train_bpe
 from trainer.data.windows import Windows
 
 
@@ -78,7 +78,7 @@ def make_store(folder: Path, documents: list[list[int]], shards: int = 1) -> Tok
     for shard, (a, b) in enumerate(itertools.pairwise(bounds)):
         rows = [(np.array(d), int(rng.integers(2**63)) * 2) for d in documents[a:b]]
         write_shard(folder, shard, rows, np.dtype("<u2"))
-    write_index(folder, shards, 270, "hash")
+    write_index(folder, shards, 65536, tokenizer_hash((folder / TOKENIZER).read_bytes()), 0)
     return TokenStore(folder)
 
 
@@ -259,7 +259,7 @@ def test_preparing_is_done_once_and_resumes(tmp_path: Path) -> None:
     (folder / "shard-00002.documents.npy").unlink()
     kept = (folder / "shard-00001.tokens").stat().st_mtime_ns
     tokenize(TextSource(config), folder)
-    assert shard_is_complete(folder, 2)
+    assert shard_is_complete(folder, 2, np.dtype(store.index.dtype))
     assert (folder / "shard-00001.tokens").stat().st_mtime_ns == kept
     assert TokenStore(folder).index.fingerprint == store.index.fingerprint
 

@@ -106,6 +106,14 @@ def test_load_counts_each_choice_once_and_no_padding() -> None:
     assert moe.load.sum() == 5 * 2
 
 
+def test_load_counts_beyond_what_float32_can() -> None:
+    moe = tiny_moe().get_submodule("layers.0.moe")
+    assert isinstance(moe, MixtureOfExperts)
+    moe.load.fill_(2**24)
+    moe(torch.randn(1, 5, 32), None)
+    assert int(moe.load.sum()) == 2**24 * len(moe.load) + 5 * 2
+
+
 def test_the_auxiliary_loss_is_least_when_even_and_ignores_padding() -> None:
     moe = MixtureOfExperts(4, 4, 4, 1, normalise=True, bias_update_speed=0.0, auxiliary=1.0)
     even = torch.eye(4).repeat(1, 2).reshape(8, 4)[:4] * 1.0

@@ -123,12 +123,49 @@ def test_optimizer_state_is_named_by_parameter() -> None:
     } == names
 
 
-def test_gradient_norm_is_torchs() -> None:
-    model = small_model()
-    for parameter in model.parameters():
-        parameter.grad = torch.randn_like(parameter)
-    expected = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    torch.testing.assert_close(global_grad_norm(list(model.parameters())), expected)
+GRADIENTS = {
+    "normal": lambda: torch.randn(32000, 512) * 1e-3,
+    "all the same": lambda: torch.full((4_000_000,), 0.1),
+    "squares below float32": lambda: torch.randn(3000, 1000) * 1e-30,
+    "squares above float32": lambda: torch.randn(3000, 1000) * 1e30,
+    "one large among many small": lambda: torch.cat([torch.full((1,), 1e3), torch.full((3_000_000,), 1e-2)]),
+    "bfloat16": lambda: torch.randn(3000, 1000).bfloat16(),
+    "float64": lambda: torch.randn(300, 1000, dtype=torch.float64),
+    "transposed": lambda: torch.randn(1000, 3000).t(),
+    "experts": lambda: torch.randn(4, 300, 500),
+}
+
+
+def with_gradient(gradient: torch.Tensor) -> torch.nn.Parameter:
+    parameter = torch.nn.Parameter(torch.empty_like(gradient))
+    parameter.grad = gradient
+    return parameter
+
+
+@pytest.mark.parametrize("kind", GRADIENTS)
+def test_gradient_norm_is_exact_at_any_size_and_in_any_shards(kind: str) -> None:
+    torch.manual_seed(0)
+    gradient = GRADIENTS[kind]()
+    exact = float(gradient.double().square().sum().sqrt())
+    for pieces in (1, 2, 7):
+        norm = global_grad_norm([with_gradient(g) for g in gradient.chunk(pieces)])
+        assert norm.dtype == torch.float64
+        assert float(norm) == pytest.approx(exact, rel=1e-11), pieces
+
+
+@given(st.lists(st.integers(0, 70_000), min_size=1, max_size=12))
+def test_gradient_norm_takes_tensors_of_any_length(lengths: list[int]) -> None:
+    parameters = [with_gradient(torch.randn(n)) for n in lengths]
+    exact = torch.cat([p.grad.double() for p in parameters if p.grad is not None]).square().sum().sqrt()
+    assert float(global_grad_norm(parameters)) == pytest.approx(float(exact), rel=1e-12)
+
+
+def test_gradient_norm_copies_no_gradient_whole() -> None:
+    parameter = with_gradient(torch.ones(4 << 20))
+    with torch.profiler.profile(profile_memory=True) as profile:
+        global_grad_norm([parameter])
+    allocated = sum(e.self_cpu_memory_usage for e in profile.key_averages() if e.self_cpu_memory_usage > 0)
+    assert 0 < allocated <= 1 << 20
 
 
 def test_excluded_parts_of_the_state_start_anew() -> None:

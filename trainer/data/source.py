@@ -2,13 +2,18 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import final
 
 from trainer.data.config import DataConfig
 
-__all__ = ["Source", "TextUnits", "Unit"]
+__all__ = ["DataError", "Notes", "Source", "TextUnits", "Unit", "digest", "shown"]
+
+
+class DataError(ValueError):
+    """A corpus, tokenizer or token store cannot be used; the message is the whole explanation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,15 +31,39 @@ class Unit:
     stop: int = -1
 
 
+@final
+class Notes:
+    """What was passed over or replaced while documents were read.
+
+    Attributes:
+        counts: how often, and where first, by what it was.
+    """
+
+    def __init__(self) -> None:
+        self.counts: dict[str, tuple[int, str]] = {}
+
+    def add(self, what: str, where: Callable[[], str]) -> None:
+        """Counts one; `where` is asked for the first of its kind only."""
+        count, first = self.counts.get(what, (0, ""))
+        self.counts[what] = (count + 1, first or where())
+
+    def merge(self, counts: dict[str, tuple[int, str]]) -> None:
+        """Adds what another process counted."""
+        for what, (count, where) in counts.items():
+            before, first = self.counts.get(what, (0, where))
+            self.counts[what] = (before + count, first)
+
+
 class Source(ABC):
     """Where documents come from. Made from its config alone, in the launcher and in tokenising processes."""
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config
+        self.notes = Notes()
 
     @abstractmethod
     def check(self) -> None:
-        """Raises ValueError or FileNotFoundError, in one sentence, for what can be told without reading."""
+        """Raises DataError or FileNotFoundError, in one sentence, for what can be told without reading."""
 
     def prepared(self) -> Path | None:
         """A token store that exists already; None: `TextUnits` have to be tokenised."""
@@ -46,17 +75,33 @@ class TextUnits(Source):
 
     @abstractmethod
     def units(self) -> list[Unit]:
-        """The corpus in parts, in a fixed order."""
+        """The corpus in parts, in a fixed order.
+
+        Raises:
+            DataError: the beginning of a file shows that it cannot be read.
+        """
 
     @abstractmethod
     def read(self, unit: Unit) -> Iterator[str]:
-        """The documents of one part, in a fixed order."""
+        """The documents of one part, in a fixed order; what is not taken as it stands goes to `self.notes`.
+
+        Raises:
+            DataError: naming the file and the line or row.
+        """
 
     @abstractmethod
-    def key(self) -> str:
-        """Changes when the corpus or the way it is read does; from names, sizes and times, not from bytes."""
+    def key(self) -> dict[str, str]:
+        """Everything that decides the documents, by the name that a message gives it: the corpus' content, and each
+        option of reading it.
+        """
+
+
+def shown(text: str) -> str:
+    """A text that was read, as a sentence may hold it: on one line, printable and short."""
+    quoted = text if text.isprintable() else repr(text)
+    return quoted if len(quoted) <= 200 else f"{quoted[:200]}…"
 
 
 def digest(*parts: str) -> str:
     """A short name for a combination of strings."""
-    return hashlib.blake2b("\0".join(parts).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b("\0".join(parts).encode(errors="surrogatepass"), digest_size=8).hexdigest()

@@ -5,10 +5,13 @@ import itertools
 import sys
 import sysconfig
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import final
 
-from trainer.data.source import TextUnits, Unit, digest
+from trainer.data.cache import cache_folder, content_digest
+from trainer.data.source import DataError, TextUnits, Unit, digest
 
 __all__ = ["StdlibSource"]
 
@@ -33,8 +36,13 @@ class StdlibSource(TextUnits):
     def check(self) -> None:
         """Nothing can be wrong with it: it is where Python is."""
 
-    def key(self) -> str:
-        return digest("stdlib", sys.version, str(_UNITS), *(f"{p.name}{p.stat().st_size}" for p in _modules()))
+    def key(self) -> dict[str, str]:
+        remembered: Path | None = None
+        with suppress(DataError):
+            remembered = cache_folder(self.config) / "corpora"
+        modules = _modules()
+        content = content_digest(modules, remembered)
+        return {"the text": digest("stdlib", sys.version, str(_UNITS), content, *(p.name for p in modules))}
 
     def units(self) -> list[Unit]:
         count = len(_modules())
@@ -59,10 +67,11 @@ class StdlibSource(TextUnits):
                 yield source
 
 
-def _modules() -> list[Path]:
+@cache
+def _modules() -> tuple[Path, ...]:
     """The standard library's sources, in order of their names."""
     root = Path(sysconfig.get_path("stdlib"))
-    return sorted(p for p in root.rglob("*.py") if not _LEFT_OUT & set(p.relative_to(root).parts))
+    return tuple(sorted(p for p in root.rglob("*.py") if not _LEFT_OUT & set(p.relative_to(root).parts)))
 
 
 def _docstrings(source: str) -> Iterator[str]:

@@ -1,15 +1,16 @@
 """Text files: .txt, .jsonl (plain, .gz, .zst) and .parquet."""
 
-import gzip
-import io
-import json
+import os
 from collections.abc import Iterator
-from glob import glob
+from contextlib import suppress
+from glob import escape, glob
 from pathlib import Path
-from typing import IO, final
+from typing import final
 
+from trainer.data.cache import cache_folder, content_digest
 from trainer.data.config import TextConfig
-from trainer.data.source import TextUnits, Unit, digest
+from trainer.data.corpus_files import check_regular, read_json_lines, read_text, reading
+from trainer.data.source import DataError, Notes, TextUnits, Unit, digest
 
 __all__ = ["TextSource"]
 
@@ -25,125 +26,115 @@ class TextSource(TextUnits):
 
     def check(self) -> None:
         if not self.config.files:
-            raise ValueError("data.files must name at least one file or glob, but is []; use data.files=[a.txt]")
+            raise DataError("data.files must name at least one file or glob, but is []; use data.files=[a.txt]")
         for path in self._paths():
             if not path.name.endswith(_ENDINGS):
-                raise ValueError(
+                raise DataError(
                     f"data.files must end in one of {', '.join(_ENDINGS)}, but holds {path}; convert it first"
                 )
+            with reading(path):
+                check_regular(path)
         if self.config.txt_document_bytes < 0:
-            raise ValueError(
+            raise DataError(
                 f"data.txt_document_bytes must be at least 0, but is {self.config.txt_document_bytes}; use 16384"
             )
 
-    def key(self) -> str:
-        stats = (p.stat() for p in self._paths())
-        names = (f"{p.resolve()}:{s.st_size}:{s.st_mtime_ns}" for p, s in zip(self._paths(), stats, strict=True))
-        return digest("text", self.config.field, str(self.config.txt_document_bytes), *names)
+    def key(self) -> dict[str, str]:
+        paths = self._paths()
+        remembered: Path | None = None
+        with suppress(DataError):
+            remembered = cache_folder(self.config) / "corpora"
+        endings = (next((e for e in _ENDINGS if p.name.endswith(e)), "") for p in paths)
+        try:
+            content = content_digest(paths, remembered)
+        except OSError as error:
+            raise DataError(
+                f"data.files must be files that can be read, but {error.filename} cannot "
+                f"({error.strerror or error}); check it"
+            ) from error
+        return {
+            "the text": digest("text", content, *endings),
+            "data.field": self.config.field,
+            "data.txt_document_bytes": str(self.config.txt_document_bytes),
+        }
 
     def _paths(self) -> list[Path]:
-        found: list[Path] = []
-        for pattern in self.config.files:
-            matches = sorted(glob(str(Path(pattern).expanduser()), recursive=True))  # noqa: PTH207
-            if not matches:
-                raise FileNotFoundError(
-                    f"data.files must name files that exist, but {pattern} matches none; check the path"
-                )
-            found += [Path(m) for m in matches if Path(m).is_file()]
+        found = [path for pattern in self.config.files for path in _matches(pattern)]
         return list(dict.fromkeys(found))
 
     def units(self) -> list[Unit]:
         units: list[Unit] = []
         for path in self._paths():
+            if path.suffix == ".parquet":
+                from trainer.data.parquet import row_groups
+
+                units += [Unit(str(path), g, g + 1) for g in range(row_groups(path, self.config.field))]
+                continue
+            self._check_beginning(path)
             if path.name.endswith((".txt", ".jsonl")):
                 size = path.stat().st_size
                 starts = range(0, size, _UNIT_BYTES) if path.suffix == ".jsonl" else range(min(size, 1))
                 units += [Unit(str(path), s, s + _UNIT_BYTES) for s in starts]
-            elif path.suffix == ".parquet":
-                units += [Unit(str(path), g, g + 1) for g in range(_row_groups(path))]
             else:
                 units.append(Unit(str(path)))
         return units
 
+    def _check_beginning(self, path: Path) -> None:
+        """Reads the first document, so that a wrong field is not found after hours."""
+        if path.suffix == ".txt":
+            next(read_text(path, 1), None)
+        else:
+            next(read_json_lines(path, self.config.field, Notes()), None)
+
     def read(self, unit: Unit) -> Iterator[str]:
         path = Path(unit.path)
         if path.suffix == ".txt":
-            yield from _cut(path, self.config.txt_document_bytes)
+            yield from read_text(path, self.config.txt_document_bytes)
         elif path.suffix == ".parquet":
-            yield from self._read_parquet(unit)
-        elif path.suffix == ".gz":
-            with gzip.open(path, "rb") as lines:
-                yield from self._read_json_lines(path, lines)
-        elif path.suffix == ".zst":
-            import zstandard
+            from trainer.data.parquet import read_row_group
 
-            with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as stream:
-                yield from self._read_json_lines(path, io.BufferedReader(stream))
+            yield from read_row_group(path, unit.start, self.config.field, self.notes)
         else:
-            with path.open("rb") as lines:
-                yield from self._read_json_lines(path, _line_range(lines, unit.start, unit.stop))
-
-    def _read_json_lines(self, path: Path, lines: Iterator[bytes] | IO[bytes]) -> Iterator[str]:
-        for line in lines:
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)[self.config.field]
-                if not isinstance(text, str | None):
-                    raise TypeError(f"{type(text).__name__} instead of text")
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"data.files: each line of {path} must be a JSON object with the field "
-                    f"{self.config.field!r}, but one begins with {line[:60]!r}; set data.field"
-                ) from error
-            if text:
-                yield text
-
-    def _read_parquet(self, unit: Unit) -> Iterator[str]:
-        import pyarrow.parquet as pq
-
-        file = pq.ParquetFile(unit.path)
-        if self.config.field not in file.schema_arrow.names:
-            raise ValueError(
-                f"data.field must be a column of {unit.path} ({', '.join(file.schema_arrow.names)}), "
-                f"but is {self.config.field!r}; set data.field"
-            )
-        for text in file.read_row_group(unit.start, columns=[self.config.field])[self.config.field].to_pylist():
-            if text:
-                yield str(text)
+            yield from read_json_lines(path, self.config.field, self.notes, unit.start, unit.stop)
 
 
-def _row_groups(path: Path) -> int:
-    import pyarrow.parquet as pq
+def _matches(pattern: str) -> list[Path]:
+    """The files that a path or glob names, sorted; a name that exists is taken as it is, brackets and all.
 
-    return int(pq.ParquetFile(path).num_row_groups)
+    Raises:
+        DataError: it names a folder.
+        FileNotFoundError: it names nothing.
+    """
+    try:
+        path = Path(pattern).expanduser()
+        found = sorted(_expand(path)) if pattern and "\0" not in pattern else []
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"data.files must name files, but {pattern} cannot be looked up ({error}); check it"
+        ) from error
+    if not found:
+        raise FileNotFoundError(f"data.files must name files that exist, but {pattern} matches none; check the path")
+    files = [Path(m) for m in found if not Path(m).is_dir()]
+    if not files:
+        raise DataError(
+            f"data.files must name files, but {pattern} is a folder; use for instance {Path(found[0]) / '*.jsonl'}"
+        )
+    return files
 
 
-def _line_range(file: IO[bytes], start: int, stop: int) -> Iterator[bytes]:
-    """The lines that begin within [start, stop)."""
-    file.seek(max(0, start - 1))
-    if start > 0:
-        file.readline()  # the line that begins before `start` belongs to the part before
-    while file.tell() < stop:
-        line = file.readline()
-        if not line:
-            return
-        yield line
-
-
-def _cut(path: Path, size: int) -> Iterator[str]:
-    """A text file's documents: cut at the first blank line after `size` bytes."""
-    if size == 0:
-        yield path.read_text(encoding="utf-8", errors="replace")
-        return
-    parts: list[str] = []
-    length = 0
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            parts.append(line)
-            length += len(line)
-            if length >= size and not line.strip():
-                yield "".join(parts)
-                parts, length = [], 0
-    if "".join(parts).strip():
-        yield "".join(parts)
+def _expand(path: Path) -> list[str]:
+    """What a glob matches; a part that exists by its very name is that name, as `a[1].txt` is."""
+    bases = [path.anchor]
+    for i, part in enumerate(path.parts[1 if path.anchor else 0 :], 1 if path.anchor else 0):
+        if part == "**":
+            rest = str(Path(*path.parts[i:]))
+            return [m for b in bases for m in glob(str(Path(escape(b)) / rest), recursive=True)]  # noqa: PTH207
+        step: list[str] = []
+        for base in bases:
+            literal = str(Path(base) / part)
+            if os.path.lexists(literal):
+                step.append(literal)
+            else:
+                step += glob(str(Path(escape(base)) / part))  # noqa: PTH207
+        bases = step
+    return bases

@@ -1,17 +1,99 @@
 """Tokenizers: loading a Hugging Face `tokenizer.json`, or training a byte-level BPE on the corpus."""
 
 import hashlib
-import json
+import logging
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any
 
+import msgspec
+from msgspec import Meta
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-__all__ = ["END_OF_TEXT", "end_of_text_id", "load_tokenizer", "tokenizer_file", "tokenizer_hash", "train_bpe"]
+from checkpoint.documents import DocumentError, convert_document, parse_json
+from checkpoint.files import read_regular
+from trainer.data.source import DataError, shown
+
+__all__ = [
+    "END_OF_TEXT",
+    "TokenizerFiles",
+    "end_of_text_id",
+    "first_token_id",
+    "load_tokenizer",
+    "parse_tokenizer",
+    "read_tokenizer_files",
+    "renumbered_tokens",
+    "stored_options",
+    "tokenizer_errors",
+    "tokenizer_file",
+    "tokenizer_hash",
+    "train_bpe",
+    "vocabulary_size",
+]
+
+log = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 _COMMON_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 _TRAIN_BYTES = 64 << 20
+# Those of the largest vocabularies (262,144 tokens) have 35 MB.
+_FILE_BYTES = 256 << 20
+_CONFIG_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _TokenContent:
+    content: Annotated[str, Meta(max_length=4096)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _TokenizerConfig:
+    """What is looked at in `tokenizer_config.json`."""
+
+    eos_token: Annotated[str, Meta(max_length=4096)] | _TokenContent | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _ModelOptions:
+    dropout: Any = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _AddedToken:
+    id: int
+    content: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _AddedTokens:
+    added_tokens: list[_AddedToken] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _StoredOptions:
+    """What a `tokenizer.json` holds that is no part of the tokenizer."""
+
+    padding: Any = None
+    truncation: Any = None
+    model: _ModelOptions = _ModelOptions()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizerFiles:
+    """A tokenizer as it is given.
+
+    Attributes:
+        body: of `tokenizer.json`.
+        config: the body of the `tokenizer_config.json` beside it, where there is one.
+        ends: names of the token between documents, the first that the tokenizer has counts.
+    """
+
+    body: bytes
+    config: bytes | None
+    ends: tuple[str, ...]
 
 
 def tokenizer_file(path: str) -> Path:
@@ -19,29 +101,134 @@ def tokenizer_file(path: str) -> Path:
 
     Raises:
         FileNotFoundError: there is none.
+        DataError: there is no such user's home folder.
     """
-    file = Path(path).expanduser()
-    file = file / "tokenizer.json" if file.is_dir() else file
-    if not file.is_file():
+    try:
+        file = Path(path).expanduser()
+        file = file / "tokenizer.json" if file.is_dir() else file
+        exists = file.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DataError(f"data.tokenizer must be a file or folder, but {path} is not ({error}); check it") from error
+    if not exists:
         raise FileNotFoundError(
             f"data.tokenizer must be a tokenizer.json or a folder with one, but {path} is not; check the path"
         )
     return file
 
 
-def load_tokenizer(file: Path) -> Tokenizer:
-    """Reads a tokenizer; raises ValueError where the file is none."""
+def read_tokenizer_files(file: Path, eos_token: str | None) -> TokenizerFiles:
+    """Reads a `tokenizer.json` and what names its end of text.
+
+    Args:
+        file: the `tokenizer.json`.
+        eos_token: `data.eos_token`.
+
+    Raises:
+        DataError: one cannot be read.
+    """
+    config, ends = _read_ends(file, eos_token)
+    return TokenizerFiles(body=_read(file, _FILE_BYTES), config=config, ends=ends)
+
+
+def _read(file: Path, limit: int) -> bytes:
     try:
-        return Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises plain Exception
-        raise ValueError(
-            f"data.tokenizer must be a Hugging Face tokenizer.json, but {file} is not ({error})"
+        return read_regular(file, limit)
+    except OSError as error:
+        raise DataError(
+            f"data.tokenizer must be files that can be read, but {file} cannot ({error.strerror or error}); check it"
         ) from error
 
 
-def tokenizer_hash(file: Path) -> str:
+def _read_ends(file: Path, eos_token: str | None) -> tuple[bytes | None, tuple[str, ...]]:
+    """The body of the `tokenizer_config.json`, and the names that the end of text may have."""
+    beside = file.with_name(TOKENIZER_CONFIG)
+    body = _read(beside, _CONFIG_BYTES) if beside.exists() else None
+    if eos_token is not None:
+        return body, (eos_token,)
+    if body is None:
+        return None, _COMMON_ENDS
+    try:
+        named = convert_document(parse_json(body.removeprefix(b"\xef\xbb\xbf")), _TokenizerConfig).eos_token
+    except DocumentError as error:
+        raise DataError(
+            f"data.tokenizer must have a sound {TOKENIZER_CONFIG}, but {beside} cannot be used: {shown(str(error))}; "
+            "mend it, or remove it and set data.eos_token"
+        ) from None
+    name = named.content if isinstance(named, _TokenContent) else named
+    return body, ((name,) if name is not None else ()) + _COMMON_ENDS
+
+
+@contextmanager
+def tokenizer_errors(what: str) -> Iterator[None]:
+    """Turns what the library raises, a panic included, into one sentence that begins with `what`.
+
+    Raises:
+        DataError: the library raised.
+    """
+    try:
+        yield
+    except DataError:
+        raise
+    except MemoryError:
+        raise
+    except BaseException as error:
+        # The library raises plain Exception; a panic of its Rust code is no Exception and cannot be imported.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = shown(" ".join(str(error).split()))
+        raise DataError(f"{what} ({reason}); use another data.tokenizer") from None
+
+
+def load_tokenizer(file: Path) -> Tokenizer:
+    """Reads a tokenizer as it encodes a corpus: without truncation, padding and dropout, whatever the file asks for.
+
+    Raises:
+        DataError: the file is none.
+    """
+    return parse_tokenizer(_read(file, _FILE_BYTES), file)
+
+
+def parse_tokenizer(body: bytes, file: Path) -> Tokenizer:
+    """The tokenizer in the bytes of `file`; see `load_tokenizer`."""
+    with tokenizer_errors(f"data.tokenizer must be a Hugging Face tokenizer.json, but {file} is not"):
+        tokenizer = Tokenizer.from_buffer(body)
+        # What its last user had switched on is stored with it.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        model: Any = tokenizer.model
+        if isinstance(model, models.BPE) and model.dropout is not None:
+            model.dropout = None
+        return tokenizer
+
+
+def stored_options(body: bytes) -> list[str]:
+    """What the bytes of a `tokenizer.json` ask for that would change a corpus: padding, truncation, dropout."""
+    try:
+        stored = msgspec.json.decode(body, type=_StoredOptions)
+    except (msgspec.MsgspecError, RecursionError):
+        return []
+    asked = {"padding": stored.padding, "truncation": stored.truncation, "dropout": stored.model.dropout}
+    return [name for name, value in asked.items() if value is not None]
+
+
+def renumbered_tokens(tokenizer: Tokenizer, body: bytes) -> list[str]:
+    """Added tokens whose ids in the bytes are not those that the library gives them, in words."""
+    try:
+        added = msgspec.json.decode(body, type=_AddedTokens).added_tokens
+    except (msgspec.MsgspecError, RecursionError):
+        return []
+    found = ((t.content, t.id, _token_id(tokenizer, t.content)) for t in added)
+    return [f"{shown(name)} (id {stated}) is {given}" for name, stated, given in found if stated != given]
+
+
+def tokenizer_hash(body: bytes) -> str:
     """Identifies a tokenizer by its file's bytes."""
-    return hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()
+    return hashlib.blake2b(body, digest_size=8).hexdigest()
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """One more than the largest id; the number of tokens is smaller where ids are left out."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
 def end_of_text_id(tokenizer: Tokenizer, file: Path, eos_token: str | None) -> int:
@@ -53,25 +240,37 @@ def end_of_text_id(tokenizer: Tokenizer, file: Path, eos_token: str | None) -> i
         eos_token: `data.eos_token`.
 
     Raises:
-        ValueError: none can be found.
+        DataError: none can be found.
     """
-    candidates: list[str] = []
-    if eos_token is not None:
-        candidates = [eos_token]
-    else:
-        beside = file.with_name("tokenizer_config.json")
-        if beside.is_file():
-            named = json.loads(beside.read_text()).get("eos_token")
-            named = named.get("content") if isinstance(named, dict) else named
-            candidates += [named] if isinstance(named, str) else []
-        candidates += _COMMON_ENDS
-    for candidate in candidates:
-        found = tokenizer.token_to_id(candidate)
-        if found is not None:
-            return int(found)
-    raise ValueError(
-        f"data.eos_token must name a token of {file}, but none of {', '.join(candidates)} is one; set data.eos_token"
+    return first_token_id(tokenizer, file, _read_ends(file, eos_token)[1])
+
+
+def first_token_id(tokenizer: Tokenizer, file: Path, names: tuple[str, ...]) -> int:
+    """The id of the first of the names that is a token.
+
+    Raises:
+        DataError: none is.
+    """
+    for candidate in names:
+        found = _token_id(tokenizer, candidate)
+        if found is None:
+            continue
+        if candidate != names[0] and len(names) > len(_COMMON_ENDS):
+            words = "%s names %r, which is no token of %s; documents end with %r"
+            log.warning(words, TOKENIZER_CONFIG, names[0], file, candidate)
+        return found
+    raise DataError(
+        f"data.eos_token must name a token of {file}, but none of {', '.join(map(shown, names))} is one; "
+        "set data.eos_token"
     )
+
+
+def _token_id(tokenizer: Tokenizer, name: str) -> int | None:
+    try:
+        found = tokenizer.token_to_id(name)
+    except (TypeError, UnicodeEncodeError):  # half a surrogate pair
+        return None
+    return None if found is None else int(found)
 
 
 def _head(documents: Iterable[str], limit: int) -> Iterator[str]:

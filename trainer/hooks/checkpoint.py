@@ -5,10 +5,9 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -21,16 +20,16 @@ from checkpoint.documents import DocumentError
 from checkpoint.errors import CheckpointError, DamagedStepError
 from checkpoint.lease import LeaseLostError
 from checkpoint.lineage import Lineage, StartKind, StartPoint, start_point
-from checkpoint.loading import is_verified, load_tensors, resolve_foreign
+from checkpoint.loading import is_verified, load_tensors
 from checkpoint.manifest import Manifest, read_manifest
-from checkpoint.partial import LoadRules, load_from
+from checkpoint.partial import LoadRules, load_from, pin_source, stored_step
 from checkpoint.policy import SaveContext, SavePolicy, save_reasons
 from checkpoint.reading import reading
 from checkpoint.retention import RetentionRule
 from checkpoint.saver import SaveResult, SaverOptions, StepSaver
 from checkpoint.source import TensorSource
 from checkpoint.storage.base import Storage
-from checkpoint.storage.opening import is_url, open_storage
+from checkpoint.storage.opening import open_storage
 from trainer.hook import Hook
 from trainer.hooks.export import exported_steps
 from trainer.hooks.last_save import LastSave, cast_weights, save_in_hf
@@ -54,6 +53,7 @@ class CheckpointPlan:
         lineages: the run's, the newest last.
         tracked: metrics whose best value is remembered, and whether lower is better.
         schedule_total: the steps of a schedule that begins on resume; None: up to the run's end.
+        stretched_totals: what schedules were stretched to (`run.extend`), by the step at which they began.
         labels: written into each manifest: `data_fingerprint`, `config_hash`, `versions`.
         mode: how a save overlaps training.
         saver: how saves are made.
@@ -64,7 +64,8 @@ class CheckpointPlan:
         grace_s: between a request to stop and the kill; infinite where nobody kills.
         last: what the last step's save is.
         initial: how names and shapes may differ where the run starts from weights elsewhere.
-        open_initial: opens such weights under our names: (path or URL, in_hf).
+        open_initial: opens such weights under our names, given their path or URL.
+        parameters: the names of all of the model's parameters, on whichever rank.
     """
 
     folder: Storage
@@ -74,6 +75,7 @@ class CheckpointPlan:
     lineages: Sequence[Lineage]
     tracked: dict[str, bool]
     schedule_total: int | None
+    stretched_totals: Mapping[int, int]
     labels: dict[str, Any]
     mode: AsyncMode
     saver: SaverOptions
@@ -83,7 +85,8 @@ class CheckpointPlan:
     max_failures: int
     last: LastSave
     initial: LoadRules
-    open_initial: Callable[[str, bool], TensorSource]
+    open_initial: Callable[[str], TensorSource]
+    parameters: Callable[[], Collection[str]]
     grace_s: float = math.inf
 
 
@@ -130,14 +133,6 @@ class CheckpointHook(Hook):
         if context.is_main:
             without = f", without {', '.join(start.exclude)}" if start.exclude else ""
             log.info("state: %s%s; continuing after step %d", source, without, trainer.state.step)
-            end = trainer.state.schedule_origin + trainer.state.schedule_total
-            if trainer.state.step and end < trainer.options.steps:
-                log.info(
-                    "the learning-rate schedule ends at step %d and stays there up to step %d; to stretch it, give "
-                    "scheduler.total_steps and run.allow_change=[scheduler.total_steps]",
-                    end,
-                    trainer.options.steps,
-                )
 
     def _agree_on_start(self, trainer: Trainer, damaged: Mapping[int, str]) -> StartPoint:
         """Rank 0's choice on all ranks, or its error."""
@@ -166,13 +161,9 @@ class CheckpointHook(Hook):
                 f"{self._plan.folder.url} must hold a sound step, but {steps} cannot be used and no other is left "
                 f"({next(iter(damaged.values()))}); use run.resume=never to start afresh"
             )
-        if (
-            start.path is not None
-            and not start.in_hf
-            and (is_url(start.path) or Path(start.path).expanduser().is_dir())
-        ):
+        if start.path is not None:
             # Once, for all ranks: a run that is still saving would give each another step.
-            return dataclasses.replace(start, path=resolve_foreign(self._foreign(start.path)).url)
+            return dataclasses.replace(start, path=pin_source(self._foreign(start.path)).url)
         return start
 
     def _foreign(self, path: str) -> Storage:
@@ -225,7 +216,10 @@ class CheckpointHook(Hook):
         try:
             # One lock keeps the step for all ranks, which end their reading together.
             with reading(place) if trainer.context.is_main and is_verified(place) else nullcontext():
-                self._load(trainer, place, start)
+                if start.kind is StartKind.initial:
+                    source += self._load_initial(trainer, place, start)
+                else:
+                    self._load(trainer, place, start)
         except CheckpointError as error:
             # Without its cause, which may not travel to the other ranks.
             kind = DamagedStepError if isinstance(error, DamagedStepError) else CheckpointError
@@ -235,28 +229,49 @@ class CheckpointHook(Hook):
             return source, DamagedStepError(f"{place.url} cannot be read ({error}); use another step")
         return source, None
 
+    def _load_initial(self, trainer: Trainer, place: Storage, start: StartPoint) -> str:
+        """Starts from a checkpoint elsewhere; says how much of the model was found there, where that is not all."""
+        tensors, parameters = model_tensors(trainer), self._plan.parameters()
+        with self._plan.open_initial(place.url) as source:
+            # Buffers start as the model makes them where the weights come without.
+            load_from(source, tensors, self._plan.initial, optional=set(tensors) - set(parameters))
+            if not start.model_only:
+                self._load_state(trainer, place, source, start)
+            found = sum(name in source.infos for name in parameters)
+        return f", {found} of {len(parameters)} tensors" if found < len(parameters) else ""
+
+    def _load_state(self, trainer: Trainer, place: Storage, source: TensorSource, start: StartPoint) -> None:
+        """What such a checkpoint has beside the weights: optimizer and counters."""
+        if "optimizer" not in start.exclude:
+            wanted, names = optimizer_tensors(trainer), set(source.infos)
+            # Preflight has looked for those of all parameters that are there.
+            load_from(source, {n: t for n, t in wanted.items() if n in names}, LoadRules())
+        stored = read_manifest(place, check_files=False).train_state if is_verified(place) else {}
+        # Others' samples have another order than ours, which begins anew then.
+        saved = _parse_state(place, stored) if stored else TrainState(step=stored_step(source) or 0)
+        if not stored:
+            saved.schedule_total = trainer.options.steps
+        self._take_state(trainer, saved, start)
+
+    def _take_state(self, trainer: Trainer, saved: TrainState, start: StartPoint) -> None:
+        total = self._plan.schedule_total or max(1, trainer.options.steps - saved.step)
+        trainer.state = saved.without(start.exclude, schedule_total=total)
+        if self._plan.schedule_total is not None:
+            trainer.state.schedule_total = self._plan.schedule_total
+        elif trainer.state.schedule_origin in self._plan.stretched_totals:
+            trainer.state.schedule_total = self._plan.stretched_totals[trainer.state.schedule_origin]
+
     def _load(self, trainer: Trainer, place: Storage, start: StartPoint) -> None:
         tensors = model_tensors(trainer)
-        if start.kind is StartKind.initial:
-            # Buffers start as the model makes them where the weights come without.
-            optional = set(tensors) - {n for n, _ in trainer.model.named_parameters()}
-            with self._plan.open_initial(place.url, start.in_hf) as source:
-                load_from(source, tensors, self._plan.initial, optional=optional)
-            tensors = {}
-        if start.kind is StartKind.step and read_manifest(place, check_files=False).kind == "model":
+        manifest = read_manifest(place, check_files=False)
+        if manifest.kind == "model":
             log.info("%s is a seed checkpoint: weights alone", place.url)
-        elif not start.model_only:
+        else:
             if "optimizer" not in start.exclude:
                 tensors |= optimizer_tensors(trainer)
-            saved = _train_state(trainer, place)
-            total = self._plan.schedule_total or max(1, trainer.options.steps - saved.step)
-            trainer.state = saved.without(start.exclude, schedule_total=total)
-            if self._plan.schedule_total is not None:
-                trainer.state.schedule_total = self._plan.schedule_total
-        if tensors:
-            # A run's own step holds what its model has; other starts say themselves what they leave out.
-            known = trainer.engine.names if start.kind is StartKind.step else None
-            load_tensors(place, tensors, trainer.context.save_group, known)
+            self._take_state(trainer, _train_state(trainer, place, manifest), start)
+        # A run's own step holds what its model has; other starts say themselves what they leave out.
+        load_tensors(place, tensors, trainer.context.save_group, trainer.engine.names)
 
     def fit_start(self, trainer: Trainer) -> None:
         # The run's record tells of this start by now (an earlier hook's): only then is anything moved.
@@ -505,18 +520,17 @@ def _state_tensors(state: TrainState) -> dict[str, Tensor]:
     return {f"train_state.{name}": torch.tensor(value) for name, value in counters.items()}
 
 
-def _train_state(trainer: Trainer, place: Storage) -> TrainState:
-    """The train state of a step, out of its manifest; rank 0 compares it with the counters among the tensors."""
+def _parse_state(place: Storage, values: Mapping[str, Any]) -> TrainState:
     try:
-        values = read_manifest(place, check_files=False).train_state
-        state = TrainState.from_json(values)
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{place.url} has no manifest and so no train state; use checkpoint.initial_load_model_only=true"
-        ) from error
+        return TrainState.from_json(values)
     except DocumentError as error:
         raise DamagedStepError(f"the train state of {place.url} is damaged ({error}); use another step") from error
-    if trainer.context.is_main:
+
+
+def _train_state(trainer: Trainer, place: Storage, manifest: Manifest) -> TrainState:
+    """The train state of a step, out of its manifest; rank 0 compares it with the counters among the tensors."""
+    state = _parse_state(place, manifest.train_state)
+    if trainer.context.is_main and manifest.train_state:
         stored = {name: torch.zeros_like(value) for name, value in _state_tensors(state).items()}
         load_tensors(place, stored, trainer.context.save_group)
         wrong = [name for name, value in _state_tensors(state).items() if not torch.equal(value, stored[name])]

@@ -253,11 +253,11 @@ class Engine:
         for axis in ("dp_replicate", "fsdp", "tp"):
             if dense[axis].size() > 1:
                 dist.all_reduce(loads_LE, group=dense.get_group(axis))
-        means_L1 = loads_LE.mean(-1, keepdim=True)
+        means_L1 = loads_LE.to(torch.float64).mean(-1, keepdim=True)
         for mixture, load_E, mean in zip(self._mixtures, loads_LE, means_L1, strict=True):
             mixture.expert_bias += mixture.bias_update_speed * (mean - load_E).sign()
             mixture.load.zero_()
-        busiest = (loads_LE / means_L1).max().to(torch.float64)
+        busiest = (loads_LE / means_L1).max()
         if self._context.layout.pp > 1:
             dist.all_reduce(busiest, dist.ReduceOp.MAX, group=self._context.meshes.data.get_group("pp"))
         return busiest

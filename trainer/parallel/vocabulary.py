@@ -24,9 +24,11 @@ class _CrossEntropy(torch.autograd.Function):
         target = torch.zeros_like(highest)
         if width:
             target = logits_SV.gather(1, places[:, None])[:, 0].masked_fill(~here, 0.0)
-        sums, target = reduce_now(torch.stack([exponents.sum(-1), target]), "sum", group).unbind()
+        parts = torch.stack([exponents.sum(-1), target]).to(torch.float64)
+        sums, target = reduce_now(parts, "sum", group).unbind()
         counts = labels_S != IGNORE
-        ctx.save_for_backward(exponents / sums[:, None], places, here & counts, counts)
+        shares = exponents / sums[:, None].to(exponents.dtype)
+        ctx.save_for_backward(shares, places, here & counts, counts)
         losses_S: Tensor = (sums.log() + highest - target).masked_fill(~counts, 0.0)
         return losses_S.sum()
 
@@ -40,7 +42,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def summed_vocabulary_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor, first: int, group: str) -> Tensor:
-    """Cross-entropy in nats, summed over the labels that count; in float32 or better.
+    """Cross-entropy in nats, summed over the labels that count; a float64 scalar of terms in float32 or better.
 
     Args:
         logits_BTV: this rank's part of the vocabulary.

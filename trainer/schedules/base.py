@@ -16,3 +16,7 @@ class Schedule(ABC):
             step: 1 for the first step since the schedule began.
             total: the steps that the schedule spans; from there on its last value holds.
         """
+
+    @abstractmethod
+    def shortened(self, total: int) -> str | None:
+        """One sentence on what had to be shortened to fit into `total` steps; None where all of it fits."""

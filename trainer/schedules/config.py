@@ -13,7 +13,7 @@ class WSDConfig(SchedulerConfig):
     """Warm-up, stable, decay.
 
     Attributes:
-        decay_ratio: the part of `total_steps` that the decay takes.
+        decay_ratio: the part of `total_steps` that the decay takes; 0 for none, a constant rate after the warm-up.
     """
 
     SCHEMA: ClassVar[tuple[str, str]] = ("scheduler", "wsd_schema")

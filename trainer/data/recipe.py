@@ -1,0 +1,79 @@
+"""`corpus.json`: everything that decides a token store's bytes, kept in it and part of a cached one's name."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+from msgspec import Meta
+
+from checkpoint.documents import DocumentError, read_document
+from checkpoint.files import read_regular
+from trainer.data.source import DataError, TextUnits, digest, shown
+from trainer.data.tokenizer import TokenizerFiles, tokenizer_hash
+
+__all__ = ["RECIPE", "Recipe", "check_recipe", "recipe_key", "recipe_of"]
+
+RECIPE = "corpus.json"
+# Raised whenever the same files and options give other tokens.
+_READER = "2"
+_RECIPE_BYTES = 1 << 20
+
+_Text = Annotated[str, Meta(max_length=1 << 16)]
+# What decided the bytes, by the name that a message gives it.
+Recipe = Annotated[dict[_Text, _Text], Meta(max_length=100)]
+
+
+def recipe_of(source: TextUnits, given: TokenizerFiles | None) -> dict[str, str]:
+    """What decides the tokens of a source.
+
+    Args:
+        source: of the text.
+        given: the tokenizer; None trains one.
+
+    Raises:
+        DataError: the corpus cannot be read.
+    """
+    config = source.config
+    if given is None:
+        tokenizer = {
+            "data.tokenizer": "null",
+            "data.tokenizer_vocab_size": str(config.tokenizer_vocab_size),
+            "data.eos_token": config.eos_token or "null",
+        }
+    else:
+        tokenizer = {
+            "data.tokenizer": f"a file with hash {tokenizer_hash(given.body)}",
+            "data.eos_token": " or ".join(given.ends),
+        }
+    return {"the version of the reader": _READER, **source.key(), **tokenizer}
+
+
+def recipe_key(recipe: dict[str, str]) -> str:
+    """A name for the store."""
+    return digest(json.dumps(recipe, sort_keys=True))
+
+
+def check_recipe(folder: Path, recipe: dict[str, str]) -> None:
+    """Whether what lies in `folder` was made in the same way; an empty folder will be.
+
+    Raises:
+        DataError: it was not, with what differs.
+        OSError: the folder cannot be written.
+    """
+    path = folder / RECIPE
+    try:
+        found = read_document(read_regular(path, _RECIPE_BYTES), Recipe)
+    except FileNotFoundError:
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(recipe, indent=1))
+        temporary.rename(path)
+        return
+    except (DocumentError, OSError) as error:
+        raise DataError(f"{path} cannot be used: {shown(str(error))}; remove the folder and tokenize again") from None
+    for name in [*recipe, *found]:
+        made, wanted = found.get(name, "not given"), recipe.get(name, "not given")
+        if made != wanted:
+            raise DataError(
+                f"{folder} must be empty or made with the same options, but {shown(name)} was {shown(made)} and is "
+                f"{shown(wanted)} now; choose another folder, or remove this one"
+            )
