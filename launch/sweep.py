@@ -1,7 +1,6 @@
 """A sweep as an object: its runs in `sweep.json`, and what each of them has come to. No torch, no Hydra."""
 
 import fcntl
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -27,8 +26,6 @@ __all__ = [
     "result_of",
     "run_name_override",
 ]
-
-log = logging.getLogger(__name__)
 
 FILE = "sweep.json"
 _PROGRAM, _FORMAT = "regrow sweep", 1
@@ -271,11 +268,13 @@ def _checkpoints(run_dir: Path, where: str, record: RunRecord | None) -> list[in
 
 
 def result_of(run_dir: Path) -> float | None:
-    """A run's result: its last validation loss, or without validation its last loss; None before the first step."""
+    """A run's result: its last validation loss, or without validation its last loss.
+
+    None before the first step, and where the run has just been refused because its rows cannot be read.
+    """
     try:
         rows = list(read_rows(run_dir / _METRICS))
-    except OSError as error:
-        log.warning("%s has no result: %s cannot be read (%s)", run_dir, _METRICS, error.strerror or error)
+    except OSError:
         return None
     found = next((r["val_loss"] for r in reversed(rows) if "val_loss" in r), rows[-1]["loss"] if rows else None)
     return None if found is None else float(found)
