@@ -15,7 +15,7 @@ from checkpoint.documents import Count, DocumentError, read_document
 from checkpoint.files import read_regular
 from trainer.run_record import RunRecordError
 
-__all__ = ["RankFailed", "clear_failures", "first_failure", "note_failure", "storage_problem"]
+__all__ = ["RankFailed", "clear_failures", "first_failure", "note_failure", "saw_another_go", "storage_problem"]
 
 log = logging.getLogger(__name__)
 
@@ -67,9 +67,13 @@ def _notes(run_dir: Path) -> list[Path]:
     return sorted((run_dir / "logs").glob("failed-rank-*.json"))
 
 
-def clear_failures(run_dir: Path) -> None:
-    """Forgets the failures of an earlier start."""
-    for path in _notes(run_dir):
+def _note(run_dir: Path, rank: int) -> Path:
+    return run_dir / "logs" / f"failed-rank-{rank}.json"
+
+
+def clear_failures(run_dir: Path, rank: int | None = None) -> None:
+    """Forgets the failures of an earlier start: of one rank, or of all."""
+    for path in _notes(run_dir) if rank is None else [_note(run_dir, rank)]:
         with suppress(OSError):
             path.unlink()
 
@@ -79,7 +83,7 @@ def note_failure(run_dir: Path, rank: int, error: BaseException) -> None:
     text = str(error) or type(error).__name__
     message = text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
     body = {"rank": rank, "at": time.time(), "message": message[:2000]}
-    path = run_dir / "logs" / f"failed-rank-{rank}.json"
+    path = _note(run_dir, rank)
     try:
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(body))
@@ -88,13 +92,20 @@ def note_failure(run_dir: Path, rank: int, error: BaseException) -> None:
         log.warning("%s cannot be written: %s", path, problem)
 
 
-def first_failure(run_dir: Path) -> str | None:
-    """The sentence of the rank that failed first; None where none has said how it failed."""
+def _read_notes(run_dir: Path) -> list[_Failure]:
     found: list[_Failure] = []
     for path in _notes(run_dir):
         with suppress(OSError, DocumentError):
             found.append(read_document(read_regular(path, _LIMIT_BYTES), _Failure))
-    if not found:
-        return None
-    first = min(found, key=lambda f: (f.at, f.rank))
-    return f"rank {first.rank}: {first.message}"
+    return found
+
+
+def first_failure(run_dir: Path) -> str | None:
+    """The sentence of the rank that failed first; None where none has said how it failed."""
+    first = min(_read_notes(run_dir), key=lambda f: (f.at, f.rank), default=None)
+    return None if first is None else f"rank {first.rank}: {first.message}"
+
+
+def saw_another_go(run_dir: Path, rank: int, error: BaseException) -> bool:
+    """Whether an error is that of a collective which another rank, having said why, has left."""
+    return isinstance(error, RuntimeError) and any(f.rank != rank for f in _read_notes(run_dir))

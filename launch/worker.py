@@ -467,7 +467,7 @@ def run_rank(spec: RankSpec, flag: StopFlag) -> Outcome:
     Errors that would repeat themselves (a loss that is not finite, a step that cannot be loaded, saves that fail)
     become an outcome, so that nobody restarts them; any other error is raised.
     """
-    from launch.failures import RankFailed, note_failure, storage_problem
+    from launch.failures import RankFailed, clear_failures, note_failure, saw_another_go, storage_problem
     from launch.run_dir import share_run
     from trainer.device import pin_threads
     from trainer.hooks.startup import mark
@@ -475,6 +475,8 @@ def run_rank(spec: RankSpec, flag: StopFlag) -> Outcome:
 
     rank, local_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     handler = log_to_files(spec.run_dir, rank, console=rank == 0)
+    # Of a start before this one, where torchrun starts the ranks again.
+    clear_failures(spec.run_dir, rank)
     threads = pin_threads(spec.config.launch.threads_per_rank, local_ranks)
     trainer: Trainer | None = None
     try:
@@ -490,6 +492,9 @@ def run_rank(spec: RankSpec, flag: StopFlag) -> Outcome:
             return outcome
     except Exception as error:
         problem = storage_problem(error)
+        if problem is None and saw_another_go(spec.run_dir, rank, error):
+            log.info("rank %d ends, because another one has failed", rank)
+            raise RankFailed(str(error), 1) from None
         note_failure(spec.run_dir, rank, error if problem is None else ValueError(problem))
         if problem is None:
             log.exception("rank %d failed", rank)
