@@ -11,7 +11,11 @@ from typing import Self
 import torch
 from torch import Tensor
 
-__all__ = ["Box", "TensorInfo", "TensorSource", "pieces_of", "whole"]
+__all__ = ["LONGEST_FLAT_NAME", "MOST_DIMS", "Box", "TensorInfo", "TensorSource", "pieces_of", "whole"]
+
+# What a file that is read may say of a tensor: torch takes no more dimensions.
+MOST_DIMS = 64
+LONGEST_FLAT_NAME = 4096
 
 # For each dimension (start, stop).
 Box = tuple[tuple[int, int], ...]
