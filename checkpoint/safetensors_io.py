@@ -197,8 +197,8 @@ class SafetensorsSource(TensorSource):
             for name, place in read_header(folder, shard, sizes[shard]).items():
                 if name in self._places and name not in named:
                     raise CheckpointError(
-                        f"{name} in {folder.url} must be in one file, but is in {self._places[name].file} and {shard}; "
-                        "remove what does not belong there"
+                        f"{name} in {folder.url} must be in one file, but is in {self._places[name].file} and "
+                        f"{shard}; remove what does not belong there"
                     )
                 if named.get(name, shard) == shard:
                     self._places[name] = place
