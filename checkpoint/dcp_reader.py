@@ -22,7 +22,6 @@ from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from torch.futures import Future
 
 from checkpoint.dcp_source import DcpSource
-from checkpoint.errors import CheckpointError
 from checkpoint.loading import is_verified
 from checkpoint.objects import StoredObject, read_object, read_objects
 from checkpoint.source import TensorInfo
@@ -40,8 +39,8 @@ class ImageReader(StorageReader):
     Args:
         place: the folder.
 
-    Raises:
-        CheckpointError: from DCP's calls, as one rank's part of a `CheckpointException`.
+    Raises (from DCP's calls, as one rank's part of a `CheckpointException`):
+        CheckpointError: what is asked for is not there, damaged, or something that only running it would show.
     """
 
     def __init__(self, place: Storage | Path | str) -> None:
@@ -116,11 +115,6 @@ def _stream_of(value: Any) -> io.BytesIO:
 def _read_tensor(source: StepSource | DcpSource, item: ReadItem, planner: LoadPlanner) -> None:
     name = item.storage_index.fqn
     target = planner.resolve_tensor(item).detach()
-    if target.is_meta:
-        raise CheckpointError(
-            f"{name} must have memory to be loaded into, but is on the meta device; give the model memory first, for "
-            "instance by to_empty(device=...)"
-        )
     box = tuple((o, o + n) for o, n in zip(item.storage_offsets, item.lengths, strict=True))
     target.copy_(source.read(name, box))
     planner.commit_tensor(item, target)
