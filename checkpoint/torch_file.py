@@ -88,11 +88,9 @@ _KNOWN = frozenset(
         Global("torch.nn.parameter", "Parameter"),
         Global("torch.serialization", "_get_layout"),
         Global("_codecs", "encode"),
-        Global("builtins", "bytearray"),
-        Global("builtins", "complex"),
-        Global("builtins", "set"),
-        Global("__builtin__", "set"),
     }
+    # Protocol 2 says what Python 2 said.
+    | {Global(module, n) for module in ("builtins", "__builtin__") for n in ("bytearray", "complex", "set")}
 )
 
 

@@ -109,15 +109,12 @@ class Net(nn.Module):
         self.note = state
 
 
-def trained(seed: int, kind: type[torch.optim.Optimizer]) -> tuple[Net, torch.optim.Optimizer]:
+def trained(seed: int, kind: Callable[..., torch.optim.Optimizer]) -> tuple[Net, torch.optim.Optimizer]:
     """A model and its optimizer after a step."""
     net = Net(seed)
     options: dict[str, Any] = {"momentum": 0.9} if kind is torch.optim.SGD else {}
-    optimizer = kind(
-        [{"params": list(net.a.parameters()), "lr": 0.1}, {"params": list(net.b.parameters())}],
-        lr=0.01,
-        **options,
-    )
+    groups: list[dict[str, Any]] = [{"params": [*net.a.parameters()], "lr": 0.1}, {"params": [*net.b.parameters()]}]
+    optimizer = kind(groups, lr=0.01, **options)
     net(torch.ones(2, 8)).sum().backward()
     optimizer.step()
     return net, optimizer
@@ -127,7 +124,7 @@ def trained(seed: int, kind: type[torch.optim.Optimizer]) -> tuple[Net, torch.op
     "kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad]
 )
 def test_a_model_and_its_stock_optimizer_come_back(
-    way: Way, kind: type[torch.optim.Optimizer], tmp_path: Path
+    way: Way, kind: Callable[..., torch.optim.Optimizer], tmp_path: Path
 ) -> None:
     net, optimizer = trained(1, kind)
     other, other_optimizer = trained(2, kind)
@@ -252,7 +249,7 @@ def test_a_save_that_goes_on_beside_training(way: Way, tmp_path: Path) -> None:
     assert_equal(target, {"w": torch.arange(64.0), "step": 1})
 
 
-@pytest.mark.filterwarnings("ignore:.*_get_pg_default_device")
+@pytest.mark.filterwarnings("ignore:.*_get_pg_default_device", "ignore:Multiple backends")
 def test_memory_is_needed_to_load_into(way: Way, group: dist.ProcessGroup, tmp_path: Path) -> None:
     dcp.save({"w": torch.ones(4)}, storage_writer=way[0](tmp_path / "c"))
     with torch.device("meta"):
@@ -360,7 +357,8 @@ def _parallel_models(folder: Path) -> None:
             after = get_state_dict(other, other_optimizer)
             assert_equal(_whole(dict(after[0])), _whole(dict(model_state)))
             assert_equal(_whole(after[1]["state"]), _whole(optimizer_state["state"]))
-            assert after[1]["param_groups"][0]["lr"] == 0.1
+            groups: Any = after[1]["param_groups"]
+            assert groups[0]["lr"] == 0.1
 
 
 def test_parallel_models_and_optimizers_come_back_under_another_parallelism(tmp_path: Path) -> None:
