@@ -5,7 +5,6 @@ written since torch 2.0.
 """
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any, TypeVar
 
 from checkpoint.documents import DocumentError
 from checkpoint.inert_pickle import Global, Pairs, PickleReader, Record, describe
-from checkpoint.source import LONGEST_FLAT_NAME, Box, TensorInfo
+from checkpoint.source import LONGEST_FLAT_NAME, Box, TensorInfo, is_file_name
 from checkpoint.tiling import tiles_exactly
 from checkpoint.torch_file import TORCH_DTYPES, dtype_of, shape_of
 
@@ -56,8 +55,6 @@ _KNOWN = frozenset(
     }
     | {Global("torch", name) for name in TORCH_DTYPES}
 )
-# A file that lies right in the folder.
-_FILE_NAME = re.compile(r"(?!\.\.?\Z)[^/\\\x00]{1,255}")
 _MOST = 1 << 62
 # A chunk takes some 100 bytes of the file; a pickle can name the same one again and again.
 _BYTES_PER_DIM = 8
@@ -186,7 +183,7 @@ def _streams(value: Any, entries: Mapping[str, Any]) -> dict[str, dict[tuple[int
 def _stream(name: str, value: Any) -> Stream:
     fields = _fields(value, (_INFO,), f"the place of {name}")
     file, start, size = (fields.get(key) for key in ("relative_path", "offset", "length"))
-    if not isinstance(file, str) or not _FILE_NAME.fullmatch(file) or not file.isprintable():
+    if not isinstance(file, str) or not is_file_name(file):
         raise DocumentError(f"{name} must lie in a file of the folder, but is in {describe(file)}")
     if fields.get("transform_descriptors"):
         raise DocumentError(f"{name} is compressed or encrypted; save it without DCP's extensions")

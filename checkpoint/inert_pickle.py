@@ -111,7 +111,7 @@ def shortened(value: int | float | str | bytes) -> str:
 
 @contextmanager
 def _without_collections() -> Iterator[None]:
-    """Nothing becomes garbage here, and Python would look at all that there is again and again: eight times as slow."""
+    """No garbage arises here, and Python would look at all that there is again and again: eight times as slow."""
     was_on = gc.isenabled()
     gc.disable()
     try:

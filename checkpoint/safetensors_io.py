@@ -16,9 +16,9 @@ import torch
 from msgspec import Meta
 from torch import Tensor
 
-from checkpoint.documents import Count, DocumentError, FileName, convert_document, parse_json, read_document
+from checkpoint.documents import Count, DocumentError, convert_document, parse_json, read_document
 from checkpoint.errors import CheckpointError
-from checkpoint.source import LONGEST_FLAT_NAME, MOST_DIMS, Box, TensorInfo, TensorSource
+from checkpoint.source import LONGEST_FLAT_NAME, MOST_DIMS, Box, TensorInfo, TensorSource, is_file_name
 from checkpoint.storage.base import RangeReader, Storage
 
 __all__ = ["DTYPES", "INDEX", "SINGLE", "SafetensorsSource", "header_bytes", "read_header", "rows_of"]
@@ -145,7 +145,7 @@ def _length(file: RangeReader) -> int:
 class _Index:
     """The file that names the shards: each tensor's."""
 
-    weight_map: dict[str, FileName]
+    weight_map: dict[str, str]
 
 
 def _shards(folder: Storage, sizes: Mapping[str, int]) -> dict[str, str]:
@@ -159,6 +159,9 @@ def _shards(folder: Storage, sizes: Mapping[str, int]) -> dict[str, str]:
         return {}
     try:
         found = read_document(folder.read(INDEX, _MAX_HEADER), _Index).weight_map
+        for name, file in found.items():
+            if not is_file_name(file) or not name.isprintable():
+                raise DocumentError(f"{name[:80]!a} lies in {file[:80]!a}, which is no file beside it")
     except (OSError, DocumentError) as error:
         raise CheckpointError(
             f"{folder.url}/{INDEX} must map names to shards, but does not ({error}); copy it again"

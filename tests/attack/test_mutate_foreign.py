@@ -1,0 +1,37 @@
+"""A seeded part of the mutations of what others write: one sentence or the tensors, in bounds, and nothing runs."""
+
+import random
+import resource
+import time
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from tests.attack.mutate_foreign import make_inputs, mutations, read
+
+MUTATIONS = 240
+_KINDS = ("dcp", "torch", "safetensors", "index")
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:Duplicate name")
+def test_mutations_end_in_a_sentence_or_in_tensors(tmp_path: Path) -> None:
+    inputs, work, witness = tmp_path / "inputs", tmp_path / "folder/work", tmp_path / "ran"
+    make_inputs(inputs)
+    work.parent.mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    assert [read(inputs / kind, kind) for kind in _KINDS] == ["3 tensors"] * 4
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    outcomes = []
+    for name, run in islice(mutations(random.Random(12), inputs, work, witness), MUTATIONS):
+        start = time.process_time()
+        outcome = run()
+        assert time.process_time() - start < 10, name
+        assert not witness.exists(), name
+        assert "\n" not in outcome, (name, outcome)
+        outcome.encode()
+        outcomes.append(outcome)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 256 << 10
+    assert [p for p in sorted(tmp_path.rglob("*")) if not p.is_relative_to(work)] == before
+    refused = [o for o in outcomes if not o.endswith(" tensors")]
+    assert len(refused) > MUTATIONS // 2
