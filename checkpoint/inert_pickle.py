@@ -132,10 +132,12 @@ class PickleReader:
 
     Attributes:
         position: behind the last instruction read.
+        references: what has come up that lies outside of the pickle.
     """
 
     def __init__(self, body: bytes, known: Container[Global], start: int = 0) -> None:
         self.position = start
+        self.references: list[Reference] = []
         self._body = body
         self._known = known
         self._left = _BASE_BYTES + _BYTES_PER_BYTE * (len(body) - start)
@@ -325,8 +327,9 @@ class PickleReader:
         target.state = state
 
     def _reference(self) -> None:
-        self._charge(48)
-        self._push(Reference(self._pop()))
+        self._charge(64)
+        self.references.append(Reference(self._pop()))
+        self._push(self.references[-1])
 
     # Containers.
 

@@ -1,6 +1,7 @@
 """`torch.save` streams, whole files or parts of a `.distcp` file, read so that nothing in them runs.
 
 Such a stream is a zip archive whose members are stored as they are: a pickle, and the raw bytes of each storage.
+Files from before torch 1.6 have the same in a row.
 """
 
 import io
@@ -37,7 +38,10 @@ _NAMES_BYTES = 64 << 20
 _MOST_PLAIN = 1_000_000
 # A member's header; 26 bytes to the lengths of its name and of its extra field.
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
+# How files began before torch 1.6: pickles, then the storages, each behind its number of elements.
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+_LEGACY_PICKLES = 4 << 20
+_COUNT = struct.Struct("<q")
 
 # The dtypes that a tensor can have in a file.
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
@@ -196,6 +200,14 @@ class TorchArchive:
 
     def __init__(self, file: RangeReader, start: int, size: int) -> None:
         self._file, self._start, self._size = file, start, size
+        # The bytes of each storage, in a file from before torch 1.6.
+        self._members: dict[str, tuple[int, int]] = {}
+        self._folder = ""
+        self._legacy: dict[str, tuple[int, int]] = {}
+        head = bytearray(len(_LEGACY))
+        if file.read_into(start, memoryview(head)) == len(head) and head == _LEGACY:
+            self._read_legacy()
+            return
         self._members = self._read_members()
         pickles = [n for n in self._members if n.endswith("/data.pkl") and n.count("/") == 1]
         if len(pickles) != 1:
@@ -208,16 +220,37 @@ class TorchArchive:
         self._pickle_bytes = len(body)
         self.value = PickleReader(body, _KNOWN).load()
 
+    def _read_legacy(self) -> None:
+        """The pickles are a number, a version, the system's numbers, the value, and the storages' names in order."""
+        body = bytearray(min(self._size, _LEGACY_PICKLES))
+        self._file.read_into(self._start, memoryview(body))
+        pickles = bytes(body)
+        self._pickle_bytes, position = len(pickles), 0
+        values: list[Any] = []
+        types: dict[str, torch.dtype] = {}
+        for _ in range(5):
+            reader = PickleReader(pickles, _KNOWN, position)
+            values.append(reader.load())
+            position = reader.position
+            types |= {key: _STORAGES[what] for key, what, _ in map(_storage_of, reader.references)}
+        self.value = values[3]
+        system = values[2].items if isinstance(values[2], Pairs) else []
+        if ("little_endian", True) not in system or not isinstance(values[4], list):
+            raise DocumentError("its numbers are not little-endian")
+        for key in values[4]:
+            count = bytearray(_COUNT.size)
+            if not isinstance(key, str) or key not in types or position + len(count) > self._size:
+                raise DocumentError("its storages are not whole")
+            self._file.read_into(self._start + position, memoryview(count))
+            position += len(count)
+            nbytes = _COUNT.unpack(count)[0] * types[key].itemsize
+            if not 0 <= nbytes <= self._size - position:
+                raise DocumentError("its storages are not whole")
+            self._legacy[key] = (self._start + position, nbytes)
+            position += nbytes
+
     def _read_members(self) -> dict[str, tuple[int, int]]:
         """The place of each member's header, and its bytes."""
-        if self._size >= len(_LEGACY):
-            head = bytearray(len(_LEGACY))
-            self._file.read_into(self._start, memoryview(head))
-            if head == _LEGACY:
-                raise DocumentError(
-                    "it is of the format before torch 1.6; load it with torch.load(…, weights_only=True) and save it "
-                    "again"
-                )
         try:
             found = zipfile.ZipFile(_Part(self._file, self._start, self._size)).infolist()
         except DocumentError:
@@ -336,18 +369,32 @@ class TorchArchive:
 
     def _storage(self, value: Any) -> tuple[torch.dtype, int, int]:
         """A storage's dtype, where it begins in the file, and its bytes."""
-        if not isinstance(value, Reference) or not isinstance(value.value, tuple) or len(value.value) != 5:
+        if not isinstance(value, Reference):
             raise DocumentError("it has no storage")
-        kind, what, key, _location, count = value.value
-        if kind != "storage" or not isinstance(what, Global) or what not in _STORAGES:
-            raise DocumentError("it has no storage of a known type")
-        if not isinstance(key, str) or not _is_count(count):
-            raise DocumentError("its storage has no name, or no size")
+        key, what, count = _storage_of(value)
         dtype = _STORAGES[what]
-        start, size = self._place(f"{self._folder}data/{key}")
+        start, size = self._legacy[key] if key in self._legacy else self._place(f"{self._folder}data/{key}")
         if count * dtype.itemsize > size:
             raise DocumentError(f"its storage must have {count * dtype.itemsize} bytes, but has {size}")
         return dtype, start, count * dtype.itemsize
+
+
+def _storage_of(reference: Reference) -> tuple[str, Global, int]:
+    """The name of a storage in its file, its type, and how many elements it has."""
+    value = reference.value
+    if (
+        not isinstance(value, tuple)
+        or len(value) not in (5, 6)
+        or value[0] != "storage"
+        or value[5:] not in ((), (None,))
+    ):
+        raise DocumentError("it refers to what is no storage")
+    _, what, key, _, count = value[:5]
+    if not isinstance(what, Global) or what not in _STORAGES:
+        raise DocumentError("it has no storage of a known type")
+    if not isinstance(key, str) or not _is_count(count):
+        raise DocumentError("its storage has no name, or no size")
+    return key, what, count
 
 
 def _children(name: str, value: Pairs) -> Iterator[tuple[str, Any]]:

@@ -32,11 +32,12 @@ def make_inputs(folder: Path) -> None:
     """Small sound inputs, one folder for each kind."""
     torch.manual_seed(0)
     tensors = {"layers.0.w": torch.randn(6, 4), "layers.0.b": torch.randn(6).bfloat16(), "count": torch.tensor(3)}
-    for kind in ("dcp", "torch", "safetensors", "index"):
+    for kind in ("dcp", "torch", "old", "safetensors", "index"):
         (folder / kind).mkdir(parents=True)
     state = {**tensors, "options": {"lr": 0.1, "betas": (0.9, 0.99)}}
     dcp.save(state, checkpoint_id=folder / "dcp", no_dist=True)
     torch.save({"model": tensors, "step": 3}, folder / "torch/x.pt")
+    torch.save({"model": tensors, "step": 3}, folder / "old/x.pt", _use_new_zipfile_serialization=False)
     safetensors.torch.save_file(tensors, folder / "safetensors/x.safetensors", metadata={"format": "pt"})
     names = list(tensors)
     for number, part in enumerate((names[:1], names[1:])):
@@ -60,6 +61,7 @@ def mutations(rng: random.Random, inputs: Path, work: Path, witness: Path) -> It
     kinds: list[tuple[str, Callable[[random.Random, Path, Path], str]]] = [
         ("dcp", _mutate_dcp),
         ("torch", _mutate_torch),
+        ("old", _mutate_old),
         ("safetensors", _mutate_safetensors),
         ("index", _mutate_index),
     ]
@@ -78,7 +80,7 @@ def mutations(rng: random.Random, inputs: Path, work: Path, witness: Path) -> It
 
 def read(folder: Path, kind: str) -> str:
     """What the readers make of an input: the sentence, or how many tensors there are."""
-    place = next(folder.glob("*.pt"), folder) if kind == "torch" else folder
+    place = next(folder.glob("*.pt"), folder) if kind in ("torch", "old") else folder
     try:
         with open_source(place) as source:
             for name, info in source.infos.items():
@@ -264,6 +266,18 @@ def _mutate_torch(rng: random.Random, folder: Path, witness: Path) -> str:
         for name, body in members.items():
             archive.writestr(name, body)
     return "archive"
+
+
+def _mutate_old(rng: random.Random, folder: Path, witness: Path) -> str:
+    """A file from before torch 1.6: pickles in a row."""
+    path = folder / "x.pt"
+    if rng.random() < 0.5:
+        return _mutate_file(rng, path)
+    body = path.read_bytes()
+    stops = [at for at, byte in enumerate(body) if byte == ord(".")][:4]
+    at = rng.choice(stops) + 1
+    path.write_bytes(body[:at] + _mutate_pickle(rng, body[at:], witness))
+    return "pickles"
 
 
 # Safetensors.

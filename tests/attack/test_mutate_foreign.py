@@ -11,7 +11,7 @@ import pytest
 from tests.attack.mutate_foreign import make_inputs, mutations, read
 
 MUTATIONS = 240
-_KINDS = ("dcp", "torch", "safetensors", "index")
+_KINDS = ("dcp", "torch", "old", "safetensors", "index")
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:Duplicate name")
@@ -20,7 +20,7 @@ def test_mutations_end_in_a_sentence_or_in_tensors(tmp_path: Path) -> None:
     make_inputs(inputs)
     work.parent.mkdir()
     before = sorted(tmp_path.rglob("*"))
-    assert [read(inputs / kind, kind) for kind in _KINDS] == ["3 tensors"] * 4
+    assert [read(inputs / kind, kind) for kind in _KINDS] == ["3 tensors"] * 5
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     outcomes = []
     for name, run in islice(mutations(random.Random(12), inputs, work, witness), MUTATIONS):

@@ -39,8 +39,8 @@ def test_stock_save_through_it_is_verified_and_opened_by_both(tmp_path: Path, gr
     assert torch.equal(stock["a"], state["a"])  # type: ignore[arg-type]
 
 
-def test_what_would_be_pickled_is_refused(tmp_path: Path, group: dist.ProcessGroup) -> None:
-    with pytest.raises(CheckpointException, match="step must be a tensor to be saved"):
+def test_what_json_cannot_hold_is_refused(tmp_path: Path, group: dist.ProcessGroup) -> None:
+    with pytest.raises(CheckpointException, match="step must be a tensor, or made of numbers, text"):
         dcp.save({"step": {1, 2}}, storage_writer=ImageWriter(tmp_path / "c"))
 
 
