@@ -1,8 +1,7 @@
 """A DCP folder that others wrote as a source: nothing is verified, and nothing in it is run."""
 
-import threading
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, final
 
@@ -60,9 +59,6 @@ class DcpSource(TensorSource):
         self.objects = tuple(metadata.objects)
         self._tensors, self._objects = metadata.tensors, metadata.objects
         self._storage = storage
-        self._opened = ExitStack()
-        self._lock = threading.Lock()
-        self._files: dict[str, RangeReader] = {}
         self._found: dict[Stream, StoredTensor] = {}
 
     def shards(self, name: str) -> int:
@@ -89,23 +85,25 @@ class DcpSource(TensorSource):
         """
         stream = self._objects[name]
         try:
-            return plain_value(TorchArchive(self._file(stream.file), stream.start, stream.size).value)
+            with self._open(stream.file) as file:
+                return plain_value(TorchArchive(file, stream.start, stream.size).value)
         except DocumentError as error:
             raise self._unreadable(name, stream, error) from error
 
     def _read_chunk(self, name: str, chunk: ForeignChunk, box: Box) -> Tensor:
         """A box (in the whole tensor) out of one stored chunk."""
-        stored = self._stored(name, chunk)
         inner = tuple((a - o, b - o) for (a, b), (o, _) in zip(box, chunk.box, strict=True))
-        return stored.read(self._file(chunk.stream.file), inner, f"{name} in {self.place}/{chunk.stream.file}")
+        with self._open(chunk.stream.file) as file:
+            stored = self._stored(file, name, chunk)
+            return stored.read(file, inner, f"{name} in {self.place}/{chunk.stream.file}")
 
-    def _stored(self, name: str, chunk: ForeignChunk) -> StoredTensor:
+    def _stored(self, file: RangeReader, name: str, chunk: ForeignChunk) -> StoredTensor:
         """Where a chunk's numbers lie; found out once."""
         stream = chunk.stream
         stored = self._found.get(stream)
         if stored is None:
             try:
-                archive = TorchArchive(self._file(stream.file), stream.start, stream.size)
+                archive = TorchArchive(file, stream.start, stream.size)
                 stored = archive.tensor(archive.value)
                 shape = tuple(stop - start for start, stop in chunk.box)
                 if stored.info != TensorInfo(dtype=self.infos[name].dtype, shape=shape):
@@ -121,17 +119,15 @@ class DcpSource(TensorSource):
             "checkpoint, or copy it again"
         )
 
-    def _file(self, name: str) -> RangeReader:
-        with self._lock:
-            if name not in self._files:
-                try:
-                    self._files[name] = self._opened.enter_context(self._storage.open(name))
-                except OSError as error:
-                    raise CheckpointError(
-                        f"{self.place}/{name} must be a file that can be read, but is not ({error.strerror}); copy "
-                        "it again"
-                    ) from error
-            return self._files[name]
-
-    def close(self) -> None:
-        self._opened.close()
+    @contextmanager
+    def _open(self, name: str) -> Iterator[RangeReader]:
+        """A file, for as long as it is read: there can be more of them than a process may keep open."""
+        with ExitStack() as opened:
+            try:
+                file = opened.enter_context(self._storage.open(name))
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self.place}/{name} must be a file that can be read, but is not ({error.strerror}); copy "
+                    "it again"
+                ) from error
+            yield file

@@ -34,7 +34,8 @@ __all__ = [
 # No file holds more elements.
 _MOST = 1 << 60
 _DEEPEST = 64
-_NAMES_BYTES = 64 << 20
+_NAMES_CHARS = 16 << 20
+_LARGEST_DIRECTORY = 16 << 20
 _MOST_PLAIN = 1_000_000
 # A member's header; 26 bytes to the lengths of its name and of its extra field.
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
@@ -176,7 +177,10 @@ class _Part(io.RawIOBase):
 
     def read(self, size: int | None = -1) -> bytes:
         left = max(self._size - self._position, 0)
-        body = bytearray(left if size is None or size < 0 else min(size, left))
+        count = left if size is None or size < 0 else min(size, left)
+        if count > _LARGEST_DIRECTORY:
+            raise DocumentError("its directory is too large")
+        body = bytearray(count)
         got = self._file.read_into(self._start + self._position, memoryview(body))
         self._position += got
         return bytes(body[:got])
@@ -252,7 +256,8 @@ class TorchArchive:
     def _read_members(self) -> dict[str, tuple[int, int]]:
         """The place of each member's header, and its bytes."""
         try:
-            found = zipfile.ZipFile(_Part(self._file, self._start, self._size)).infolist()
+            with zipfile.ZipFile(_Part(self._file, self._start, self._size)) as archive:
+                found = archive.infolist()
         except DocumentError:
             raise
         except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, OverflowError, EOFError) as error:
@@ -296,24 +301,28 @@ class TorchArchive:
         """All tensors in nested mappings, their keys joined by dots.
 
         Raises:
-            DocumentError: one is not whole, or not dense, or two get one name.
+            DocumentError: one is not whole, or not dense, or two get one name; or there is nothing of the kind.
         """
+        if not isinstance(self.value, Pairs | Record):
+            raise DocumentError(f"it holds {describe(self.value)}")
         found: dict[str, StoredTensor] = {}
         # A pickle can name one mapping again and again, and within itself.
-        visits, names = self._pickle_bytes, 0
+        visits, chars = self._pickle_bytes, 0
         waiting: list[tuple[str, Any, int]] = [("", self.value, 0)]
         while waiting:
             name, value, depth = waiting.pop()
-            visits -= 1
-            names += len(name)
-            if visits < 0 or depth > _DEEPEST or len(name) > LONGEST_FLAT_NAME or names > _NAMES_BYTES:
-                raise DocumentError("it nests mappings too deeply, or one in itself")
-            if isinstance(value, Pairs):
-                waiting += reversed([(n, v, depth + 1) for n, v in _children(name, value)])
-            elif isinstance(value, Record) and value.what in _DENSE | _OTHERS:
+            if not isinstance(value, Pairs):
                 if name in found:
                     raise DocumentError(f"it has two tensors {shortened(name)}")
                 found[name] = self._named_tensor(name, value)
+                continue
+            children: list[tuple[str, Any, int]] = []
+            for child_name, child in _children(name, value):
+                visits, chars = visits - 1, chars + len(child_name)
+                if visits < 0 or depth > _DEEPEST or len(child_name) > LONGEST_FLAT_NAME or chars > _NAMES_CHARS:
+                    raise DocumentError("it nests mappings too deeply, or one in itself")
+                children.append((child_name, child, depth + 1))
+            waiting += reversed(children)
         return found
 
     def _named_tensor(self, name: str, value: Record) -> StoredTensor:
@@ -398,12 +407,14 @@ def _storage_of(reference: Reference) -> tuple[str, Global, int]:
 
 
 def _children(name: str, value: Pairs) -> Iterator[tuple[str, Any]]:
+    """The mappings and tensors in a mapping, with their names."""
     prefix = f"{name}." if name else ""
     for key, child in value.items:
-        if isinstance(key, str | int):
-            yield f"{prefix}{key if isinstance(key, str) else shortened(key)}", child
-        elif isinstance(child, Pairs | Record):
+        if not isinstance(child, Pairs) and not (isinstance(child, Record) and child.what in _DENSE | _OTHERS):
+            continue
+        if not isinstance(key, str | int):
             raise DocumentError(f"its keys must be text or numbers, but one is {describe(key)}")
+        yield f"{prefix}{key if isinstance(key, str) else shortened(key)}", child
 
 
 def _is_count(value: Any) -> bool:

@@ -259,7 +259,10 @@ def test_values_that_share_their_parts_are_not_unfolded(tmp_path: Path) -> None:
     for _ in range(300):
         deep = {"d": deep}
     torch.save(deep, tmp_path / "deep.pt")
-    for name in ("laughs", "itself", "deep"):
+    # A long key, again and again.
+    long = {f"{i}": torch.zeros(0) for i in range(5000)}
+    torch.save({"k" * 4000: long}, tmp_path / "long.pt")
+    for name in ("laughs", "itself", "deep", "long"):
         with bounded(), pytest.raises(CheckpointError, match="nests mappings too deeply, or one in itself"):
             open_source(tmp_path / f"{name}.pt")
 
