@@ -1,5 +1,6 @@
 """What others wrote, or damaged, or meant to do harm: read as data, in bounds, or refused in one sentence."""
 
+import codecs
 import io
 import itertools
 import json
@@ -181,6 +182,20 @@ def test_no_pickle_runs_anything(program: bytes, protocol: bytes) -> None:
         for parse in (lambda b: parse_metadata(b, {}), lambda b: PickleReader(b, _Everything()).load()):
             with suppress(DocumentError):
                 parse(protocol + program + b".")
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(steps, max_size=40).map(b"".join))
+def test_no_torch_file_runs_anything(program: bytes) -> None:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("x/data.pkl", b"\x80\x02" + program + b".")
+        archive.writestr("x/data/0", bytes(64))
+    body = stream.getvalue()
+    # Python's reader of archives imports the encoding of their names when it first meets it.
+    codecs.lookup("cp437")
+    with nothing_runs(), suppress(DocumentError):
+        TorchArchive(MemoryFile(body), 0, len(body)).tensors()
 
 
 class _Everything:
