@@ -15,6 +15,7 @@ from checkpoint.lease import Watch, acquire_lease
 from checkpoint.leftovers import Leftovers
 from checkpoint.loading import is_incomplete, is_verified, read_items
 from checkpoint.manifest import Manifest, read_manifest
+from checkpoint.objects import read_object, read_objects
 from checkpoint.retention import KeepEveryN, KeepLatest, RetentionRule, StoredStep, removable_steps
 from checkpoint.source import TensorSource, pieces_of, whole
 from checkpoint.sources import DcpSource, StepSource, open_source
@@ -231,6 +232,8 @@ def _verify_one(place: Storage, threads: int) -> dict[str, Any]:
                 report["problems"] += stream_problems(
                     place, read_items(place, m), m.files, m.versions.get("torch", "")
                 )
+                for stored in read_objects(place, m).values():
+                    read_object(place, stored)
     except FileNotFoundError as error:
         report["problems"].append(f"{error.filename or error} is missing")
     except (CheckpointError, OSError) as error:

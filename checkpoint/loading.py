@@ -1,35 +1,32 @@
 """Loading a step, ours or anybody's, into existing tensors.
 
 Ours are read by their manifests, and every byte is verified before it is copied. Those written by others (plain
-DCP, torchtitan's) go through the stock reader, without verification, and without running what a pickle holds.
+DCP, torchtitan's) are read without verification, and without running what a pickle holds.
 """
 
 import logging
-import pickle
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
+import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import xxhash
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from checkpoint.catalog import Catalog
 from checkpoint.contents import StoredItem, parse_rank_manifest, rank_manifest_name
+from checkpoint.dcp_source import DcpSource
 from checkpoint.documents import DocumentError
 from checkpoint.errors import CheckpointError, DamagedStepError
 from checkpoint.manifest import MANIFEST, Manifest, read_manifest
-from checkpoint.plan import chunk_of, writer_of
+from checkpoint.plan import chunk_of, local_tensor, writer_of
 from checkpoint.read_plan import check_names, covered
 from checkpoint.reader import read_tensors
+from checkpoint.source import pieces_of
 from checkpoint.step_name import METADATA, step_folder_name
 from checkpoint.storage.base import Storage
-from checkpoint.storage.local import LocalStorage
 from checkpoint.storage.opening import as_storage
 
 __all__ = [
@@ -37,7 +34,6 @@ __all__ = [
     "is_incomplete",
     "is_verified",
     "load_tensors",
-    "read_foreign_metadata",
     "read_items",
     "resolve_foreign",
 ]
@@ -45,6 +41,9 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 Place = Storage | Path | str
+# What a thread holds of a tensor on its way out of a foreign folder.
+_PIECE_BYTES = 32 << 20
+_THREADS = 4
 
 
 def is_verified(place: Place) -> bool:
@@ -119,17 +118,18 @@ def load_tensors(
     Args:
         place: the step's folder.
         tensors: by flat name; DTensors receive this rank's part.
-        group: of all ranks, on the CPU; communicates for checkpoints without a manifest alone.
+        group: of all ranks, on the CPU.
         known: every name that the model has, on whichever rank; a weight of another name is then an error.
 
     Returns:
         The bytes that this rank read.
 
     Raises:
-        CheckpointError: a name is missing there, or is not known, or has another shape or dtype.
+        CheckpointError: a name is missing there, or is not known, or has another shape or dtype, or no memory here.
         DamagedStepError: a byte is not what was written.
     """
     storage = as_storage(place)
+    _check_memory(tensors)
     if is_verified(storage):
         first = dist.get_rank(group) == 0
         manifest = read_manifest(storage, check_files=first)
@@ -139,14 +139,35 @@ def load_tensors(
         if known is not None:
             _check_known(storage.url, items, known)
         return read_tensors(storage, items, tensors)
-    reader = _SafeReader(_local_path(storage))
-    metadata = reader.read_metadata()
-    _check_against(storage.url, metadata.state_dict_metadata, tensors)
-    try:
-        dcp.load(dict(tensors), storage_reader=reader, process_group=group)
-    except CheckpointException as error:
-        raise CheckpointError(f"loading {storage.url} failed: {_causes(error)}") from error
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+    with DcpSource(storage) as source:
+        _check_against(source, tensors)
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="read") as pool:
+            return sum(pool.map(lambda pair: _read_foreign(source, *pair), tensors.items()))
+
+
+def _check_memory(tensors: Mapping[str, Tensor]) -> None:
+    """Whether there is something to load into: copying into a tensor on the meta device does nothing."""
+    name = next((n for n, t in tensors.items() if t.is_meta or local_tensor(t).is_meta), None)
+    if name is not None:
+        raise CheckpointError(
+            f"{name} must have memory to be loaded into, but is on the meta device; give the model memory first, for "
+            "instance by to_empty(device=...)"
+        )
+
+
+@torch.no_grad()
+def _read_foreign(source: DcpSource, name: str, tensor: Tensor) -> int:
+    """Fills this rank's part of one tensor; returns its bytes."""
+    chunk, local = chunk_of(name, tensor), local_tensor(tensor)
+    if not local.numel():
+        return 0
+    box = tuple((o, o + n) for o, n in zip(chunk.offset, chunk.shape, strict=True))
+    for piece in pieces_of(box, local.element_size(), _PIECE_BYTES):
+        target = local
+        for dim, ((start, stop), (origin, _)) in enumerate(zip(piece, box, strict=True)):
+            target = target.narrow(dim, start - origin, stop - start)
+        target.copy_(source.read(name, piece))
+    return local.numel() * local.element_size()
 
 
 def _check_known(url: str, items: Iterable[StoredItem], known: Collection[str]) -> None:
@@ -171,102 +192,32 @@ def check_compatible(place: Place, tensors: Mapping[str, Tensor]) -> None:
     if is_verified(storage):
         check_names(storage.url, read_items(storage, read_manifest(storage)), tensors)
     else:
-        stored = _SafeReader(_local_path(storage)).read_metadata().state_dict_metadata
-        _check_against(storage.url, stored, tensors)
+        with DcpSource(storage) as source:
+            _check_against(source, tensors)
 
 
-def _local_path(storage: Storage) -> Path:
-    if not isinstance(storage, LocalStorage):
-        raise CheckpointError(
-            f"a checkpoint without {MANIFEST} must lie in a local folder, but is {storage.url}; copy it first"
-        )
-    return storage.path
-
-
-# What a `.metadata` may name; anything else is refused before it is called.
-_ALLOWED = {
-    ("collections", "OrderedDict"),
-    ("torch", "Size"),
-    ("torch", "memory_format"),
-    ("torch.serialization", "_get_layout"),
-    ("torch._utils", "_rebuild_device"),
-    ("torch.distributed.checkpoint.metadata", "*"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("pathlib", "PosixPath"),
-}
-
-
-class _RestrictedUnpickler(pickle.Unpickler):
-    """Knows the classes of DCP's metadata alone."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        known = (module, name) in _ALLOWED or (module, "*") in _ALLOWED or (module == "torch" and name in _DTYPES)
-        if not known or "." in name:
-            raise CheckpointError(
-                f".metadata must hold DCP's own classes, but names {module}.{name}; do not trust this checkpoint"
-            )
-        return super().find_class(module, name)
-
-
-_DTYPES = {
-    "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int64", "int32", "int16", "int8",
-    "uint8", "bool", "strided", "preserve_format", "contiguous_format",
-}  # fmt: skip
-
-
-class _SafeReader(FileSystemReader):
-    """The stock reader with the restricted unpickler; tensors are read with `weights_only=True` already."""
-
-    def read_metadata(self, *_args: Any, **_kwargs: Any) -> Metadata:
-        path = Path(self.path) / ".metadata"
-        try:
-            with path.open("rb") as file:
-                metadata = _RestrictedUnpickler(file).load()
-        except (OSError, EOFError, pickle.UnpicklingError, UnicodeDecodeError, ValueError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(
-                f"{path.parent} is not a checkpoint ({error}); give a folder with .metadata"
-            ) from error
-        if not isinstance(metadata, Metadata):
-            raise CheckpointError(f"{path} holds no DCP metadata; give another checkpoint")
-        return metadata
-
-
-def read_foreign_metadata(path: Path) -> Metadata:
-    """DCP's description of a folder that others wrote, read without running what a pickle can hold.
-
-    Raises:
-        CheckpointError: it is none.
-    """
-    return _SafeReader(path).read_metadata()
-
-
-def _check_against(path: str, stored: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    missing = [name for name in tensors if name not in stored]
+def _check_against(source: DcpSource, tensors: Mapping[str, Tensor]) -> None:
+    for name in tensors:
+        if name in source.objects:
+            raise CheckpointError(f"{name} in {source.place} must be a tensor, but is not; give another checkpoint")
+    missing = [name for name in tensors if name not in source.infos]
     if missing:
         raise CheckpointError(
-            f"{path} must hold {missing[0]}, but does not ({len(missing)} of {len(tensors)} names are missing); "
-            "use the model it was saved from, or exclude that part with checkpoint.exclude_from_loading"
+            f"{source.place} must hold {missing[0]}, but does not ({len(missing)} of {len(tensors)} names are "
+            "missing); use the model it was saved from, or exclude that part with checkpoint.exclude_from_loading"
         )
     for name, tensor in tensors.items():
-        entry = stored[name]
-        if not isinstance(entry, TensorStorageMetadata):
-            raise CheckpointError(f"{name} in {path} must be a tensor, but is not; give another checkpoint")
-        if tuple(entry.size) != tuple(tensor.shape):
+        info = source.infos[name]
+        if info.shape != tuple(tensor.shape):
             raise CheckpointError(
-                f"{name} in {path} has shape {tuple(entry.size)}, but the model's has {tuple(tensor.shape)}; "
+                f"{name} in {source.place} has shape {info.shape}, but the model's has {tuple(tensor.shape)}; "
                 "use the model's dimensions that it was saved with"
             )
-        if entry.properties.dtype != tensor.dtype:
+        if info.dtype != tensor.dtype:
             raise CheckpointError(
-                f"{name} in {path} is {entry.properties.dtype}, but the model's is {tensor.dtype}; "
+                f"{name} in {source.place} is {info.dtype}, but the model's is {tensor.dtype}; "
                 "convert the checkpoint first"
             )
-
-
-def _causes(error: CheckpointException) -> str:
-    return "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in sorted(error.failures.items()))
 
 
 def resolve_foreign(place: Place) -> Storage:

@@ -14,6 +14,7 @@ from torch import Tensor
 from checkpoint.config import CheckpointConfig
 from checkpoint.errors import CheckpointError
 from checkpoint.loading import resolve_foreign
+from checkpoint.manifest import MANIFEST
 from checkpoint.plan import chunk_of, local_tensor
 from checkpoint.source import Box, TensorInfo, TensorSource, pieces_of, whole
 from checkpoint.storage.base import Storage
@@ -181,7 +182,7 @@ def pin_source(place: Storage | Path | str) -> Storage:
     storage = as_storage(place)
     names = storage.names()
     # As `open_source` decides it.
-    if not names or any(n.endswith(".safetensors") for n in names):
+    if not names or (MANIFEST not in names and any(n.endswith(".safetensors") for n in names)):
         return storage
     return resolve_foreign(storage)
 

@@ -1,9 +1,8 @@
 """Which stored bytes a tensor needs: arithmetic on boxes, rows and blocks."""
 
-import itertools
 import math
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -11,10 +10,9 @@ from torch import Tensor
 from checkpoint.contents import StoredItem
 from checkpoint.errors import CheckpointError, DamagedStepError
 from checkpoint.plan import Chunk
+from checkpoint.tiling import tiles_exactly
 
-__all__ = ["ReadPiece", "bytes_to_read", "check_names", "covered", "plan_reads", "tiles"]
-
-Box = tuple[tuple[int, int], ...]
+__all__ = ["ReadPiece", "bytes_to_read", "check_names", "covered", "plan_reads"]
 
 
 class ReadPiece(NamedTuple):
@@ -69,30 +67,14 @@ def _elements(pieces: Sequence[ReadPiece]) -> int:
     return sum(math.prod([stop - start for start, stop in piece.box]) for piece in pieces)
 
 
-def tiles(boxes: Iterable[Box], whole: Box) -> bool:
-    """Whether boxes cover a whole exactly once, none of it twice.
-
-    Each box is told by its corners, signed in turn: those of boxes that share a side cancel each other, and what is
-    left over is the corners of the whole just where the boxes' indicator functions sum up to that of the whole.
-
-    Args:
-        boxes: for each dimension (start, stop).
-        whole: likewise.
-    """
-    corners: Counter[tuple[int, ...]] = Counter()
-    for sign, box in [*((1, b) for b in boxes), (-1, whole)]:
-        if all(start < stop for start, stop in box):
-            for choice in itertools.product((0, 1), repeat=len(box)):
-                corner = tuple(side[end] for side, end in zip(box, choice, strict=True))
-                corners[corner] += sign * (-1) ** sum(choice)
-    return not any(corners.values())
-
-
 def _fills(pieces: Sequence[ReadPiece], target: Chunk) -> bool:
     if _elements(pieces) != math.prod(target.shape):
         return False
-    box = tuple((start, start + n) for start, n in zip(target.offset, target.shape, strict=True))
-    return len(pieces) <= 1 or tiles((piece.box for piece in pieces), box)
+    boxes = (
+        tuple((start - o, stop - o) for (start, stop), o in zip(piece.box, target.offset, strict=True))
+        for piece in pieces
+    )
+    return len(pieces) <= 1 or tiles_exactly(target.shape, boxes)
 
 
 def covered(items: Sequence[StoredItem], target: Chunk) -> bool:

@@ -9,14 +9,16 @@ import math
 import struct
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any, cast, final
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, cast, final
 
 import torch
+from msgspec import Meta
 from torch import Tensor
 
+from checkpoint.documents import Count, DocumentError, convert_document, parse_json, read_document
 from checkpoint.errors import CheckpointError
-from checkpoint.source import Box, TensorInfo, TensorSource
+from checkpoint.source import LONGEST_FLAT_NAME, MOST_DIMS, Box, TensorInfo, TensorSource, is_file_name
 from checkpoint.storage.base import RangeReader, Storage
 
 __all__ = ["DTYPES", "INDEX", "SINGLE", "SafetensorsSource", "header_bytes", "read_header", "rows_of"]
@@ -61,7 +63,7 @@ def header_bytes(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -
 
 
 def read_header(folder: Storage, name: str, size: int) -> dict[str, _Place]:
-    """What a file holds, once its size is known to be right.
+    """What a file holds, once its header is known to describe all of it.
 
     Args:
         folder: holds it.
@@ -72,37 +74,78 @@ def read_header(folder: Storage, name: str, size: int) -> dict[str, _Place]:
         CheckpointError: it is not a safetensors file, or is cut short.
     """
     path = f"{folder.url}/{name}"
-    places = {}
-    with folder.open(name) as file:
-        length = _length(file)
-        body = bytearray(length if 0 < length <= min(_MAX_HEADER, size) else 0)
-        got = file.read_into(8, memoryview(body)) if body else 0
     try:
+        with folder.open(name) as file:
+            length = _length(file)
+            body = bytearray(length if 0 < length <= min(_MAX_HEADER, size) else 0)
+            got = file.read_into(8, memoryview(body)) if body else 0
         if got != length:
-            raise ValueError("the header is not whole")
-        entries = json.loads(bytes(body))
-        entries.pop("__metadata__", None)
-        for tensor, entry in entries.items():
-            info = TensorInfo(dtype=DTYPES[entry["dtype"]], shape=tuple(entry["shape"]))
-            first, last = entry["data_offsets"]
-            if last - first != info.nbytes:
-                raise ValueError(f"{tensor} has {last - first} bytes for {info.nbytes}")
-            places[tensor] = _Place(info=info, file=name, start=8 + length + first)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DocumentError("the header is not whole")
+        places = _places(bytes(body), name)
+    except OSError as error:
+        raise CheckpointError(f"{path} must be a file that can be read, but is not ({error.strerror})") from error
+    except DocumentError as error:
         raise CheckpointError(
             f"{path} must be a whole safetensors file, but its header cannot be read ({error}); copy it again"
         ) from error
-    end = max((p.start + p.info.nbytes for p in places.values()), default=8 + length)
+    end = 8 + length + max((p.start + p.info.nbytes for p in places.values()), default=0)
     if size < end:
         raise CheckpointError(
             f"{path} must have {end} bytes, but has {size}: it is cut short; copy or download it again"
         )
+    if size > end:
+        raise CheckpointError(f"{path} must have {end} bytes, but has {size}; copy or download it again")
+    return {tensor: replace(place, start=8 + length + place.start) for tensor, place in places.items()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Entry:
+    """A tensor in a header: bytes `data_offsets[0]` up to `data_offsets[1]` behind it."""
+
+    dtype: str
+    shape: Annotated[list[Count], Meta(max_length=MOST_DIMS)]
+    data_offsets: tuple[Count, Count]
+
+
+def _places(body: bytes, file: str) -> dict[str, _Place]:
+    """The tensors of a header, which follow each other without gaps; positions count from its end.
+
+    Raises:
+        DocumentError: they do not, or it is no header.
+    """
+    document = parse_json(body)
+    if not isinstance(document, dict):
+        raise DocumentError("it is not a mapping")
+    document.pop("__metadata__", None)
+    places: dict[str, _Place] = {}
+    for tensor, entry in convert_document(document, dict[str, _Entry]).items():
+        if not 0 < len(tensor) <= LONGEST_FLAT_NAME or not tensor.isprintable():
+            raise DocumentError(f"a tensor's name must be text of one line, but is {tensor[:80]!a}")
+        if entry.dtype not in DTYPES:
+            raise DocumentError(f"{tensor} has the type {entry.dtype[:20]!a}, which is not known")
+        info = TensorInfo(dtype=DTYPES[entry.dtype], shape=tuple(entry.shape))
+        first, last = entry.data_offsets
+        if last - first != info.nbytes:
+            raise DocumentError(f"{tensor} has {last - first} bytes for the shape {info.shape}")
+        places[tensor] = _Place(info=info, file=file, start=first)
+    position = 0
+    for tensor, place in sorted(places.items(), key=lambda pair: (pair[1].start, pair[1].info.nbytes)):
+        if place.start != position:
+            raise DocumentError(f"{tensor} must begin at {position}, but begins at {place.start}")
+        position += place.info.nbytes
     return places
 
 
 def _length(file: RangeReader) -> int:
     start = bytearray(8)
     return int(struct.unpack("<Q", start)[0]) if file.read_into(0, memoryview(start)) == 8 else -1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Index:
+    """The file that names the shards: each tensor's."""
+
+    weight_map: dict[str, str]
 
 
 def _shards(folder: Storage, sizes: Mapping[str, int]) -> dict[str, str]:
@@ -115,9 +158,11 @@ def _shards(folder: Storage, sizes: Mapping[str, int]) -> dict[str, str]:
     if INDEX not in sizes or SINGLE in sizes:
         return {}
     try:
-        named: dict[str, str] = json.loads(folder.read(INDEX))["weight_map"]
-        found = {tensor: str(file) for tensor, file in named.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        found = read_document(folder.read(INDEX, _MAX_HEADER), _Index).weight_map
+        for name, file in found.items():
+            if not is_file_name(file) or not name.isprintable():
+                raise DocumentError(f"{name[:80]!a} lies in {file[:80]!a}, which is no file beside it")
+    except (OSError, DocumentError) as error:
         raise CheckpointError(
             f"{folder.url}/{INDEX} must map names to shards, but does not ({error}); copy it again"
         ) from error
@@ -150,7 +195,16 @@ class SafetensorsSource(TensorSource):
             files = [SINGLE] if SINGLE in sizes else [n for n in sizes if n.endswith(".safetensors")]
         if not files:
             raise CheckpointError(f"{folder.url} must hold safetensors files, but holds none; check the path")
-        self._places = {n: place for f in files for n, place in read_header(folder, f, sizes[f]).items()}
+        self._places: dict[str, _Place] = {}
+        for shard in files:
+            for name, place in read_header(folder, shard, sizes[shard]).items():
+                if name in self._places and name not in named:
+                    raise CheckpointError(
+                        f"{name} in {folder.url} must be in one file, but is in {self._places[name].file} and "
+                        f"{shard}; remove what does not belong there"
+                    )
+                if named.get(name, shard) == shard:
+                    self._places[name] = place
         for name, shard in named.items():
             if name not in self._places:
                 raise CheckpointError(

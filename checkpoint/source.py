@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,10 +12,31 @@ from typing import Self
 import torch
 from torch import Tensor
 
-__all__ = ["Box", "TensorInfo", "TensorSource", "pieces_of", "whole"]
+__all__ = [
+    "LONGEST_FLAT_NAME",
+    "MOST_DIMS",
+    "Box",
+    "TensorInfo",
+    "TensorSource",
+    "is_file_name",
+    "pieces_of",
+    "whole",
+]
+
+# What a file that is read may say of a tensor: torch takes no more dimensions.
+MOST_DIMS = 64
+LONGEST_FLAT_NAME = 4096
 
 # For each dimension (start, stop).
 Box = tuple[tuple[int, int], ...]
+
+
+_FILE_NAME = re.compile(r"(?!\.\.?\Z)[^/\\\x00]{1,255}")
+
+
+def is_file_name(text: str) -> bool:
+    """Whether a text that a file holds names a file beside it: no path, and on one line."""
+    return _FILE_NAME.fullmatch(text) is not None and text.isprintable()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,5 +1,6 @@
 """The file image as a writer for stock DCP."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from checkpoint.dcp_reader import ImageReader
 from checkpoint.dcp_writer import ImageWriter
 from checkpoint.loading import is_verified, load_tensors, read_items
 from checkpoint.manifest import read_manifest
@@ -39,9 +41,38 @@ def test_stock_save_through_it_is_verified_and_opened_by_both(tmp_path: Path, gr
     assert torch.equal(stock["a"], state["a"])  # type: ignore[arg-type]
 
 
-def test_what_would_be_pickled_is_refused(tmp_path: Path, group: dist.ProcessGroup) -> None:
-    with pytest.raises(CheckpointException, match="step must be a tensor to be saved"):
+def test_what_json_cannot_hold_is_refused(tmp_path: Path, group: dist.ProcessGroup) -> None:
+    with pytest.raises(CheckpointException, match="step must be a tensor, or made of numbers, text"):
         dcp.save({"step": {1, 2}}, storage_writer=ImageWriter(tmp_path / "c"))
+
+
+def test_objects_are_json_in_the_ranks_manifest_and_compared_with_it(
+    tmp_path: Path, group: dist.ProcessGroup
+) -> None:
+    place = tmp_path / "c"
+    saved = {"w": torch.ones(3), "options": {"betas": (0.9, 0.99), "names": ["äöü", None]}, "step": 3}
+    dcp.save(dict(saved), storage_writer=ImageWriter(place))
+    document = json.loads((place / "rank-0.json").read_text())
+    values = {entry["name"]: entry["value"] for entry in document["objects"]}
+    assert values == {"options.betas": [0.9, 0.99], "options.names": ["äöü", None], "step": 3}
+    assert read_manifest(place).files["__0_objects.distcp"] == (place / "__0_objects.distcp").stat().st_size
+    # Another value in the stream, which nothing else would notice.
+    stream = place / "__0_objects.distcp"
+    sound = stream.read_bytes()
+    assert sound.count("äöü".encode()) == 1
+    stream.write_bytes(sound.replace("äöü".encode(), "äöo".encode() + b"o"))
+    target = {"w": torch.zeros(3), "options": {"betas": 0, "names": 0}, "step": 0}
+    with pytest.raises(
+        CheckpointException, match=r"options\.names in .* cannot be read .*not what the manifest says"
+    ):
+        dcp.load(dict(target), storage_reader=ImageReader(place))
+    stream.write_bytes(sound)
+    dcp.load(target, storage_reader=ImageReader(place))
+    assert target["options"] == saved["options"]
+    rank = place / "rank-0.json"
+    rank.write_bytes(rank.read_bytes().replace(b"0.99", b"0.98"))
+    with pytest.raises(CheckpointException, match=r"rank-0\.json .*does not match its hash"):
+        dcp.load(target, storage_reader=ImageReader(place))
 
 
 def test_an_old_folder_is_not_overwritten(tmp_path: Path, group: dist.ProcessGroup) -> None:

@@ -18,9 +18,10 @@ from checkpoint.hashing import item_hash
 from checkpoint.lineage import Lineage
 from checkpoint.loading import resolve_foreign
 from checkpoint.manifest import FORMAT, MANIFEST
-from checkpoint.read_plan import Box, tiles
+from checkpoint.source import Box
 from checkpoint.sources import open_source, read_whole
 from checkpoint.storage.local import LocalStorage
+from checkpoint.tiling import tiles_exactly
 from tests.forging import Edit, forge, sound_step
 
 LINE = [Lineage(id="0-8yhu")]
@@ -177,15 +178,16 @@ def cuts(draw: st.DrawFn) -> tuple[list[Box], Box]:
 @settings(max_examples=200)
 def test_boxes_tile_a_whole_just_where_each_element_is_in_one(cut: tuple[list[Box], Box], rng: Any) -> None:
     boxes, whole = cut
-    assert tiles(boxes, whole)
+    shape = [n for _, n in whole]
+    assert tiles_exactly(shape, boxes)
     filled = [b for b in boxes if all(a < z for a, z in b)]
     victim = rng.choice(filled)
     without = list(boxes)
     without.remove(victim)
-    assert not tiles(without, whole)
-    assert not tiles([*boxes, victim], whole)
+    assert not tiles_exactly(shape, without)
+    assert not tiles_exactly(shape, [*boxes, victim])
     moved = tuple((a + 1, z + 1) for a, z in victim)
-    assert not tiles([*without, moved], whole)
+    assert not tiles_exactly(shape, [*without, moved])
 
 
 def test_another_format_is_named_and_left_alone(tmp_path: Path) -> None:
