@@ -319,7 +319,7 @@ def lease_damages() -> Iterator[Damage]:
         yield Damage(kind="leases", name=f"lease {what}", act=write_lease("lease-{}.json", body), refused=None)
     for what, make in FILE_ACTS["special"].items():
         yield Damage(kind="leases", name=f"lease is {what}", act=on_lease(make), refused=None)
-    yield Damage(kind="leases", name="lease mode 000", act=on_lease(lock), refused=None)
+    yield Damage(kind="leases", name="lease mode 000", act=on_lease(lock), refused=None, code=2)
     for name in (f"lease-{'9' * 30}.json", "lease-٣.json", "lease--1.json", "lease-007.json", "lease-.json"):
         act = write_lease(name, LEASES["cut"])
         yield Damage(kind="leases", name=f"{name!a}", act=act, refused=None)

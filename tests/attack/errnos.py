@@ -95,6 +95,7 @@ class Injection:
     """A fault in a phase."""
 
     kind: str
+    phase: str
     fault: Fault
     fresh: bool
 
@@ -102,7 +103,7 @@ class Injection:
     def name(self) -> str:
         """For people."""
         f = self.fault
-        return f"{self.kind}: {f.operation} {f.code} {'from then on' if f.lasting else 'once'}"
+        return f"{self.phase}: {f.operation} {f.code} {'from then on' if f.lasting else 'once'}"
 
 
 def all_injections(seed: int) -> list[Injection]:
@@ -113,7 +114,8 @@ def all_injections(seed: int) -> list[Injection]:
     rng = random.Random(seed)
     return [
         Injection(
-            kind=phase.name,
+            kind=phase.name.partition(":")[0],
+            phase=phase.name,
             fault=Fault(
                 operation=operation, path=phase.path, code=code, first=phase.first, lasting=rng.random() < 0.5
             ),

@@ -1,4 +1,4 @@
-"""A seeded tenth of the damages that nobody forged; all of them run by `make attack`."""
+"""A seeded share of the damages that nobody forged; all of them run by `make attack`."""
 
 from collections.abc import Iterator
 
@@ -10,8 +10,9 @@ from tests.attack.damages import STEPS, Damage, all_damages, run_damage
 
 pytestmark = pytest.mark.slow
 
-SEED = 1
-CHOSEN = choose(all_damages(SEED), 0.1, SEED)
+# So much of the table is more than a tenth of the 195 that it must have.
+SEED, SHARE = 1, 0.07
+CHOSEN = choose(all_damages(SEED), SHARE, SEED)
 
 
 @pytest.fixture(scope="module")
