@@ -22,7 +22,7 @@ __all__ = ["Injection", "all_injections", "attack", "run_injection"]
 BASE_STEP, LAST = 6, 12
 KEEP_TWO = ("checkpoint.keep_latest_k=2",)
 _WRITING = ("create", "write", "fsync", "rename", "link", "mkdir", "remove")
-_LEFT = re.compile(r".*\.tmp|\.direct-.*|.*\.partial-.*|.*\.removing-.*|reader-.*")
+_LEFT = re.compile(r".*\.tmp|\.direct-.*|.*\.partial-.*|.*\.removing-.*|reader-.*|\.step-.*\.(new|old)|\.weights")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +35,7 @@ class Phase:
         operations: all that occur there.
         fresh: whether the run is still to be made.
         first: which matching call fails first, where another part of the start has the ones before.
+        more: overrides of the command.
     """
 
     name: str
@@ -42,8 +43,11 @@ class Phase:
     operations: tuple[str, ...]
     fresh: bool = False
     first: int = 1
+    more: tuple[str, ...] = ()
 
 
+_WEIGHTS = ("checkpoint.last_save_model_only=true",)
+_HF = (*_WEIGHTS, "checkpoint.last_save_in_hf=true")
 _PART = r"\.[^/]+"
 _DOCUMENT = ("create", "write", "fsync", "rename")
 _SMALL = r"\.?(rank-0\.json|manifest\.json|\.metadata)(\..*tmp)?"
@@ -84,6 +88,11 @@ PHASES = (
     Phase(name="last save: manifests", path=rf"checkpoint/step-12{_PART}/{_SMALL}",
           operations=(*_DOCUMENT, "open", "read")),
     Phase(name="last save: commit", path=rf"checkpoint/step-12{_PART}", operations=("rename", "fsync", "stat")),
+    Phase(name="last save: weights alone", path=rf"checkpoint/step-12{_PART}(/.*)?",
+          operations=("mkdir", "create", "write", "fsync", "rename"), more=_WEIGHTS),
+    Phase(name="last save: Hugging Face", path=r"export(/.*)?",
+          operations=("mkdir", "create", "write", "fsync", "rename", "list", "read"), more=_HF),
+    Phase(name="last save: moved into place", path=r"export/\.step-12\.new", operations=("rename",), more=_HF),
     Phase(name="end: record", path=r"\.?run\.json.*", operations=_DOCUMENT, first=4),
     Phase(name="end: stop record", path=r"\.?stop\.json.*", operations=_DOCUMENT),
     Phase(name="end: lease", path=r"checkpoint/\.?lease-.*", operations=("create", "write", "fsync", "rename"), first=2),
@@ -96,6 +105,7 @@ class Injection:
 
     kind: str
     phase: str
+    more: tuple[str, ...]
     fault: Fault
     fresh: bool
 
@@ -116,6 +126,7 @@ def all_injections(seed: int) -> list[Injection]:
         Injection(
             kind=phase.name.partition(":")[0],
             phase=phase.name,
+            more=phase.more,
             fault=Fault(
                 operation=operation, path=phase.path, code=code, first=phase.first, lasting=rng.random() < 0.5
             ),
@@ -141,20 +152,20 @@ def run_injection(base: Base, injection: Injection, folder: Path) -> list[str]:
     """
     case = base.copy_to(folder) if not injection.fresh else base.empty_at(folder)
     met = folder / "met"
-    ended = _regrow(case, partial(inject, injection.fault, case.run, met))
+    ended = _regrow(case, injection, partial(inject, injection.fault, case.run, met))
     problems = [f"with the fault: {p}" for p in _after_fault(case, ended, injection)]
     if not met.exists():
         problems.append("the fault was not met")
-    again = _regrow(case)
-    problems += [f"the start after it: {p}" for p in [*again.problems(0), *_after_all(case)]]
+    again = _regrow(case, injection)
+    problems += [f"the start after it: {p}" for p in [*again.problems(0), *_after_all(case, injection)]]
     if not problems:
         remove_all(folder)
     return problems
 
 
-def _regrow(case: Base, prepare: partial[None] | None = None) -> Ended:
+def _regrow(case: Base, injection: Injection, prepare: partial[None] | None = None) -> Ended:
     return run_command(
-        case.command(f"train.steps={LAST}"), case.root / "log" if prepare is None else case.root / "log-fault",
+        case.command(f"train.steps={LAST}", *injection.more), case.root / "log" if prepare is None else case.root / "log-fault",
         cwd=case.root, environ=case.environ, prepare=prepare,
     )  # fmt: skip
 
@@ -163,17 +174,17 @@ def _after_fault(case: Base, ended: Ended, injection: Injection) -> list[str]:
     """The exit code must say what is on the disk."""
     rows = [row["step"] for row in read_rows(case.run / "metrics.jsonl")]
     trained = max(rows, default=0) > (0 if injection.fresh else BASE_STEP) or "first step" in ended.output
-    if _is_durable(case):
+    if _is_durable(case, injection):
         return ended.problems(0)
     return ended.problems(1 if trained else 2)
 
 
-def _is_durable(case: Base) -> bool:
-    last = case.steps / f"step-{LAST}"
+def _is_durable(case: Base, injection: Injection) -> bool:
+    last = (case.run / "export" if injection.more == _HF else case.steps) / f"step-{LAST}"
     return last.is_dir() and not verify(LocalStorage(last))[0]["problems"]
 
 
-def _after_all(case: Base) -> list[str]:
+def _after_all(case: Base, injection: Injection) -> list[str]:
     """What must hold once the command has run without a fault."""
     problems = []
     rows = [row["step"] for row in read_rows(case.run / "metrics.jsonl")]
@@ -181,7 +192,7 @@ def _after_all(case: Base) -> list[str]:
         problems.append(f"metrics.jsonl has the steps {rows}")
     for report in verify(LocalStorage(case.run)):
         problems += report["problems"]
-    if not _is_durable(case):
+    if not _is_durable(case, injection):
         problems.append(f"step {LAST} is not there")
     left = [str(p.relative_to(case.run)) for p in case.run.rglob("*") if _LEFT.fullmatch(p.name)]
     if left:

@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 import os
-import re
 import shutil
 import threading
 from collections.abc import Sequence
@@ -13,10 +12,11 @@ from pathlib import Path
 from typing import final
 
 from checkpoint.catalog import Catalog
+from checkpoint.files import fsync_folder, naming
 from checkpoint.lineage import Lineage
 from checkpoint.reading import reading
 from checkpoint.sources import open_source
-from checkpoint.step_name import step_folder_name
+from checkpoint.step_name import parse_step_name, step_folder_name
 from checkpoint.storage.base import Storage
 from trainer.hf_folder import HfExport, export_hf
 from trainer.hook import Hook
@@ -25,6 +25,9 @@ from trainer.loop import Trainer
 __all__ = ["ExportHook", "ExportPlan", "export_step", "exported_steps"]
 
 log = logging.getLogger(__name__)
+
+# Part of every complete one.
+_CONFIG = "config.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,8 +53,8 @@ def exported_steps(folder: Path) -> list[int]:
     """The steps of the complete folders in `<run>/export`, ascending."""
     if not folder.is_dir():
         return []
-    found = (re.fullmatch(r"step-(\d+)", p.name) for p in folder.iterdir())
-    return sorted(int(m.group(1)) for m in found if m)
+    found = [(parse_step_name(p.name), p) for p in folder.iterdir()]
+    return sorted(step for step, path in found if step is not None and (path / _CONFIG).is_file())
 
 
 def export_step(checkpoint: Storage | str, folder: Path, export: HfExport, step: int) -> Path:
@@ -71,9 +74,11 @@ def export_step(checkpoint: Storage | str, folder: Path, export: HfExport, step:
         shutil.rmtree(old, ignore_errors=True)
         out.rename(old)
         fresh.rename(out)
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
     else:
         fresh.rename(out)
+    with naming(folder):
+        fsync_folder(folder)
     return out
 
 
