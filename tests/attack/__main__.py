@@ -7,6 +7,7 @@ their folders behind.
 import argparse
 import math
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -59,7 +60,10 @@ def main() -> int:
             print(f"{name}:", flush=True)
             reports += attack(folder / name, args.seed, args.share, args.match)
     print(summary(reports))
-    return 1 if not reports or any(r.problems for r in reports) else 0
+    failed = not reports or any(r.problems for r in reports)
+    if not failed:
+        shutil.rmtree(folder)
+    return int(failed)
 
 
 if __name__ == "__main__":
