@@ -104,6 +104,10 @@ class Catalog:
         """The complete steps of the newest lineage's line, ascending; damaged ones are left out."""
         return [e for e in self.scan()[0] if is_visible(lineages, e.step, e.manifest.lineage)]
 
+    def clear_leftovers(self) -> list[str]:
+        """Removes what killed or failed writers and readers left; returns one line for each."""
+        return self._leftovers.clear()
+
     def tidy(self, lineages: Sequence[Lineage], damaged: Mapping[int, str] | None = None) -> list[str]:
         """Removes what a killed writer left, and moves away what the newest lineage does not descend from.
 
@@ -117,7 +121,7 @@ class Catalog:
         Returns:
             One line for each thing done, or that could not be done.
         """
-        done = self._leftovers.clear()
+        done = self.clear_leftovers()
         complete, problems = self.scan()
         problems |= damaged or {}
         for step, problem in problems.items():

@@ -259,6 +259,9 @@ def open_run(
         entries = [e for e in complete if is_visible(record.lineages, e.step, e.manifest.lineage)]
     start = start_point(record.lineages, [(e.step, e.manifest.lineage) for e in entries if e.resumable])
     if _is_finished(config, record, entries, run_dir):
+        # No state is loaded after which the checkpoint folder would be tidied.
+        for line in catalog.clear_leftovers():
+            log.info("%s", line)
         begin_run(settings, run_dir, store, overrides, record)
         reached = max([record.attempts[-1].to_step, *(e.step for e in entries)])
         say_where_it_stands(config, reached, entries)
