@@ -86,7 +86,7 @@ PHASES = (
     Phase(name="last save: files", path=rf"checkpoint/step-12{_PART}(/__0_0\.distcp)?",
           operations=("mkdir", "create", "write", "fsync")),
     Phase(name="last save: manifests", path=rf"checkpoint/step-12{_PART}/{_SMALL}",
-          operations=(*_DOCUMENT, "open", "read")),
+          operations=_DOCUMENT),
     Phase(name="last save: commit", path=rf"checkpoint/step-12{_PART}", operations=("rename", "fsync", "stat")),
     Phase(name="last save: weights alone", path=rf"checkpoint/step-12{_PART}(/.*)?",
           operations=("mkdir", "create", "write", "fsync", "rename"), more=_WEIGHTS),
