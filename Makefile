@@ -6,8 +6,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # torchtune wants an older torchao than ours would be, so the tests find it in an environment of its own.
 TORCHTUNE := .venv-torchtune
+SEED ?= 1
+COUNT ?= 2000
 
-.PHONY: help demo test check lint clean install
+.PHONY: help demo test check lint fuzz attack clean install
 
 help:           ## this text
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
@@ -39,6 +41,12 @@ check: lint     ## lint and the fast tests
 test: $(STAMP) $(TORCHTUNE)/.installed  ## every test; installs Debian's Slurm for tests/slurm where it is missing
 	tests/slurm/setup.sh
 	$(BIN)/pytest
+
+fuzz: $(STAMP)  ## hostile input, seeded, for about a minute (SEED, COUNT)
+	$(BIN)/python -m tests.attack.fuzz --seed $(SEED) --count $(COUNT)
+
+attack: $(STAMP)  ## every damage and every failing operation, through the real command (SEED)
+	$(BIN)/python -m tests.attack --seed $(SEED)
 
 clean:          ## remove what tools made; runs (outputs/) and the virtual environment stay
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
