@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # torchtune wants an older torchao than ours would be, so the tests find it in an environment of its own.
 TORCHTUNE := .venv-torchtune
-# Of `make attack`.
+# Of `make fuzz` and `make attack`.
 SEED ?= 1
+COUNT ?= 2000
 SHARE ?= 1
 ONLY ?=
 
-.PHONY: help demo test attack check lint clean install
+.PHONY: help demo test check lint fuzz attack clean install
 
 help:           ## this text
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
@@ -43,6 +44,9 @@ check: lint     ## lint and the fast tests
 test: $(STAMP) $(TORCHTUNE)/.installed  ## every test; installs Debian's Slurm for tests/slurm where it is missing
 	tests/slurm/setup.sh
 	$(BIN)/pytest
+
+fuzz: $(STAMP)  ## hostile input, seeded, for about a minute (SEED, COUNT)
+	$(BIN)/python -m tests.attack.fuzz --seed $(SEED) --count $(COUNT)
 
 attack: $(STAMP)  ## every damage, error code and hostile document; SEED, SHARE and ONLY narrow it down
 	$(BIN)/python -m tests.attack --seed $(SEED) --share $(SHARE) $(if $(ONLY),--only $(ONLY))
