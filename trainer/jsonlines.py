@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
@@ -15,8 +16,12 @@ __all__ = ["StepLog", "read_rows", "rewrite_rows"]
 log = logging.getLogger(__name__)
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+def read_rows(path: Path, damaged: list[int] | None = None) -> Iterator[dict[str, Any]]:
     """The rows of a file; a last line that a kill cut short is left out, a missing file has none.
+
+    Args:
+        path: the file.
+        damaged: receives the numbers of other lines that cannot be read; they are passed over.
 
     Raises:
         OSError: it cannot be read, or is not a regular file.
@@ -25,15 +30,21 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
         descriptor = open_regular(path)
     except FileNotFoundError:
         return
-    with os.fdopen(descriptor, encoding="utf-8") as lines, naming(path):
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                return
-            if not line.endswith("\n") or not isinstance(row, dict):
-                return
-            yield row
+    with os.fdopen(descriptor, encoding="utf-8", errors="replace") as lines, naming(path):
+        for number, line in enumerate(lines, 1):
+            row = _row_of(line)
+            if row is not None:
+                yield row
+            elif line.endswith("\n") and damaged is not None:
+                damaged.append(number)
+
+
+def _row_of(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line) if line.endswith("\n") else None
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def rewrite_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -59,7 +70,13 @@ class StepLog:
 
     def __init__(self, path: Path, last_step: int) -> None:
         if path.exists():
-            rewrite_rows(path, [row for row in read_rows(path) if row["step"] <= last_step])
+            damaged: list[int] = []
+            rows = [row for row in read_rows(path, damaged) if row["step"] <= last_step]
+            if damaged:
+                kept = path.with_name(f"{path.name}.damaged")
+                shutil.copyfile(path, kept)
+                log.warning("%s has lines that cannot be read (%s); the file as it was is %s", path, damaged, kept)
+            rewrite_rows(path, rows)
         self._path = path
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self._size = os.fstat(self._file).st_size

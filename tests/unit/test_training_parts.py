@@ -228,3 +228,17 @@ def test_degrees_that_do_not_fit_are_refused(parallel: ParallelConfig, ranks: in
     with pytest.raises(ValueError) as caught:
         resolve_layout(parallel, ranks, ranks_are_given=True)
     assert words in str(caught.value)
+
+
+def test_a_damaged_row_costs_no_other_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What stands behind it stays, and the file as it was is kept beside."""
+    path = tmp_path / "metrics.jsonl"
+    lines = [f'{{"step": {n}, "loss": 1.0}}\n' for n in range(1, 8)]
+    whole = "".join([*lines[:2], '{"step": 3, "lo\x00\n', "[3]\n", "{}\n", *lines[3:], '{"step": 8, "l'])
+    path.write_text(whole)
+    log = StepLog(path, 6)
+    log.append({"step": 7})
+    log.close()
+    assert [row["step"] for row in read_rows(path)] == [1, 2, 4, 5, 6, 7]
+    assert (tmp_path / "metrics.jsonl.damaged").read_text() == whole
+    assert "[3, 4, 5]" in caplog.text
