@@ -319,7 +319,7 @@ def repair(place: Storage) -> list[str]:
     before = [r.name for r in list_steps(folder) if r.state == "partial" and folder.renames]
     with _owned(folder):
         # Listed again, since a run may have ended meanwhile; taking the lease has removed some of them already.
-        left = [r.name for r in list_steps(folder) if r.state == "partial"]
+        left = [r.name for r in list_steps(folder) if is_leftover(r.name)]
         for name in left:
             folder.remove(name)
         left = sorted({*before, *left})
@@ -331,8 +331,7 @@ def repair(place: Storage) -> list[str]:
         for step in catalog.candidates():
             report = _verify_one(folder.child(step_folder_name(step)), 4) if step not in others else None
             if report is not None and report["problems"]:
-                catalog.set_aside(step, "damaged")
-                done.append(f"set step {step} aside: {report['problems'][0]}")
+                done += catalog.clear_step(step, report["problems"][0])
     sound = [r for r in list_steps(folder) if r.state == "complete" and (r.kind == "full" or r.step == 0)]
     if done:
         done.append(f"the newest step to continue from is {sound[-1].step}" if sound else "no step is left")

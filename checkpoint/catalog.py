@@ -1,5 +1,6 @@
 """The steps of one checkpoint folder: finding, setting aside, removing."""
 
+import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from checkpoint.storage.opening import as_storage
 
 __all__ = ["ASIDE", "PIN", "Catalog", "Entry"]
 
+# Where nothing can be renamed, the names of our files bear their writer.
+_OWN_FILE = re.compile(r"(rank-[0-9]+|__[0-9]+_[0-9]+)-[0-9a-f]{8}\.")
 PIN = "pinned"
 ASIDE = "set-aside"
 
@@ -125,7 +128,7 @@ class Catalog:
         complete, problems = self.scan()
         problems |= damaged or {}
         for step, problem in problems.items():
-            done += self._clear(step, problem)
+            done += self.clear_step(step, problem)
         for entry in complete:
             lineage = entry.manifest.lineage
             if entry.step not in problems and not is_visible(lineages, entry.step, lineage):
@@ -135,11 +138,15 @@ class Catalog:
                 )
         return done
 
-    def _clear(self, step: int, problem: str) -> list[str]:
-        """Gets a damaged step out of the way."""
+    def clear_step(self, step: int, problem: str) -> list[str]:
+        """Gets a damaged step out of the way; returns one line of what was done.
+
+        Args:
+            step: its number.
+            problem: what is wrong with it.
+        """
         name = step_folder_name(step)
-        if not self.folder.renames and not self.step_place(step).exists(MANIFEST):
-            # Here a step is written under its own name, so this is a save that was cut short.
+        if not self.folder.renames and _is_cut_save(self.step_place(step)):
             return _attempt(f"removed the incomplete {name}", partial(self.folder.remove, name))
         return _attempt(f"set step {step} aside: {problem}", partial(self.set_aside, step, "damaged"))
 
@@ -186,6 +193,12 @@ class Catalog:
             self.folder.move(name, doomed)
             name = doomed
         self.folder.remove(name)
+
+
+def _is_cut_save(step: Storage) -> bool:
+    """Whether a step that was written under its own name is a save of ours that was cut short, and nothing else."""
+    names = step.names()
+    return MANIFEST not in names and any(_OWN_FILE.match(name) for name in names)
 
 
 def _attempt(line: str, act: Callable[[], None]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-__all__ = ["CheckpointError", "DamagedStepError", "OtherFormatError", "StepNotFoundError"]
+__all__ = ["CheckpointError", "DamagedStepError", "LastSaveError", "OtherFormatError", "StepNotFoundError"]
 
 
 class CheckpointError(ValueError):
@@ -11,6 +11,10 @@ class CheckpointError(ValueError):
 
 class DamagedStepError(CheckpointError):
     """A step's files are not what its manifest says."""
+
+
+class LastSaveError(CheckpointError):
+    """What a run has come to could not be saved."""
 
 
 class OtherFormatError(CheckpointError):

@@ -110,6 +110,17 @@ class Ticket:
         """Whether the newest lease is still this one."""
         return self.standing(folder) is Standing.held
 
+    def check_not_taken(self, folder: Storage) -> None:
+        """For what must not be changed below another writer.
+
+        Raises:
+            LeaseLostError: one has taken the folder over.
+            OSError: the storage cannot say.
+        """
+        standing = self.standing(folder)
+        if standing is Standing.taken:
+            raise LeaseLostError(self.loss(folder, standing))
+
     def loss(self, folder: Storage, standing: Standing) -> str:
         """The sentence for a lease that is not held any more."""
         if standing is Standing.taken:

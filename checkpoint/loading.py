@@ -59,7 +59,16 @@ def read_items(place: Place, manifest: Manifest) -> list[StoredItem]:
     """
     storage = as_storage(place)
     _check_hash(storage, METADATA, manifest)
-    return _items_of(storage, manifest, range(manifest.ranks))
+    items = _items_of(storage, manifest, range(manifest.ranks))
+    first: dict[str, StoredItem] = {}
+    for item in items:
+        one = first.setdefault(item.name, item)
+        if (one.global_shape, one.dtype) != (item.global_shape, item.dtype):
+            raise DamagedStepError(
+                f"the chunks of {item.name} in {storage.url} must be of one tensor, but differ in shape or dtype; "
+                "use another step"
+            )
+    return items
 
 
 def _items_of(storage: Storage, manifest: Manifest, ranks: Iterable[int]) -> list[StoredItem]:

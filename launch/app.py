@@ -202,6 +202,7 @@ class Application:
         from launch.run_dir import own_run
 
         with own_run(spec.config, spec.run_dir) as ticket:
+            clear_failures(spec.run_dir)
             spec = dataclasses.replace(spec, ticket=ticket)
             with refusing():
                 opened = _open(spec)

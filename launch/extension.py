@@ -8,8 +8,9 @@ from checkpoint.catalog import Entry
 from checkpoint.documents import DocumentError, convert_document
 from checkpoint.errors import CheckpointError
 from checkpoint.lineage import StartKind, StartPoint
-from checkpoint.loading import resolve_foreign
+from checkpoint.loading import is_verified
 from checkpoint.manifest import Manifest, read_manifest
+from checkpoint.partial import pin_source
 from checkpoint.storage.opening import open_storage
 from launch.build import build_schedule
 from launch.errors import UserError
@@ -159,9 +160,10 @@ def _manifest(config: Config, start: StartPoint, entries: Sequence[Entry]) -> Ma
         return None if found is None or found.kind == "model" else found
     if start.kind is StartKind.initial and not start.model_only:
         assert start.path is not None
-        return read_manifest(
-            resolve_foreign(open_storage(start.path, config.checkpoint.storage_options)), check_files=False
-        )
+        place = pin_source(open_storage(start.path, config.checkpoint.storage_options))
+        # Others' state has no schedule of ours: it begins with the run.
+        manifest = read_manifest(place, check_files=False) if is_verified(place) else None
+        return manifest if manifest is not None and manifest.train_state else None
     return None
 
 

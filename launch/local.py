@@ -18,7 +18,7 @@ from torch.distributed.launcher.api import elastic_launch
 
 from checkpoint.scratch import scratch_folder
 from launch.errors import naming_fields
-from launch.failures import clear_failures, first_failure
+from launch.failures import first_failure
 from launch.signals import SIGNALS
 from launch.worker import OUTCOME, STOP_NOTE, Outcome, RankSpec, read_outcome
 from trainer.hooks.startup import STARTED_VARIABLE
@@ -36,7 +36,6 @@ def run_local(spec: RankSpec) -> Outcome:
     """Starts the ranks, passes signals on to them, restarts them as often as allowed, and says how it ended."""
     with naming_fields(("run.root", spec.run_dir / OUTCOME)):
         (spec.run_dir / OUTCOME).unlink(missing_ok=True)
-    clear_failures(spec.run_dir)
     with scratch_folder() as folder:
         spec_file = folder / "spec"
         with spec_file.open("wb") as out:

@@ -332,7 +332,7 @@ def check_disk(config: Config, run_dir: Path) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     probe = run_dir / f".probe-{os.getpid()}"
     probe.touch()
-    probe.unlink()
+    probe.unlink(missing_ok=True)
     if not config.checkpoint.enable or config.checkpoint.load_only or is_url(config.checkpoint.folder):
         return
     with torch.device("meta"):

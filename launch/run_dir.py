@@ -17,9 +17,10 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from checkpoint.catalog import Catalog, Entry
+from checkpoint.documents import DocumentError, parse_json
 from checkpoint.errors import CheckpointError
-from checkpoint.files import fsync_folder, fsync_path, naming, read_regular
-from checkpoint.lease import Ticket, acquire_lease
+from checkpoint.files import fsync_folder, fsync_path, naming, read_regular, write_json
+from checkpoint.lease import LeaseLostError, Ticket, acquire_lease
 from checkpoint.lineage import (
     Lineage,
     LoadRequest,
@@ -30,6 +31,7 @@ from checkpoint.lineage import (
     is_visible,
     start_point,
 )
+from checkpoint.manifest import MANIFEST
 from checkpoint.scratch import clear_dead_scratch
 from checkpoint.storage.base import Storage
 from checkpoint.storage.local import LocalStorage
@@ -43,9 +45,10 @@ from launch.schema import Config
 from trainer.data.token_store import TokenStore
 from trainer.hooks.export import exported_steps
 from trainer.hooks.metrics import METRICS, SAMPLES
+from trainer.jsonlines import read_rows
 from trainer.run_record import FILE, RunRecord, new_id
 
-__all__ = ["begin_run", "open_run", "own_run", "share_run"]
+__all__ = ["begin_run", "lease_place", "open_run", "own_run", "share_run"]
 
 log = logging.getLogger(__name__)
 
@@ -54,12 +57,15 @@ _GONE = "is gone"
 _RANKS_LOCK = ".ranks.lock"
 # A document of the run before its rename: only the launcher and rank 0 write these, and only while they own the run.
 _TEMPORARY = re.compile(
-    r"\.(run\.json|stop\.json|tokenizer\.json|(config|overrides)\.yaml|(metrics|samples)\.jsonl)(\.[0-9]+)?\.tmp"
+    r"\.((run|stop|tokenizer|kernels|pending-start)\.json|\.pending-start\.json|(config|overrides)\.yaml"
+    r"|(metrics|samples)\.jsonl)(\.[0-9]+)?\.tmp|\.probe-[0-9]+|failed-rank-[0-9]+\.tmp"
 )
+# Of a start that has chosen a lineage and whose ranks have not loaded yet.
+_PENDING = ".pending-start.json"
 _WAIT_S = 8.0
 
 
-def _lease_place(config: Config, run_dir: Path) -> Storage:
+def lease_place(config: Config, run_dir: Path) -> Storage:
     """Beside the bytes that the lease protects."""
     return checkpoint_folder(config, run_dir) if config.checkpoint.enable else LocalStorage(run_dir)
 
@@ -77,7 +83,7 @@ def own_run(config: Config, run_dir: Path) -> Iterator[Ticket]:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lease = acquire_lease(
-            _lease_place(config, run_dir),
+            lease_place(config, run_dir),
             config.checkpoint.lease_timeout_s,
             str(run_dir),
             on_lost=_stop_at_once,
@@ -127,7 +133,7 @@ def _clear_leftovers(run_dir: Path) -> None:
     """Removes what killed processes left: of this run, and in the places that all programs share."""
     for line in clear_dead_scratch():
         log.info("%s", line)
-    for folder in (run_dir, run_dir / ".hydra", *(run_dir / "lineages").glob("*")):
+    for folder in (run_dir, run_dir / ".hydra", run_dir / "logs", *(run_dir / "lineages").glob("*")):
         with suppress(OSError):
             for path in folder.iterdir():
                 if _TEMPORARY.fullmatch(path.name) or path.match("lineages/*/*.jsonl.tmp"):
@@ -221,7 +227,7 @@ def open_run(
         CheckpointError: what should be resumed is not there.
     """
     catalog = Catalog(checkpoint_folder(config, run_dir))
-    complete, _ = catalog.scan()
+    complete, damaged = catalog.scan()
     record = RunRecord.load(run_dir)
     stored = _stored_config(run_dir, record, complete)
     if record is None and config.checkpoint.enable:
@@ -231,6 +237,8 @@ def open_run(
             stored = newest.manifest.config or settings
             new = "" if newest.manifest.run_id else ", whose format does not tell the run's id: it is a new one"
             log.warning("%s has no run.json: it is made anew from step %d%s", run_dir, newest.step, new)
+    if record is None and config.run.resume is not Resume.never:
+        _check_nothing_lost(config, run_dir, catalog, complete, damaged)
     changes: list[Difference] = []
     if record is not None:
         check_owner(record, complete, run_dir, catalog.folder.url)
@@ -242,7 +250,7 @@ def open_run(
             f"checkpoint.enable must not be false for a run that has checkpoints, but {catalog.folder.url} holds "
             f"step {entries[-1].step}; choose another run.name or leave checkpoint.enable true"
         )
-    again = _is_restart(os.environ)
+    again = _is_restart(os.environ) and not _is_pending(run_dir, os.environ)
     lineage = choose_lineage(
         record.lineages,
         LoadRequest.from_config(config.checkpoint),
@@ -275,7 +283,50 @@ def open_run(
         record.changes.append(
             {"name": change.name, "from": change.stored, "to": change.given, "after_step": start.step}
         )
+    if lineage is not None:
+        _note_pending(run_dir, os.environ)
     return OpenedRun(record=record, reached=None)
+
+
+def _check_nothing_lost(
+    config: Config, run_dir: Path, catalog: Catalog, complete: Sequence[Entry], damaged: Mapping[int, str]
+) -> None:
+    """Refuses to begin afresh where a run has been, of which neither a record nor a step tells.
+
+    Raises:
+        UserError: that is so.
+    """
+    steps = [f"step {e.step} is complete" for e in complete if not config.checkpoint.enable]
+    # On an object store a step without its manifest is a first save that was cut short.
+    steps += [why for step, why in damaged.items() if catalog.step_place(step).exists(MANIFEST)]
+    rows = next(iter(read_rows(run_dir / METRICS)), None)
+    if steps or rows is not None:
+        found = steps[-1] if steps else f"{run_dir / METRICS} has rows"
+        raise UserError(
+            f"run.name must not name a run whose run.json is gone and that no step tells of, but {run_dir} is one "
+            f"({found}); restore it, or use run.resume=never to start afresh"
+        )
+
+
+def _launch_of(environ: Mapping[str, str]) -> str:
+    return environ.get("TORCHELASTIC_RUN_ID") or environ.get("SLURM_JOB_ID") or ""
+
+
+def _note_pending(run_dir: Path, environ: Mapping[str, str]) -> None:
+    """Says that this launch has chosen a lineage which is not recorded before the ranks have loaded.
+
+    A restart before that must choose it again: `run.resume=never` and `run.rewind` act once a launch.
+    """
+    if _launch_of(environ):
+        write_json(run_dir / _PENDING, {"launch": _launch_of(environ)})
+
+
+def _is_pending(run_dir: Path, environ: Mapping[str, str]) -> bool:
+    try:
+        noted = parse_json(read_regular(run_dir / _PENDING, 1 << 16))
+    except (OSError, DocumentError):
+        return False
+    return bool(_launch_of(environ)) and noted == {"launch": _launch_of(environ)}
 
 
 def begin_run(
@@ -292,11 +343,15 @@ def begin_run(
     """
     before = RunRecord.load(run_dir)
     if before is not None:
+        known = [x.id for x in before.lineages]
+        if [x.id for x in record.lineages][: len(known)] != known:
+            raise LeaseLostError(f"another start has begun a line of steps in {run_dir}; this one must stop")
         record = dataclasses.replace(record, attempts=before.attempts, wandb_step=before.wandb_step)
         if before.lineages and before.lineages[-1].id != record.lineages[-1].id:
             _keep_rows(run_dir, before.lineages[-1])
     _write_config(settings, run_dir, store, overrides)
     record.save(run_dir)
+    (run_dir / _PENDING).unlink(missing_ok=True)
 
 
 def _stored_config(run_dir: Path, record: RunRecord | None, complete: Sequence[Entry]) -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
 """The default of `run.name`, as an OmegaConf resolver."""
 
+import glob
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,6 +57,7 @@ def _run_name(root: DictConfig, swept: frozenset[str]) -> str:
     former = former_sweep_name(model_name, pairs)
     if former is not None and (Path(str(root.run.root)) / former / "run.json").is_file():
         return former
+    existing = _existing_name(str(root.run.root), model_name, digest)
     # A sweep may also be written down in the config of a sweeper.
     keys = swept | {str(key) for key in hydra.sweeper.get("params") or ()}
     for key in sorted(keys):
@@ -67,7 +69,16 @@ def _run_name(root: DictConfig, swept: frozenset[str]) -> str:
             f"run.name must be given where so many fields are swept ({len(keys)}) that their names are too long for "
             "a folder's, but is not; add for instance run.name='run-${hydra:job.num}'"
         )
-    return name
+    # A sweep that grew by a field names its runs otherwise; they go on where they are.
+    return name if existing is None or (Path(str(root.run.root)) / name).is_dir() else existing
+
+
+def _existing_name(root: str, model_name: str, digest: str) -> str | None:
+    """The folder of the run of this model and hash, whatever was swept when it was named."""
+    found = Path(root).glob(f"{glob.escape(model_name)}-*{digest}/run.json")
+    names = sorted(path.parent.name for path in found)
+    ends = (f"{model_name}-{digest}", f"-{digest}")
+    return next((n for n in names if n == ends[0] or n.endswith(ends[1])), None)
 
 
 def _hydra(root: DictConfig) -> Any:

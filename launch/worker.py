@@ -327,11 +327,17 @@ def _hooks(spec: RankSpec, context: "ParallelContext", threads: int, fingerprint
 
 
 def _begin(spec: RankSpec) -> None:
-    """Writes what this start changes in the run."""
-    from launch.run_dir import begin_run
+    """Writes what this start changes in the run.
+
+    Raises:
+        LeaseLostError: another launcher has taken the run over meanwhile.
+    """
+    from launch.run_dir import begin_run, lease_place
     from trainer.data.token_store import TokenStore
 
     assert spec.record is not None, "the launcher opens the run before any rank starts"
+    if spec.ticket is not None:
+        spec.ticket.check_not_taken(lease_place(spec.config, spec.run_dir))
     begin_run(spec.settings, spec.run_dir, TokenStore(spec.data_folder), spec.overrides, spec.record)
 
 
@@ -435,7 +441,7 @@ def _checkpoint_hooks(spec: RankSpec, fingerprint: str) -> list[Any]:
         lineages=record.lineages,
         tracked=tracked_metrics(options),
         schedule_total=config.scheduler.total_steps,
-        stretched_totals=record.stretched_totals(),
+        stretched=record.stretched(),
         labels=run_labels(spec, fingerprint),
         mode=options.async_mode,
         saver=SaverOptions(
@@ -515,7 +521,7 @@ def run_rank(spec: RankSpec, flag: StopFlag) -> Outcome:
 
 def _fit(spec: RankSpec, rank: int, trainer: "Trainer") -> Outcome:
     """Trains; what ends all ranks alike is an outcome."""
-    from checkpoint.errors import CheckpointError
+    from checkpoint.errors import CheckpointError, LastSaveError
     from checkpoint.lease import LeaseLostError
     from launch.failures import note_failure
     from trainer.loop import NonFiniteLossError
@@ -525,7 +531,8 @@ def _fit(spec: RankSpec, rank: int, trainer: "Trainer") -> Outcome:
         return Outcome(kind=result.reason.value, step=result.step)
     except (NonFiniteLossError, CheckpointError) as error:
         note_failure(spec.run_dir, rank, error)
-        before = trainer.batch is None and not isinstance(error, NonFiniteLossError | LeaseLostError)
+        begun = NonFiniteLossError | LeaseLostError | LastSaveError
+        before = trainer.batch is None and not isinstance(error, begun)
         kind, step = ("refused", 0) if before else ("failed", trainer.state.step)
         return Outcome(kind=kind, step=step, message=str(error))
 

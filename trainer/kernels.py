@@ -6,7 +6,6 @@ A kernel rounds otherwise than torch's operator, so results repeat bitwise only 
 
 import hashlib
 import logging
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from checkpoint.documents import DocumentError, read_document
 from checkpoint.files import read_regular, write_json
 from models.cpu import WINS_BY, Case, decide, measure, use
 from trainer.parallel.context import ParallelContext
+from trainer.places import user_cache
 
 __all__ = ["CHOICE", "choose_kernels", "processor_name", "ratios_file", "use_plain_operators"]
 
@@ -75,8 +75,8 @@ def ratios_file() -> Path | None:
     """This machine's, for this torch and number of threads; None where the user has no folder for it."""
     machine = _machine()
     try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "regrow"
-    except RuntimeError:
+        cache = user_cache()
+    except OSError:
         return None
     digest = hashlib.blake2b(f"{_REVISION} {machine}".encode(), digest_size=8).hexdigest()
     return cache / "kernels" / f"{digest}.json"

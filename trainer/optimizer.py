@@ -57,6 +57,10 @@ class Optimizer(ABC):
         """Forgets the gradients."""
 
     @abstractmethod
+    def reset(self) -> None:
+        """Forgets, in place, what was learnt: the state is that of a new optimizer."""
+
+    @abstractmethod
     def state_tensors(self) -> dict[str, Tensor]:
         """The state to save and load in place, by `state.<parameter>.<part>`."""
 
@@ -131,6 +135,12 @@ class AdamW(Optimizer):
     def zero_grad(self) -> None:
         for parameter in self._parameters.values():
             parameter.grad = None
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        for tensors in (self._exp_avg, self._exp_avg_sq, self._steps):
+            for tensor in tensors.values():
+                tensor.zero_()
 
     def state_tensors(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}

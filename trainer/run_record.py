@@ -2,7 +2,6 @@
 
 import secrets
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -153,9 +152,12 @@ class RunRecord:
         """Those that act on the newest lineage's line, oldest first."""
         return [e for e in self.extensions if is_visible(self.lineages, e.after_step, e.lineage)]
 
-    def stretched_totals(self) -> Mapping[int, int]:
-        """What the newest lineage's schedules were stretched to: steps by the step at which a schedule began."""
-        return {e.origin: e.total for e in self.visible_extensions() if e.mode is Extend.stretch}
+    def stretched(self) -> list[tuple[int, int, int]]:
+        """What the newest lineage's schedules were stretched to, oldest first.
+
+        Each is the step at which the schedule began, the step after which it was stretched, and the steps it spans.
+        """
+        return [(e.origin, e.after_step, e.total) for e in self.visible_extensions() if e.mode is Extend.stretch]
 
     @classmethod
     def load(cls, run_dir: Path) -> "RunRecord | None":

@@ -152,7 +152,7 @@ def test_a_run_goes_on_with_its_optimizer(
         # So that one step leaves the moments as they were, but for rounding.
         "optimizer.beta1=0.99999999",
         "optimizer.beta2=0.99999999",
-        f"checkpoint.initial_load_path={folder}",
+        f"checkpoint.initial_load_path={folder}/checkpoint/step-7",
         "checkpoint.initial_load_model_only=false",
         *(["parallel=fsdp", "parallel.dp_shard=2"] if ranks == 2 else []),
     )

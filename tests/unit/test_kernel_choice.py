@@ -138,7 +138,7 @@ def test_what_is_no_file_is_neither_waited_for_nor_in_the_way(
 def test_a_cache_that_cannot_be_written_costs_the_measurement_alone(
     machine: Path, context: ParallelContext, tmp_path: Path
 ) -> None:
-    machine.parent.parent.mkdir(parents=True)
+    machine.parent.parent.mkdir(parents=True, exist_ok=True)
     machine.parent.write_text("a file where the folder would be")
     choose_kernels([NORM], context, tmp_path)
     assert str(NORM) in json.loads((tmp_path / CHOICE).read_text())["used"]

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import final
 
 from trainer.hook import Hook
+from trainer.hooks.on_main import run_on_main
 from trainer.loop import Trainer
 
 __all__ = ["BeginHook"]
@@ -23,5 +24,4 @@ class BeginHook(Hook):
         self._begin = begin
 
     def fit_start(self, trainer: Trainer) -> None:
-        if trainer.context.is_main:
-            self._begin()
+        run_on_main(trainer.context, self._begin)

@@ -17,7 +17,7 @@ from torch import Tensor
 from checkpoint.catalog import Catalog
 from checkpoint.config import AsyncMode, WhenBusy
 from checkpoint.documents import DocumentError
-from checkpoint.errors import CheckpointError, DamagedStepError
+from checkpoint.errors import CheckpointError, DamagedStepError, LastSaveError
 from checkpoint.lease import LeaseLostError
 from checkpoint.lineage import Lineage, StartKind, StartPoint, start_point
 from checkpoint.loading import is_verified, load_tensors
@@ -33,6 +33,7 @@ from checkpoint.storage.opening import open_storage
 from trainer.hook import Hook
 from trainer.hooks.export import exported_steps
 from trainer.hooks.last_save import LastSave, cast_weights, save_in_hf
+from trainer.hooks.on_main import run_on_main
 from trainer.loop import StopReason, Trainer
 from trainer.state import TrainState
 
@@ -53,7 +54,8 @@ class CheckpointPlan:
         lineages: the run's, the newest last.
         tracked: metrics whose best value is remembered, and whether lower is better.
         schedule_total: the steps of a schedule that begins on resume; None: up to the run's end.
-        stretched_totals: what schedules were stretched to (`run.extend`), by the step at which they began.
+        stretched: by `run.extend`: the step at which a schedule began, the step after which it was stretched, and the
+            steps that it spans since; oldest first.
         labels: written into each manifest: `data_fingerprint`, `config_hash`, `versions`.
         mode: how a save overlaps training.
         saver: how saves are made.
@@ -75,7 +77,7 @@ class CheckpointPlan:
     lineages: Sequence[Lineage]
     tracked: dict[str, bool]
     schedule_total: int | None
-    stretched_totals: Mapping[int, int]
+    stretched: Sequence[tuple[int, int, int]]
     labels: dict[str, Any]
     mode: AsyncMode
     saver: SaverOptions
@@ -117,7 +119,7 @@ class CheckpointHook(Hook):
         tried = self._damaged
         while True:
             start = self._agree_on_start(trainer, tried)
-            source, error = self._try_start(trainer, start)
+            source, state, error = self._try_start(trainer, start)
             # Loading is verifying: all ranks go on with a step, or none does.
             answers: list[CheckpointError | None] = [None] * context.world_size
             dist.all_gather_object(answers, error, group=context.save_group)
@@ -127,9 +129,13 @@ class CheckpointHook(Hook):
             if not isinstance(problem, DamagedStepError) or not self._may_fall_back(start):
                 raise problem
             tried[start.step] = str(problem)
+            # What the damaged step has left in the moments is not the next one's, which may hold weights alone.
+            trainer.optimizer.reset()
             if context.is_main:
                 log.warning("%s", problem)
         self._start = start
+        if state is not None:
+            trainer.state = state
         if context.is_main:
             without = f", without {', '.join(start.exclude)}" if start.exclude else ""
             log.info("state: %s%s; continuing after step %d", source, without, trainer.state.step)
@@ -161,6 +167,12 @@ class CheckpointHook(Hook):
                 f"{self._plan.folder.url} must hold a sound step, but {steps} cannot be used and no other is left "
                 f"({next(iter(damaged.values()))}); use run.resume=never to start afresh"
             )
+        if start.kind is StartKind.step and start.step not in {e.step for e in entries}:
+            reason = damaged.get(start.step, "it is not there, or not complete")
+            raise CheckpointError(
+                f"{self._plan.folder.url} must hold step {start.step}, from which this line of steps goes on, but it "
+                f"cannot be used ({reason}); go on from another one with checkpoint.load_step"
+            )
         if start.path is not None:
             # Once, for all ranks: a run that is still saving would give each another step.
             return dataclasses.replace(start, path=pin_source(self._foreign(start.path)).url)
@@ -170,7 +182,13 @@ class CheckpointHook(Hook):
         return open_storage(path, self._plan.storage_options)
 
     def _clear_folder(self) -> None:
-        """On rank 0, once the state is loaded: what this line of steps does not go on from gets out of its way."""
+        """On rank 0, once the state is loaded: what this line of steps does not go on from gets out of its way.
+
+        Raises:
+            LeaseLostError: another writer has taken the folder over meanwhile.
+        """
+        if self._plan.saver.ticket is not None:
+            self._plan.saver.ticket.check_not_taken(self._plan.folder)
         for line in self._catalog.tidy(self._plan.lineages, self._damaged):
             log.warning("%s", line)
         entries = self._catalog.entries(self._plan.lineages)
@@ -201,46 +219,57 @@ class CheckpointHook(Hook):
         named = lineage.origin is StartKind.step and start.step == lineage.origin_step
         return start.kind is StartKind.step and not (named and lineage.request.load_step >= 0)
 
-    def _try_start(self, trainer: Trainer, start: StartPoint) -> tuple[str, CheckpointError | None]:
-        """Brings the state to a starting point; returns where from, and what was wrong there."""
+    def _try_start(
+        self, trainer: Trainer, start: StartPoint
+    ) -> tuple[str, TrainState | None, CheckpointError | None]:
+        """Brings the tensors to a starting point; returns where from, the state there, and what was wrong."""
         if start.kind is StartKind.fresh:
-            return "fresh weights", None
+            return "fresh weights", None, None
         if start.kind is StartKind.step:
             place, source = self._catalog.step_place(start.step), f"step {start.step} of"
         else:
             assert start.path is not None
             place, source = self._foreign(start.path), "initial load from"
-        source = f"{source} {place.url}, {'verified' if is_verified(place) else 'unverified'}"
-        source += ", model only" if start.model_only else ""
-        source += ", Hugging Face" if start.in_hf else ""
+        source = f"{source} {place.url}"
+        state: TrainState | None = None
         try:
+            verified = is_verified(place)
+            source += f", {'verified' if verified else 'unverified'}"
+            source += ", model only" if start.model_only else ""
+            source += ", Hugging Face" if start.in_hf else ""
             # One lock keeps the step for all ranks, which end their reading together.
-            with reading(place) if trainer.context.is_main and is_verified(place) else nullcontext():
+            with reading(place) if trainer.context.is_main and verified else nullcontext():
                 if start.kind is StartKind.initial:
-                    source += self._load_initial(trainer, place, start)
+                    found, state = self._load_initial(trainer, place, start)
+                    source += found
                 else:
-                    self._load(trainer, place, start)
+                    state = self._load(trainer, place, start)
         except CheckpointError as error:
             # Without its cause, which may not travel to the other ranks.
             kind = DamagedStepError if isinstance(error, DamagedStepError) else CheckpointError
-            return source, kind(str(error))
+            return source, None, kind(str(error))
         except OSError as error:
+            if place.is_remote:
+                # Which says nothing of the step.
+                problem = f"{place.url} cannot be read ({error}); check the storage and try again"
+                return source, None, CheckpointError(problem)
             # What cannot be read is as good as damaged.
-            return source, DamagedStepError(f"{place.url} cannot be read ({error}); use another step")
-        return source, None
+            return source, None, DamagedStepError(f"{place.url} cannot be read ({error}); use another step")
+        return source, state, None
 
-    def _load_initial(self, trainer: Trainer, place: Storage, start: StartPoint) -> str:
+    def _load_initial(self, trainer: Trainer, place: Storage, start: StartPoint) -> tuple[str, TrainState | None]:
         """Starts from a checkpoint elsewhere; says how much of the model was found there, where that is not all."""
+        state: TrainState | None = None
         tensors, parameters = model_tensors(trainer), self._plan.parameters()
         with self._plan.open_initial(place.url) as source:
             # Buffers start as the model makes them where the weights come without.
             load_from(source, tensors, self._plan.initial, optional=set(tensors) - set(parameters))
             if not start.model_only:
-                self._load_state(trainer, place, source, start)
+                state = self._load_state(trainer, place, source, start)
             found = sum(name in source.infos for name in parameters)
-        return f", {found} of {len(parameters)} tensors" if found < len(parameters) else ""
+        return f", {found} of {len(parameters)} tensors" if found < len(parameters) else "", state
 
-    def _load_state(self, trainer: Trainer, place: Storage, source: TensorSource, start: StartPoint) -> None:
+    def _load_state(self, trainer: Trainer, place: Storage, source: TensorSource, start: StartPoint) -> TrainState:
         """What such a checkpoint has beside the weights: optimizer and counters."""
         if "optimizer" not in start.exclude:
             wanted, names = optimizer_tensors(trainer), set(source.infos)
@@ -251,32 +280,46 @@ class CheckpointHook(Hook):
         saved = _parse_state(place, stored) if stored else TrainState(step=stored_step(source) or 0)
         if not stored:
             saved.schedule_total = trainer.options.steps
-        self._take_state(trainer, saved, start)
+        return self._as_started(trainer, saved, start)
 
-    def _take_state(self, trainer: Trainer, saved: TrainState, start: StartPoint) -> None:
+    def _as_started(self, trainer: Trainer, saved: TrainState, start: StartPoint) -> TrainState:
+        """A stored train state as this start goes on with it."""
         total = self._plan.schedule_total or max(1, trainer.options.steps - saved.step)
-        trainer.state = saved.without(start.exclude, schedule_total=total)
+        state = saved.without(start.exclude, schedule_total=total)
+        stretched = [
+            total
+            for origin, after_step, total in self._plan.stretched
+            # A step before an extension, to which damage has led back, has the schedule that it had.
+            if origin == state.schedule_origin and after_step <= state.step
+        ]
         if self._plan.schedule_total is not None:
-            trainer.state.schedule_total = self._plan.schedule_total
-        elif trainer.state.schedule_origin in self._plan.stretched_totals:
-            trainer.state.schedule_total = self._plan.stretched_totals[trainer.state.schedule_origin]
+            state.schedule_total = self._plan.schedule_total
+        elif stretched:
+            state.schedule_total = stretched[-1]
+        return state
 
-    def _load(self, trainer: Trainer, place: Storage, start: StartPoint) -> None:
-        tensors = model_tensors(trainer)
-        manifest = read_manifest(place, check_files=False)
+    def _load(self, trainer: Trainer, place: Storage, start: StartPoint) -> TrainState | None:
+        """Loads one of the run's own steps; the state there, None for weights alone."""
+        tensors, counters = model_tensors(trainer), dict[str, Tensor]()
+        manifest, saved = read_manifest(place, check_files=False), None
         if manifest.kind == "model":
             log.info("%s is a seed checkpoint: weights alone", place.url)
         else:
             if "optimizer" not in start.exclude:
                 tensors |= optimizer_tensors(trainer)
-            self._take_state(trainer, _train_state(trainer, place, manifest), start)
+            saved = _parse_state(place, manifest.train_state)
+            if trainer.context.is_main and manifest.train_state:
+                counters = {n: torch.zeros_like(t) for n, t in _state_tensors(saved).items()}
         # A run's own step holds what its model has; other starts say themselves what they leave out.
-        load_tensors(place, tensors, trainer.context.save_group, trainer.engine.names)
+        load_tensors(place, tensors | counters, trainer.context.save_group, trainer.engine.names)
+        if saved is None:
+            return None
+        _check_counters(place, saved, counters)
+        return self._as_started(trainer, saved, start)
 
     def fit_start(self, trainer: Trainer) -> None:
         # The run's record tells of this start by now (an earlier hook's): only then is anything moved.
-        if trainer.context.is_main:
-            self._clear_folder()
+        run_on_main(trainer.context, self._clear_folder)
         self._saved_from = self._durable_step = trainer.state.step
         if self._plan.policies and trainer.state.step < trainer.options.steps:
             assert self._saver is not None
@@ -287,6 +330,11 @@ class CheckpointHook(Hook):
             # The steps are done, but were saved in full: a Hugging Face folder was asked for since.
             assert self._saver is not None
             self._save_last(trainer, self._saver, last)
+            if step not in exported_steps(last.folder):
+                raise LastSaveError(
+                    f"step {step} must be saved in Hugging Face's format, but was not ({self._save_error}); mend the "
+                    "storage and give the same command again"
+                )
 
     def before_optimizer_step(self, trainer: Trainer) -> None:
         assert self._saver is not None
@@ -323,7 +371,7 @@ class CheckpointHook(Hook):
         """Whether what was trained is durable: a result that exists nowhere is a failure.
 
         Raises:
-            CheckpointError: the last step was to be saved, but was not. A run that was preempted goes on from the
+            LastSaveError: the last step was to be saved, but was not. A run that was preempted goes on from the
                 step before in any case, so it is only told.
         """
         if not self._plan.policies:
@@ -342,7 +390,7 @@ class CheckpointHook(Hook):
             if trainer.context.is_main:
                 log.error("%s", message)
             return
-        raise CheckpointError(message)
+        raise LastSaveError(message)
 
     def stopped(self, trainer: Trainer) -> None:
         assert self._saver is not None
@@ -350,6 +398,7 @@ class CheckpointHook(Hook):
             self.step_end(trainer)
         else:
             self._settle(trainer, self._saver.wait())
+            self._check_last_save(trainer)
 
     def fit_end(self, trainer: Trainer) -> None:
         if self._saver is not None:
@@ -425,7 +474,7 @@ class CheckpointHook(Hook):
                 save_in_hf(tensors, manifest, last, last.export, trainer.context, holders)
             except OSError as error:
                 self._save_error = f"{error.strerror or error} ({last.folder})"
-                raise CheckpointError(
+                raise LastSaveError(
                     f"step {trainer.state.step} must be saved in Hugging Face's format, but was not "
                     f"({self._save_error}); mend the storage and give the same command again"
                 ) from error
@@ -527,16 +576,16 @@ def _parse_state(place: Storage, values: Mapping[str, Any]) -> TrainState:
         raise DamagedStepError(f"the train state of {place.url} is damaged ({error}); use another step") from error
 
 
-def _train_state(trainer: Trainer, place: Storage, manifest: Manifest) -> TrainState:
-    """The train state of a step, out of its manifest; rank 0 compares it with the counters among the tensors."""
-    state = _parse_state(place, manifest.train_state)
-    if trainer.context.is_main and manifest.train_state:
-        stored = {name: torch.zeros_like(value) for name, value in _state_tensors(state).items()}
-        load_tensors(place, stored, trainer.context.save_group)
-        wrong = [name for name, value in _state_tensors(state).items() if not torch.equal(value, stored[name])]
-        if wrong:
-            raise DamagedStepError(
-                f"{wrong[0]} in {place.url} must be what its manifest says, but is {int(stored[wrong[0]])}; use "
-                "another step"
-            )
-    return state
+def _check_counters(place: Storage, state: TrainState, stored: Mapping[str, Tensor]) -> None:
+    """Whether the train state of a manifest is the one among the tensors.
+
+    Raises:
+        DamagedStepError: a counter differs.
+    """
+    expected = _state_tensors(state)
+    wrong = [name for name, value in stored.items() if not torch.equal(value, expected[name])]
+    if wrong:
+        raise DamagedStepError(
+            f"{wrong[0]} in {place.url} must be what its manifest says, but is {int(stored[wrong[0]])}; use another "
+            "step"
+        )
