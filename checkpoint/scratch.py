@@ -1,7 +1,6 @@
 """What a process keeps outside its run while it lives: named by its owner, so that a later start can clear it."""
 
 import logging
-import multiprocessing
 import os
 import re
 import shutil
@@ -10,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.synchronize import SemLock
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,11 @@ def tag_semaphores() -> None:
     Python's own names do not say whose they are, and its resource tracker, which removes them, is killed where the
     whole process group is.
     """
-    config: dict[str, Any] = multiprocessing.current_process()._config  # type: ignore[attr-defined]
-    if sys.platform.startswith("linux"):
-        config["semprefix"] = semaphore_prefix()
+    if not sys.platform.startswith("linux"):
+        return
+    names: Iterator[str] = tempfile._RandomNameSequence()  # type: ignore[attr-defined]
+    # The method itself: joblib, where it is imported, has put its own in the place of Python's.
+    SemLock._make_name = staticmethod(lambda: f"{semaphore_prefix()}-{next(names)}")  # type: ignore[attr-defined]
 
 
 def clear_dead_scratch() -> list[str]:
