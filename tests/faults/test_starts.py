@@ -9,12 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from checkpoint.lease import LeaseLostError
+from checkpoint.lineage import StartKind
+from launch.app import _open
 from launch.errors import UserError
 from launch.failures import first_failure, note_failure
+from launch.run_dir import begin_run
 from tests.compatibility.test_run_5d27da2 import KEPT, RECORDED, command
 from tests.forging import forge
-from tests.runs import Result, train
+from tests.runs import Result, spec_of, train
 from tests.support import curve, metrics, record, regrow, samples, tiny
+from trainer.data.token_store import TokenStore
 from trainer.run_record import RunRecord, RunRecordError
 
 pytestmark = pytest.mark.slow
@@ -161,6 +166,79 @@ def test_a_lost_record_of_format_3_is_continued_where_hash_and_data_agree(tmp_pa
     assert [r["loss"] for r in metrics(run)[-3:]] == pytest.approx([r["loss"] for r in RECORDED["next"]], abs=1e-5)
     assert record(run)["run_id"] != json.loads((KEPT / "run/run.json").read_text())["run_id"]
     assert record(run)["lineages"][0]["id"] == "0-8yhu"
+
+
+def test_a_step_that_is_fallen_back_from_leaves_nothing(corpus: Path, tmp_path: Path) -> None:
+    """Its last moment is damaged; what is fallen back to is a seed checkpoint, which holds weights alone."""
+    arguments = overrides(corpus, "checkpoint.interval=5", f"run.root={tmp_path}")
+    for name in ("whole", "run"):
+        seed = [*arguments, f"run.name={name}", "train.steps=5", "checkpoint.create_seed_checkpoint=true"]
+        assert regrow(seed, tmp_path)[0] == 0
+    train([*arguments, "train.steps=8"], tmp_path / "whole")
+    train([*arguments, "train.steps=5"], tmp_path / "run")
+    file = tmp_path / "run/checkpoint/step-5/__0_0.distcp"
+    items = json.loads(file.with_name("rank-0.json").read_text())["items"]
+    last = next(i for i in items if i["name"] == "optimizer.state.output.weight.exp_avg_sq")
+    data = bytearray(file.read_bytes())
+    data[last["data"] + last["data_bytes"] - 1] ^= 1
+    file.write_bytes(data)
+    assert train([*arguments, "train.steps=8"], tmp_path / "run").kind == "finished"
+    assert record(tmp_path / "run")["attempts"][-1]["from_step"] == 0
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+
+
+def test_a_line_whose_origin_is_damaged_is_refused(run: Path, corpus: Path) -> None:
+    """It has no older step of its own, and trying the same one again would never end."""
+    flip(run / "checkpoint/step-12/__0_0.distcp")
+    more = ["train.steps=15", "checkpoint.exclude_from_loading=[optimizer]"]
+    refused = train(overrides(corpus, *more), run)
+    assert refused.kind == "refused"
+    assert "step 12, from which this line of steps goes on" in refused.message
+    assert train(overrides(corpus, *more, "checkpoint.load_step=9"), run).kind == "finished"
+
+
+def test_a_restart_before_the_record_is_written_chooses_the_same_again(
+    run: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = spec_of(overrides(corpus, "train.steps=15", "run.resume=never"), run, 1)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "launch-1")
+    for restart in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restart)
+        opened = _open(spec)
+        assert [x.origin for x in opened.record.lineages] == [StartKind.fresh, StartKind.fresh]
+    begin_run(spec.settings, run, TokenStore(spec.data_folder), spec.overrides, opened.record)
+    # From now on a restart goes on with it.
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    assert [x.id for x in _open(spec).record.lineages] == [x.id for x in opened.record.lineages]
+    # Another launch does what it is told.
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "launch-2")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert len(_open(spec).record.lineages) == 3
+
+
+def test_a_paused_start_does_not_write_over_the_record_of_a_later_one(run: Path, corpus: Path) -> None:
+    spec = spec_of(overrides(corpus, "train.steps=15"), run, 1)
+    paused = _open(spec).record
+    train(overrides(corpus, "train.steps=15", "checkpoint.load_step=6"), run)
+    before = contents(run)
+    with pytest.raises(LeaseLostError, match="another start has begun"):
+        begin_run(spec.settings, run, TokenStore(spec.data_folder), spec.overrides, paused)
+    assert contents(run) == before
+
+
+def test_a_lost_record_that_no_step_tells_of_is_refused(run: Path, corpus: Path) -> None:
+    """A copy without dot files: every step is damaged, and beginning afresh would set all of them aside."""
+    (run / "run.json").unlink()
+    for path in (run / "checkpoint").glob("step-*/.metadata"):
+        path.unlink()
+    rows = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="run.json is gone and that no step tells of"):
+        train(overrides(corpus, "train.steps=15"), run)
+    with pytest.raises(UserError, match="no step tells of"):
+        train(overrides(corpus, "train.steps=15", "checkpoint=disabled"), run)
+    assert len(list((run / "checkpoint").glob("step-*"))) == 4
+    assert (run / "metrics.jsonl").read_bytes() == rows
+    assert train(overrides(corpus, "train.steps=3", "run.resume=never"), run).kind == "finished"
 
 
 def test_two_runs_that_share_a_folder_of_steps_refuse_each_other(run: Path, corpus: Path, tmp_path: Path) -> None:

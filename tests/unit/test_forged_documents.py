@@ -125,6 +125,7 @@ RANKS: dict[str, Edit] = {
     "items are missing": lambda d: d.pop("items"),
     "two streams share bytes": lambda d: d["items"][1].update({k: first(d)[k] for k in ("start", "size")}),
     "a tensor twice": lambda d: d["items"].append(first(d)),
+    "chunks of two shapes": lambda d: d["items"][1].update(name=first(d)["name"]),
     "a half of it alone": lambda d: first(d).update(global_shape=[600, 16]),
 }
 
