@@ -71,7 +71,9 @@ def test_a_checkpoint_keeps_every_bit_through_other_layouts(corpus: Path, tmp_pa
     """With a learning rate of 0 weights stay as they are; the experts' biases, which move of themselves, are held."""
     held = ["optimizer.lr=0.0", "optimizer.weight_decay=0.0", "model.vocab_size=323"]
     held += ["model.bias_update_speed=0.0"] if kind == "moe" else []
-    settings = base(corpus, kind, *SAVING, "checkpoint.interval=1", "checkpoint.keep_latest_k=0", *held)
+    settings = base(
+        corpus, kind, *SAVING, "checkpoint.interval=1", "checkpoint.keep_latest_k=0", *held, "scheduler.total_steps=4"
+    )
     layouts = {
         "dense": [(4, "dp_shard=2 tp=2"), (4, "pp=2 cp=2"), (2, "tp=2"), (1, "")],
         "moe": [(4, "dp_shard=2 tp=2 ep=2"), (4, "pp=2 dp_shard=2 ep=2"), (2, "tp=2 ep=2"), (1, "")],
