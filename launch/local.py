@@ -116,7 +116,7 @@ def _failure(spec: RankSpec, error: ChildFailedError, received: list[int]) -> Ou
         # Ended while it was starting: nothing was lost, and the same command goes on.
         kind = "preempted" if received[0] == signal.SIGUSR2 else "terminated"
         return read_outcome(spec.run_dir) or Outcome(kind=kind, step=0)
-    # A rank that a signal killed says nothing; what the others say is that they saw it go. The agent itself sends TERM.
+    # A rank that a signal killed says nothing; the others say that they saw it go. The agent itself sends TERM.
     killed = [(r, f) for r, f in error.failures.items() if f.exitcode < 0 and f.exitcode != -signal.SIGTERM]
     rank, first = min(killed, key=lambda pair: pair[1].timestamp, default=error.get_first_failure())
     how = f"signal {signal.Signals(-first.exitcode).name}" if first.exitcode < 0 else f"exit code {first.exitcode}"
