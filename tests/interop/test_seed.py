@@ -69,7 +69,7 @@ def test_it_is_the_same_as_starting_without(seed_run: Path, corpus: Path, tmp_pa
 
 def test_several_processes_and_steps_are_refused(seed_run: Path, corpus: Path, tmp_path: Path) -> None:
     arguments = tiny(corpus, "hooks=none", "seed=3", "checkpoint=seed", "run.name=a", "run.root=.")
-    code, out = regrow(arguments, tmp_path, WORLD_SIZE="2")
+    code, out = regrow(arguments, tmp_path, RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29999")
     assert code == 2
     assert "checkpoint.create_seed_checkpoint must be run by 1 process, but 2 were started; start one" in out
     train(tiny(corpus, "hooks=none", "seed=3", "train.steps=1"), tmp_path / "a")
