@@ -1,6 +1,7 @@
 """Ranks for tests: fresh processes from a server that has torch loaded already."""
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -50,6 +51,7 @@ def _rank(
     body: Callable[..., Any], args: tuple[Any, ...], environ: dict[str, str], parent: int, answers: Connection
 ) -> None:
     _end_with(parent)
+    faulthandler.enable()
     os.environ.update(environ)
     try:
         answer = (True, body(*args))
@@ -87,11 +89,12 @@ def run_distributed(body: Callable[..., Any], *args: Any, world_size: int, timeo
         pipes.append(receiver)
     results: list[Any] = []
     failures = []
-    for rank, pipe in enumerate(pipes):
+    for rank, (process, pipe) in enumerate(zip(processes, pipes, strict=True)):
         try:
             ok, value = pickle.loads(pipe.recv_bytes()) if pipe.poll(timeout_s) else (False, "timed out")
         except EOFError:
-            ok, value = False, "died without a word"
+            process.join(5.0)
+            ok, value = False, f"died without an answer, exit code {process.exitcode}"
         results.append(value)
         if not ok:
             failures.append(f"rank {rank}: {value}")

@@ -1,6 +1,7 @@
 """What others wrote, or damaged, or meant to do harm: read as data, in bounds, or refused in one sentence."""
 
 import codecs
+import gc
 import io
 import itertools
 import json
@@ -9,6 +10,7 @@ import pickle
 import random
 import struct
 import sys
+import threading
 import time
 import zipfile
 from collections import OrderedDict
@@ -61,12 +63,13 @@ def group() -> Iterator[dist.ProcessGroup]:
 # Whether anything runs: Python tells its audit hooks of each import, call of exec, opened file and process.
 
 _events: list[str] | None = None
+_watched = 0  # The thread whose events count: a collector or a pool of another test may be at work beside it.
 _RUNS = ("import", "compile", "exec", "open", "pickle.", "os.", "subprocess.", "socket.", "ctypes.", "builtins.")
 
 
-def _hook(event: str, _args: tuple[Any, ...]) -> None:
-    if _events is not None and event.startswith(_RUNS):
-        _events.append(event)
+def _hook(event: str, args: tuple[Any, ...]) -> None:
+    if _events is not None and threading.get_ident() == _watched and event.startswith(_RUNS):
+        _events.append(f"{event}{args!r}"[:200])
 
 
 sys.addaudithook(_hook)
@@ -75,13 +78,16 @@ sys.addaudithook(_hook)
 @contextmanager
 def nothing_runs() -> Iterator[None]:
     """Fails where code is imported, compiled or run, a process is started or a file is opened meanwhile."""
-    global _events
+    global _events, _watched
     found: list[str] = []
-    _events = found
+    # Neither do finalizers of another test's objects run in the middle.
+    gc.disable()
+    _events, _watched = found, threading.get_ident()
     try:
         yield
     finally:
         _events = None
+        gc.enable()
     assert found == []
 
 
