@@ -37,11 +37,11 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 from benchmarks.pairs import Seconds, Spread, clocks, counted, machine, ratios, seconds, since, write_rounds
-from checkpoint.config import AsyncMode
-from checkpoint.loading import load_tensors
-from checkpoint.manifest import Manifest
-from checkpoint.saver import SaverOptions, StepSaver
-from checkpoint.storage.local import LocalStorage, write_all
+from regrow.checkpoint.config import AsyncMode
+from regrow.checkpoint.format.manifest import Manifest
+from regrow.checkpoint.load.loading import load_tensors
+from regrow.checkpoint.save.saver import SaverOptions, StepSaver
+from regrow.checkpoint.storage.local import LocalStorage, write_all
 
 __all__ = ["main", "make_state", "nbytes"]
 

@@ -21,9 +21,9 @@ _PIECE = 8 << 20
 
 def prepare(folder: Path, layers: int, dim: int, vocab: int) -> Path:
     """A step with random weights, written as a stream."""
-    from checkpoint.convert import convert
-    from checkpoint.manifest import Manifest
-    from checkpoint.outputs import plan_step
+    from regrow.checkpoint.convert.conversion_plan import plan_step
+    from regrow.checkpoint.convert.convert import convert
+    from regrow.checkpoint.format.manifest import Manifest
     from tests.interop.large import RandomModel
 
     source = RandomModel(layers=layers, dim=dim, vocab=vocab)
@@ -48,7 +48,7 @@ def _memory_mib(field: str) -> float:
 
 
 def _child(arguments: list[str]) -> None:
-    import launch.checkpoint_command as command
+    import regrow.launch.commands.checkpoint as command
 
     baseline = _memory_mib("VmRSS")
     # The peak so far, of importing, is forgotten.

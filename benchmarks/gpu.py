@@ -51,7 +51,7 @@ class Bench:
         Raises:
             PartFailedError: it failed, or ran past its bound or the budget.
         """
-        environ = {**os.environ, "PYTHONPATH": f"{REPO}:{os.environ.get('PYTHONPATH', '')}"}
+        environ = {**os.environ, "PYTHONPATH": f"{REPO / 'src'}:{os.environ.get('PYTHONPATH', '')}"}
         limit = max(1.0, min(bound_s, self.deadline - time.monotonic()))
         try:
             done = subprocess.run(
@@ -82,7 +82,7 @@ class Bench:
         self.command(
             name,
             [
-                "-P", "-m", "launch.train", *overrides, *size, "data=text", f"data.files=[{corpus}]",
+                "-P", "-m", "regrow.launch.train", *overrides, *size, "data=text", f"data.files=[{corpus}]",
                 "data.tokenizer_vocab_size=300", "hooks=none", "run.root=runs", f"run.name={name}",
                 "train.log_every=1",
             ],

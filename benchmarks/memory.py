@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.checkpoint import make_state, nbytes
-from checkpoint.config import AsyncMode
-from checkpoint.loading import load_tensors
-from checkpoint.manifest import Manifest
-from checkpoint.saver import StepSaver
+from regrow.checkpoint.config import AsyncMode
+from regrow.checkpoint.format.manifest import Manifest
+from regrow.checkpoint.load.loading import load_tensors
+from regrow.checkpoint.save.saver import StepSaver
 
 
 def resident(field: str) -> int:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from trainer.kernels import processor_name
+from regrow.trainer.kernels import processor_name
 
 __all__ = ["Seconds", "Spread", "clocks", "counted", "machine", "ratios", "seconds", "since", "write_rounds"]
 

@@ -7,10 +7,10 @@ import torch
 import transformers
 from torch import Tensor
 
-from models.llama3.config import Llama3Config
-from models.llama3.model import Llama3
-from trainer.config import AdamWConfig
-from trainer.data.loader import MicroBatch
+from regrow.models.llama3.config import Llama3Config
+from regrow.models.llama3.model import Llama3
+from regrow.trainer.config import AdamWConfig
+from regrow.trainer.data.loader import MicroBatch
 
 __all__ = ["TransformersLoop"]
 

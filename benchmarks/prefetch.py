@@ -13,13 +13,13 @@ from typing import Any
 import torch.multiprocessing as mp
 
 from benchmarks.pairs import Seconds, machine, ratios, seconds
-from trainer.data.config import StdlibConfig
-from trainer.data.loader import step_batch
-from trainer.data.order import window_ids
-from trainer.data.prepare import prepare
-from trainer.data.stdlib import StdlibSource
-from trainer.data.token_store import TokenStore
-from trainer.data.windows import Windows
+from regrow.trainer.data.config import StdlibConfig
+from regrow.trainer.data.loader import step_batch
+from regrow.trainer.data.order import window_ids
+from regrow.trainer.data.prepare import prepare
+from regrow.trainer.data.stdlib import StdlibSource
+from regrow.trainer.data.token_store import TokenStore
+from regrow.trainer.data.windows import Windows
 
 __all__ = ["main"]
 

@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from models.base import LanguageModel
+from regrow.models.base import LanguageModel
 
 __all__ = ["Products"]
 

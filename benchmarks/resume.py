@@ -23,7 +23,7 @@ def run(overrides: list[str], folder: Path) -> dict[str, float]:
         sys.executable,
         "-P",
         "-m",
-        "launch.train",
+        "regrow.launch.train",
         "hooks=none",
         f"run.root={folder}",
         "run.name=r",

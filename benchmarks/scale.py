@@ -19,21 +19,21 @@ from typing import Any
 
 import torch
 
-from checkpoint.catalog import Catalog
-from checkpoint.commit import assemble_metadata, complete_step
-from checkpoint.contents import rank_manifest, rank_manifest_name
-from checkpoint.exchange import report_of
-from checkpoint.hashing import HASH_CHARS, block_bytes_for
-from checkpoint.lineage import Lineage
-from checkpoint.manifest import Manifest
-from checkpoint.plan import Chunk, SavePlan, place_chunks, spread
-from checkpoint.step_name import METADATA
-from checkpoint.storage.local import LocalStorage
-from checkpoint.writer import file_name
-from launch.build import build_model
-from launch.run_name import register_resolver
-from launch.schema import register_schemas
-from launch.typed import to_config
+from regrow.checkpoint.format.hashing import HASH_CHARS, block_bytes_for
+from regrow.checkpoint.format.layout import Chunk, SavePlan, place_chunks, spread
+from regrow.checkpoint.format.manifest import Manifest
+from regrow.checkpoint.format.rank_manifest import rank_manifest, rank_manifest_name
+from regrow.checkpoint.format.step_name import METADATA
+from regrow.checkpoint.policy.lineage import Lineage
+from regrow.checkpoint.run.catalog import Catalog
+from regrow.checkpoint.save.commit import assemble_metadata, complete_step
+from regrow.checkpoint.save.coordinator import report_of
+from regrow.checkpoint.save.writer import file_name
+from regrow.checkpoint.storage.local import LocalStorage
+from regrow.launch.config.run_name import register_resolver
+from regrow.launch.config.schema import register_schemas
+from regrow.launch.config.typed import to_config
+from regrow.launch.run.build import build_model
 
 REPLICATE, TP, PP = 2, 8, 16
 STATE = ("", ".exp_avg", ".exp_avg_sq")
@@ -47,7 +47,7 @@ def shapes_of(model: str) -> dict[str, tuple[int, ...]]:
 
     register_resolver()
     register_schemas()
-    with initialize_config_module("conf", version_base="1.3"):
+    with initialize_config_module("regrow.conf", version_base="1.3"):
         config = to_config(compose("config", overrides=[f"model={model}"]))
     with torch.device("meta"):
         return {name: tuple(p.shape) for name, p in build_model(config).named_parameters()}

@@ -15,21 +15,21 @@ from hydra import compose, initialize_config_module
 from benchmarks.pairs import Seconds, Spread, clocks, counted, since
 from benchmarks.peers import TransformersLoop
 from benchmarks.products import Products
-from launch.preflight import check_config, prepare_data
-from launch.run_dir import open_run
-from launch.run_name import register_resolver
-from launch.schema import Config, register_schemas
-from launch.signals import StopFlag
-from launch.typed import plain, to_config
-from launch.worker import RankSpec, build_trainer
-from models.llama3.model import Llama3
-from trainer.config import AdamWConfig, PrecisionName
-from trainer.data.token_store import TokenStore
-from trainer.device import pin_threads
-from trainer.hook import Hook
-from trainer.loop import Trainer
-from trainer.parallel.context import close_parallel, open_parallel
-from trainer.parallel.layout import resolve_layout
+from regrow.launch.config.run_name import register_resolver
+from regrow.launch.config.schema import Config, register_schemas
+from regrow.launch.config.typed import plain, to_config
+from regrow.launch.run.preflight import check_config, prepare_data
+from regrow.launch.run.run_dir import open_run
+from regrow.launch.run.signals import StopFlag
+from regrow.launch.run.worker import RankSpec, build_trainer
+from regrow.models.llama3.model import Llama3
+from regrow.trainer.config import AdamWConfig, PrecisionName
+from regrow.trainer.data.token_store import TokenStore
+from regrow.trainer.device import pin_threads
+from regrow.trainer.hook import Hook
+from regrow.trainer.loop import Trainer
+from regrow.trainer.parallel.context import close_parallel, open_parallel
+from regrow.trainer.parallel.layout import resolve_layout
 
 __all__ = ["Comparison", "Round", "compare", "profile_steps"]
 
@@ -105,7 +105,7 @@ def one_rank(overrides: Sequence[str]) -> Iterator[tuple[Config, Trainer]]:
     """A trainer as the command would make it, in this process."""
     register_resolver()
     register_schemas()
-    with initialize_config_module("conf", version_base="1.3"):
+    with initialize_config_module("regrow.conf", version_base="1.3"):
         composed = compose("config", overrides=list(overrides))
     config, settings = to_config(composed), plain(composed)
     check_config(config)

@@ -30,7 +30,7 @@ from typing import Any
 
 from benchmarks.pairs import machine, write_rounds
 from benchmarks.side_by_side import Comparison, compare, profile_steps
-from trainer.jsonlines import read_rows
+from regrow.trainer.jsonlines import read_rows
 
 __all__ = ["main"]
 
@@ -122,7 +122,7 @@ def of_runs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def train(overrides: Sequence[str], folder: Path, steps: int) -> list[dict[str, Any]]:
     """Runs the command; the rows of `metrics.jsonl`."""
-    command = [sys.executable, "-m", "launch.train", *overrides, f"train.steps={steps}"]
+    command = [sys.executable, "-m", "regrow.launch.train", *overrides, f"train.steps={steps}"]
     done = subprocess.run(
         [*command, f"run.root={folder}", "run.name=run"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

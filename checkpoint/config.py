@@ -68,7 +68,7 @@ class MinutesConfig(SavePolicyConfig):
     """Saves when `minutes` have passed on rank 0's clock since the last save."""
 
     SCHEMA: ClassVar[tuple[str, str]] = ("save_policy", "minutes_schema")
-    _target_: str = "checkpoint.policy.EveryMinutes"
+    _target_: str = "regrow.checkpoint.policy.save.EveryMinutes"
     minutes: float = 30.0
 
 
@@ -85,7 +85,7 @@ class OnBestConfig(SavePolicyConfig):
     """Saves at a step that was validated and is the best so far."""
 
     SCHEMA: ClassVar[tuple[str, str]] = ("save_policy", "on_best_schema")
-    _target_: str = "checkpoint.policy.OnBest"
+    _target_: str = "regrow.checkpoint.policy.save.OnBest"
     best: BestMetricConfig = field(default_factory=BestMetricConfig)
 
 
@@ -101,7 +101,7 @@ class KeepEveryNConfig(RetentionRuleConfig):
     """Keeps every step that is a multiple of `n`."""
 
     SCHEMA: ClassVar[tuple[str, str]] = ("retention_rule", "every_n_schema")
-    _target_: str = "checkpoint.retention.KeepEveryN"
+    _target_: str = "regrow.checkpoint.policy.retention.KeepEveryN"
     n: int = 10_000
 
 
@@ -110,7 +110,7 @@ class KeepBestConfig(RetentionRuleConfig):
     """Keeps the step with the best value of a metric."""
 
     SCHEMA: ClassVar[tuple[str, str]] = ("retention_rule", "best_schema")
-    _target_: str = "checkpoint.retention.KeepBest"
+    _target_: str = "regrow.checkpoint.policy.retention.KeepBest"
     best: BestMetricConfig = field(default_factory=BestMetricConfig)
 
 

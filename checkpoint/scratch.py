@@ -13,7 +13,7 @@ from multiprocessing.synchronize import SemLock
 from pathlib import Path
 from typing import Any
 
-from checkpoint.processes import process_tag, tag_is_dead
+from regrow.checkpoint.processes import process_tag, tag_is_dead
 
 __all__ = ["clear_dead_scratch", "scratch_folder", "semaphore_prefix", "tag_semaphores"]
 

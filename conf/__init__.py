@@ -1,1 +1,1 @@
-"""Regrow's Hydra config groups; a package so that `pkg://conf` finds them when installed."""
+"""Regrow's Hydra config groups; a package so that `pkg://regrow.conf` finds them when installed."""

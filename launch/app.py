@@ -16,21 +16,28 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from checkpoint.lease import Ticket
-from launch.errors import UserError, check_arguments, check_chdir, describe, describe_run_folder, naming_fields
-from launch.failures import RankFailed, clear_failures, first_failure
-from launch.overrides import is_multirun, swept_keys
-from launch.run_name import register_resolver
-from launch.schema import Config, Device, register_schemas
-from launch.signals import STOP_NOTE_VARIABLE, StopFlag
-from launch.sweep import RunFailed, result_of
-from launch.threads import threads_per_rank
-from launch.typed import plain, to_config
-from launch.worker import Outcome, RankSpec, log_to_console, run_rank
-from trainer.config import ParallelConfig
+from regrow.checkpoint.run.lease import Ticket
+from regrow.launch.config.errors import (
+    UserError,
+    check_arguments,
+    check_chdir,
+    describe,
+    describe_run_folder,
+    naming_fields,
+)
+from regrow.launch.config.overrides import is_multirun, swept_keys
+from regrow.launch.config.run_name import register_resolver
+from regrow.launch.config.schema import Config, Device, register_schemas
+from regrow.launch.config.typed import plain, to_config
+from regrow.launch.run.failures import RankFailed, clear_failures, first_failure
+from regrow.launch.run.signals import STOP_NOTE_VARIABLE, StopFlag
+from regrow.launch.run.threads import threads_per_rank
+from regrow.launch.run.worker import Outcome, RankSpec, log_to_console, run_rank
+from regrow.launch.sweep.status import RunFailed, result_of
+from regrow.trainer.config import ParallelConfig
 
 if TYPE_CHECKING:
-    from launch.run_dir import OpenedRun
+    from regrow.launch.run.run_dir import OpenedRun
 
 __all__ = ["Application"]
 
@@ -77,7 +84,7 @@ class Application:
         register_resolver(self._swept)
         launching = any(a.startswith("hydra/launcher=") for a in arguments)
         if launching:
-            from launch.launchers import register_launchers
+            from regrow.launch.sweep.launchers import register_launchers
 
             register_launchers()
         showing = any(a.startswith(("--info", "--cfg", "--help", "--hydra-help")) for a in arguments)
@@ -90,7 +97,7 @@ class Application:
         sweeping = [a for a in arguments if a in ("-m", "--multirun")]
         sys.argv[1:] = [*sweeping[:1], *(a for a in arguments if a not in ("-m", "--multirun"))]
         try:
-            hydra.main(config_path="pkg://conf", config_name="config", version_base="1.3")(self._task)()
+            hydra.main(config_path="pkg://regrow.conf", config_name="config", version_base="1.3")(self._task)()
         except RunFailed as error:
             print(f"error: {error}", file=sys.stderr)
             self._codes.append(error.exit_code)
@@ -125,7 +132,7 @@ class Application:
         return result_of(run_dir)
 
     def _run_once(self, config: DictConfig) -> None:
-        from trainer.hooks.startup import begin
+        from regrow.trainer.hooks.startup import begin
 
         begin()
         try:
@@ -137,7 +144,7 @@ class Application:
             recorded = external and ("TORCHELASTIC_RUN_ID" in os.environ or STOP_NOTE_VARIABLE in os.environ)
             self._codes.append(0 if recorded else outcome.exit_code)
             if "SUBMITIT_EXECUTOR" in os.environ and outcome.exit_code == EXIT_RESUMABLE:
-                from launch.submitit import stay_until_killed
+                from regrow.launch.sweep.submitit import stay_until_killed
 
                 stay_until_killed(requeue=outcome.kind == "preempted")
         except UserError as error:
@@ -196,10 +203,10 @@ class Application:
             raise
 
     def _train_here(self, spec: RankSpec) -> Outcome:
-        from trainer.hooks.startup import mark
+        from regrow.trainer.hooks.startup import mark
 
         mark("config and checks")
-        from launch.run_dir import own_run
+        from regrow.launch.run.run_dir import own_run
 
         with own_run(spec.config, spec.run_dir) as ticket:
             clear_failures(spec.run_dir)
@@ -210,12 +217,12 @@ class Application:
                 return _already_finished(spec, opened.reached)
             spec = dataclasses.replace(spec, record=opened.record)
             if spec.config.checkpoint.create_seed_checkpoint:
-                from launch.seed import write_seed_checkpoint
+                from regrow.launch.run.seed import write_seed_checkpoint
 
                 with refusing():
                     return write_seed_checkpoint(spec)
             if spec.layout.world_size > 1 or spec.config.launch.max_restarts > 0:
-                from launch.local import run_local
+                from regrow.launch.run.local import run_local
 
                 outcome = run_local(spec)
             else:
@@ -269,7 +276,7 @@ def _remove_if_empty(run_dir: Path) -> None:
 def _prepare(config: DictConfig, run_dir: Path, sweep: str | None) -> tuple[RankSpec, bool]:
     """All checks that need no process group, and the data. Also says whether ranks were started for us."""
     typed = to_config(config)
-    from launch.preflight import (
+    from regrow.launch.run.preflight import (
         check_config,
         check_disk,
         check_launch,
@@ -277,9 +284,9 @@ def _prepare(config: DictConfig, run_dir: Path, sweep: str | None) -> tuple[Rank
         check_seed,
         prepare_data,
     )
-    from launch.ranks import detect_ranks, export_ranks, forget_ranks
-    from trainer.device import pick_device_type
-    from trainer.parallel.layout import resolve_layout
+    from regrow.launch.run.ranks import detect_ranks, export_ranks, forget_ranks
+    from regrow.trainer.device import pick_device_type
+    from regrow.trainer.parallel.layout import resolve_layout
 
     check_config(typed)
     if typed.checkpoint.create_seed_checkpoint:
@@ -326,8 +333,8 @@ def _local_devices(device_type: str) -> int:
 
 
 def _open(spec: RankSpec) -> "OpenedRun":
-    from launch.run_dir import open_run
-    from trainer.data.token_store import TokenStore
+    from regrow.launch.run.run_dir import open_run
+    from regrow.trainer.data.token_store import TokenStore
 
     places = [
         ("run.root", spec.run_dir),
@@ -341,9 +348,9 @@ def _open(spec: RankSpec) -> "OpenedRun":
 
 def _train_external(spec: RankSpec, flag: StopFlag) -> Outcome:
     """A rank that torchrun or srun started: rank 0 opens the run, the others wait for its word."""
-    from launch.rendezvous import share_from_rank_zero
-    from launch.run_dir import own_run
-    from trainer.run_record import RunRecord
+    from regrow.launch.run.rendezvous import share_from_rank_zero
+    from regrow.launch.run.run_dir import own_run
+    from regrow.trainer.run_record import RunRecord
 
     with ExitStack() as held:
         ticket: Ticket | None = None

@@ -4,8 +4,8 @@ import os
 import sys
 import traceback
 
-from launch.signals import Interrupted, StopFlag, write_note
-from trainer.process import PARENT_VARIABLE, die_with_parent
+from regrow.launch.run.signals import Interrupted, StopFlag, write_note
+from regrow.trainer.process import PARENT_VARIABLE, die_with_parent
 
 __all__ = ["main"]
 
@@ -16,7 +16,7 @@ def main() -> None:
     """The command's entry. Exit codes: 0 done, 1 failed, 2 bad input, 3 stopped and resumable."""
     flag = StopFlag()
     flag.install()
-    from trainer.places import ensure_home
+    from regrow.trainer.places import ensure_home
 
     ensure_home()
     if PARENT_VARIABLE in os.environ:
@@ -37,12 +37,12 @@ def main() -> None:
 
 def _run(arguments: list[str], flag: StopFlag) -> int:
     if "--version" in arguments:
-        from launch.versions import own_version
+        from regrow.launch.run.versions import own_version
 
         print(f"regrow {own_version()}")
         return EXIT_DONE
-    from launch.app import Application
-    from launch.errors import describe
+    from regrow.launch.app import Application
+    from regrow.launch.config.errors import describe
 
     full_error = "HYDRA_FULL_ERROR" in os.environ
     # Hydra prints and exits by itself unless this is set; errors are ours to explain.

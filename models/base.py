@@ -7,8 +7,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from models.init import InitRule
-from models.plan import ShardingPlan
+from regrow.models.init import InitRule
+from regrow.models.plan import ShardingPlan
 
 __all__ = ["LanguageModel"]
 

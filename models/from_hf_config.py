@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from omegaconf import MISSING
 
-from models.config import ModelConfig
+from regrow.models.config import ModelConfig
 
 __all__ = ["FromHfConfig"]
 
@@ -22,7 +22,7 @@ class FromHfConfig(ModelConfig):
 
     SCHEMA: ClassVar[tuple[str, str]] = ("model", "from_hf_schema")
 
-    _target_: str = "models.hf.from_folder"
+    _target_: str = "regrow.models.hf.from_folder"
     path: str = MISSING
     load_weights: bool = True
 

@@ -1,7 +1,7 @@
 """Hugging Face's names and `config.json` for our models: data, with an inverse, and nothing that touches tensors.
 
 A family puts one `FAMILY = HfFamily(…)` into `models/<family>/hf.py`; it is found by that name. What reads and writes
-tensors by these keys is `checkpoint.mapped`.
+tensors by these keys is `regrow.checkpoint.sources.hf_mapping`.
 """
 
 import importlib
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import models
-from models.config import DecoderConfig, ModelConfig
+import regrow.models
+from regrow.models.config import DecoderConfig, ModelConfig
 
 __all__ = [
     "CONFIG",
@@ -114,7 +114,7 @@ class HfFamily:
 def families() -> list[HfFamily]:
     """Every family with a `hf` module below `models`."""
     found = []
-    for package in pkgutil.iter_modules(models.__path__, "models."):
+    for package in pkgutil.iter_modules(regrow.models.__path__, "regrow.models."):
         if package.ispkg and any(m.name == "hf" for m in pkgutil.iter_modules([_folder_of(package.name)])):
             found.append(importlib.import_module(f"{package.name}.hf").FAMILY)
     # A family may bring several architectures.
@@ -122,7 +122,7 @@ def families() -> list[HfFamily]:
 
 
 def _folder_of(package: str) -> str:
-    return str(Path(models.__path__[0]) / package.rpartition(".")[2])
+    return str(Path(regrow.models.__path__[0]) / package.rpartition(".")[2])
 
 
 def family_of(config: ModelConfig) -> HfFamily:

@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from models.cpu import Case, Kind, has_kernel
-from models.layers import Attention, RMSNorm
-from models.linear import Linear
+from regrow.models.cpu import Case, Kind, has_kernel
+from regrow.models.layers import Attention, RMSNorm
+from regrow.models.linear import Linear
 
 __all__ = ["cases_of"]
 

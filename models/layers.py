@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.base import LanguageModel
-from models.config import DecoderConfig
-from models.cpu import Kind, causal_attention, is_used, plain_attention, rms_norm
-from models.init import InitRule
-from models.linear import Linear
-from models.rope import rope_table
+from regrow.models.base import LanguageModel
+from regrow.models.config import DecoderConfig
+from regrow.models.cpu import Kind, causal_attention, is_used, plain_attention, rms_norm
+from regrow.models.init import InitRule
+from regrow.models.linear import Linear
+from regrow.models.rope import rope_table
 
 __all__ = ["Attention", "Decoder", "DecoderBlock", "FeedForward", "RMSNorm", "attend"]
 

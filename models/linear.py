@@ -5,7 +5,7 @@ from typing import final
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.cpu import Kind, is_used, linear
+from regrow.models.cpu import Kind, is_used, linear
 
 __all__ = ["Linear"]
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.linear import Linear
+from regrow.models.linear import Linear
 
 __all__ = ["Experts", "MixtureOfExperts", "Router", "add_loss"]
 

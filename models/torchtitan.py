@@ -8,8 +8,8 @@ weights apart all the same, and the optimizer's moments as they are trained.
 import re
 from collections.abc import Collection, Iterable
 
-from models.config import DecoderConfig
-from models.hf import EMBEDDING, HEAD, HfKey, RowGroups
+from regrow.models.config import DecoderConfig
+from regrow.models.hf import EMBEDDING, HEAD, HfKey, RowGroups
 
 __all__ = ["fused_keys", "our_name", "todays_keys", "todays_name"]
 

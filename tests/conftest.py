@@ -2,13 +2,14 @@
 
 import os
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from launch.run_name import register_resolver
-from launch.schema import register_schemas
+from regrow.launch.config.run_name import register_resolver
+from regrow.launch.config.schema import register_schemas
 
 # One thread here and in every child: results then repeat, and ranks do not fight for cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,6 +23,13 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("XDG_CACHE_HOME", str(folder))
         patch.setenv("WANDB_SILENT", "true")
         yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_name() -> Iterator[None]:
+    """Nothing is loaded a second time under the name of a folder at the repository's top."""
+    yield
+    assert not {"conf", "trainer", "models", "checkpoint", "launch"} & set(sys.modules)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import xxhash
 
-from checkpoint.manifest import MANIFEST, checksum
+from regrow.checkpoint.format.manifest import MANIFEST, checksum
 
 # A sound step, as commit 5d27da2 wrote it.
 SOUND = Path(__file__).parent / "compatibility/run_5d27da2/run/checkpoint/step-8"

@@ -4,8 +4,8 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
-from checkpoint.files import SMALL_FILE_BYTES
-from checkpoint.storage.base import RangeReader, Storage
+from regrow.checkpoint.files import SMALL_FILE_BYTES
+from regrow.checkpoint.storage.base import RangeReader, Storage
 
 __all__ = ["LateListings"]
 

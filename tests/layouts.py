@@ -13,15 +13,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from checkpoint.plan import local_box
-from launch.signals import StopFlag
-from launch.worker import RankSpec, build_trainer
-from models.moe import MixtureOfExperts
+from regrow.checkpoint.format.layout import local_box
+from regrow.launch.run.signals import StopFlag
+from regrow.launch.run.worker import RankSpec, build_trainer
+from regrow.models.moe import MixtureOfExperts
+from regrow.trainer.hook import Hook
+from regrow.trainer.loop import Trainer
+from regrow.trainer.parallel.context import close_parallel, open_parallel
 from tests.pool import run_distributed
 from tests.runs import spec_of
-from trainer.hook import Hook
-from trainer.loop import Trainer
-from trainer.parallel.context import close_parallel, open_parallel
 
 __all__ = ["Observed", "observe", "relative"]
 
@@ -130,8 +130,8 @@ class Recorder(Hook):
 
     def fit_end(self, trainer: Trainer) -> None:
         self.seen.last = whole_tensors(trainer)
-        from trainer.hooks.config import ValidationConfig
-        from trainer.hooks.validation import ValidationHook
+        from regrow.trainer.hooks.config import ValidationConfig
+        from regrow.trainer.hooks.validation import ValidationHook
 
         with trainer.evaluating():
             hook = ValidationHook(ValidationConfig(max_batches=1))

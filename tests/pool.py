@@ -19,9 +19,9 @@ __all__ = ["context", "run_distributed"]
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
     ["torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.distributed.pipelining",
-     "torch._inductor.compile_fx", "networkx", "jinja2", "hydra", "launch.app", "launch.preflight", "launch.run_dir",
-     "launch.build", "launch.local", "trainer.hooks.checkpoint", "trainer.data.text", "trainer.parallel.engine", "trainer.schedules.base",
-     "launch.ranks", "launch.signals", "launch.lost_record", "trainer.hooks.begin", "tests.attack.warm"]
+     "torch._inductor.compile_fx", "networkx", "jinja2", "hydra", "regrow.launch.app", "regrow.launch.run.preflight", "regrow.launch.run.run_dir",
+     "regrow.launch.run.build", "regrow.launch.run.local", "regrow.trainer.hooks.checkpoint", "regrow.trainer.data.text", "regrow.trainer.parallel.engine", "regrow.trainer.schedules.base",
+     "regrow.launch.run.ranks", "regrow.launch.run.signals", "regrow.launch.run.lost_record", "regrow.trainer.hooks.begin", "tests.attack.warm"]
 )  # fmt: skip
 
 

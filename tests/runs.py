@@ -10,14 +10,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from launch.app import _open
-from launch.preflight import check_config, check_parallel, prepare_data
-from launch.signals import StopFlag
-from launch.worker import RankSpec, build_trainer, run_rank
+from regrow.launch.app import _open
+from regrow.launch.run.preflight import check_config, check_parallel, prepare_data
+from regrow.launch.run.signals import StopFlag
+from regrow.launch.run.worker import RankSpec, build_trainer, run_rank
+from regrow.trainer.parallel.context import close_parallel, open_parallel
+from regrow.trainer.parallel.layout import resolve_layout
 from tests.pool import run_distributed
 from tests.support import compose_config
-from trainer.parallel.context import close_parallel, open_parallel
-from trainer.parallel.layout import resolve_layout
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Result:
 
 def spec_of(overrides: Sequence[str], run_dir: Path, world_size: int) -> RankSpec:
     """What the launcher would tell its ranks."""
-    from launch.typed import plain, to_config
+    from regrow.launch.config.typed import plain, to_config
 
     composed = compose_config(overrides)
     config = to_config(composed)

@@ -13,10 +13,10 @@ import torch
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 
-from launch.run_name import register_resolver
-from launch.schema import Config, register_schemas
-from launch.typed import plain, to_config
-from trainer.jsonlines import read_rows
+from regrow.launch.config.run_name import register_resolver
+from regrow.launch.config.schema import Config, register_schemas
+from regrow.launch.config.typed import plain, to_config
+from regrow.trainer.jsonlines import read_rows
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -43,7 +43,7 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
     """The composed root config."""
     register_resolver()
     register_schemas()
-    with initialize_config_module("conf", version_base="1.3"):
+    with initialize_config_module("regrow.conf", version_base="1.3"):
         return compose("config", overrides=list(overrides))
 
 
@@ -60,7 +60,7 @@ def settings_of(overrides: Sequence[str]) -> dict[str, Any]:
 def start(arguments: Sequence[str], cwd: Path, **environ: str) -> subprocess.Popen[str]:
     """Starts `regrow` in a session of its own."""
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "launch.train", *arguments],
+        [sys.executable, "-P", "-m", "regrow.launch.train", *arguments],
         cwd=cwd,
         env={**os.environ, **environ},
         stdout=subprocess.PIPE,

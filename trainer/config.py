@@ -159,7 +159,7 @@ class AdamWConfig(OptimizerConfig):
 
     SCHEMA: ClassVar[tuple[str, str]] = ("optimizer", "adamw_schema")
 
-    _target_: str = "trainer.optimizer.AdamW"
+    _target_: str = "regrow.trainer.optimizer.AdamW"
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from checkpoint.convert import CastSource, ConversionResult, convert
-from checkpoint.mapped import InverseSource
-from checkpoint.outputs import plan_safetensors
-from checkpoint.source import TensorSource
-from models.config import ModelConfig
-from models.hf import CONFIG, TOKEN_IDS, carried_over, family_of, parse_config
-from trainer.data.tokenizer import end_of_text_id, load_tokenizer
+from regrow.checkpoint.convert.conversion_plan import plan_safetensors
+from regrow.checkpoint.convert.convert import CastSource, ConversionResult, convert
+from regrow.checkpoint.format.tensor_source import TensorSource
+from regrow.checkpoint.sources.hf_mapping import InverseSource
+from regrow.models.config import ModelConfig
+from regrow.models.hf import CONFIG, TOKEN_IDS, carried_over, family_of, parse_config
+from regrow.trainer.data.tokenizer import end_of_text_id, load_tokenizer
 
 __all__ = ["HfExport", "export_hf", "small_files"]
 

@@ -1,10 +1,10 @@
-"""What a hook is: an optional part of the loop. `trainer.loop` shows when each method is called."""
+"""What a hook is: an optional part of the loop. `regrow.trainer.loop` shows when each method is called."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trainer.loop import Trainer
+    from regrow.trainer.loop import Trainer
 
 __all__ = ["Hook"]
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
-from checkpoint.files import fsync_folder, naming, open_regular
+from regrow.checkpoint.files import fsync_folder, naming, open_regular
 
 __all__ = ["StepLog", "read_rows", "rewrite_rows"]
 

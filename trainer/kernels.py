@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 from msgspec import Meta
 
-from checkpoint.documents import DocumentError, read_document
-from checkpoint.files import read_regular, write_json
-from models.cpu import WINS_BY, Case, decide, measure, use
-from trainer.parallel.context import ParallelContext
-from trainer.places import user_cache
+from regrow.checkpoint.documents import DocumentError, read_document
+from regrow.checkpoint.files import read_regular, write_json
+from regrow.models.cpu import WINS_BY, Case, decide, measure, use
+from regrow.trainer.parallel.context import ParallelContext
+from regrow.trainer.places import user_cache
 
 __all__ = ["CHOICE", "choose_kernels", "processor_name", "ratios_file", "use_plain_operators"]
 

@@ -34,15 +34,15 @@ import torch.distributed as dist
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from trainer.data.loader import Prefetcher, StepBatch
-from trainer.data.windows import Windows
-from trainer.device import memory_gib, peak_flops, seed_everything
-from trainer.hook import Hook
-from trainer.optimizer import Optimizer
-from trainer.parallel.context import ParallelContext
-from trainer.parallel.engine import Engine
-from trainer.schedules.base import Schedule
-from trainer.state import TrainState
+from regrow.trainer.data.loader import Prefetcher, StepBatch
+from regrow.trainer.data.windows import Windows
+from regrow.trainer.device import memory_gib, peak_flops, seed_everything
+from regrow.trainer.hook import Hook
+from regrow.trainer.optimizer import Optimizer
+from regrow.trainer.parallel.context import ParallelContext
+from regrow.trainer.parallel.engine import Engine
+from regrow.trainer.schedules.base import Schedule
+from regrow.trainer.state import TrainState
 
 __all__ = ["FitResult", "NonFiniteLossError", "Resources", "StopReason", "Trainer", "TrainerOptions"]
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.data.loader import IGNORE
+from regrow.trainer.data.loader import IGNORE
 
 __all__ = ["attention_mask", "summed_cross_entropy"]
 

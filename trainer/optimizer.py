@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.optim.adamw import adamw
 
-from models.base import LanguageModel
-from trainer.config import AdamWConfig
+from regrow.models.base import LanguageModel
+from regrow.trainer.config import AdamWConfig
 
 __all__ = ["AdamW", "Optimizer", "global_grad_norm"]
 

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
-from checkpoint.documents import Count, DocumentError, Token, convert_document, parse_json
-from checkpoint.files import read_regular, write_json
-from checkpoint.lineage import Lineage, check_lineages, is_visible
+from regrow.checkpoint.documents import Count, DocumentError, Token, convert_document, parse_json
+from regrow.checkpoint.files import read_regular, write_json
+from regrow.checkpoint.policy.lineage import Lineage, check_lineages, is_visible
 
 __all__ = ["Attempt", "Extend", "Extension", "RunRecord", "RunRecordError", "new_id"]
 

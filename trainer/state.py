@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from checkpoint.documents import Count, convert_document
+from regrow.checkpoint.documents import Count, convert_document
 
 __all__ = ["TrainState"]
 

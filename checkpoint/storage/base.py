@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import final
 
-from checkpoint.files import SMALL_FILE_BYTES
+from regrow.checkpoint.files import SMALL_FILE_BYTES
 
 __all__ = ["RangeReader", "RemoteFile", "Storage", "as_os_error", "too_large"]
 

@@ -6,8 +6,8 @@ from typing import Any, final
 
 import fsspec
 
-from checkpoint.files import SMALL_FILE_BYTES
-from checkpoint.storage.base import RangeReader, RemoteFile, Storage, as_os_error, too_large
+from regrow.checkpoint.files import SMALL_FILE_BYTES
+from regrow.checkpoint.storage.base import RangeReader, RemoteFile, Storage, as_os_error, too_large
 
 __all__ = ["FsspecStorage"]
 

@@ -11,11 +11,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import final
 
-from checkpoint.config import DirectIo
-from checkpoint.files import SMALL_FILE_BYTES, fsync_folder, open_regular, read_regular
-from checkpoint.plan import PAGE
-from checkpoint.processes import process_tag
-from checkpoint.storage.base import RangeReader, Storage
+from regrow.checkpoint.config import DirectIo
+from regrow.checkpoint.files import SMALL_FILE_BYTES, fsync_folder, open_regular, read_regular
+from regrow.checkpoint.format.layout import PAGE
+from regrow.checkpoint.processes import process_tag
+from regrow.checkpoint.storage.base import RangeReader, Storage
 
 __all__ = ["LocalStorage", "takes_direct_io", "write_all"]
 

@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any, cast, final
 
-from checkpoint.files import SMALL_FILE_BYTES
-from checkpoint.storage.base import RangeReader, RemoteFile, Storage, as_os_error, too_large
+from regrow.checkpoint.files import SMALL_FILE_BYTES
+from regrow.checkpoint.storage.base import RangeReader, RemoteFile, Storage, as_os_error, too_large
 
 __all__ = ["OBJECT_SCHEMES", "ObjectStorage"]
 

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from checkpoint.config import DirectIo
-from checkpoint.storage.base import Storage
-from checkpoint.storage.filesystem import FsspecStorage
-from checkpoint.storage.local import LocalStorage
-from checkpoint.storage.objects import OBJECT_SCHEMES, ObjectStorage
+from regrow.checkpoint.config import DirectIo
+from regrow.checkpoint.storage.base import Storage
+from regrow.checkpoint.storage.filesystem import FsspecStorage
+from regrow.checkpoint.storage.local import LocalStorage
+from regrow.checkpoint.storage.objects import OBJECT_SCHEMES, ObjectStorage
 
 __all__ = ["as_storage", "is_url", "open_storage"]
 

@@ -2,11 +2,11 @@
 
 import torch
 
-from models.cpu.attention import causal_attention
-from models.cpu.choice import WINS_BY, Case, Kind, decide, is_used, use
-from models.cpu.linear import PRODUCTS, linear
-from models.cpu.measure import has_kernel, measure, plain_attention
-from models.cpu.pointwise import rms_norm
+from regrow.models.cpu.attention import causal_attention
+from regrow.models.cpu.choice import WINS_BY, Case, Kind, decide, is_used, use
+from regrow.models.cpu.linear import PRODUCTS, linear
+from regrow.models.cpu.measure import has_kernel, measure, plain_attention
+from regrow.models.cpu.pointwise import rms_norm
 
 __all__ = [
     "CPU_PRODUCTS",

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.cpu.attention import causal_attention
-from models.cpu.choice import Case, Kind
-from models.cpu.linear import HAS_ONEDNN, linear
-from models.cpu.pointwise import rms_norm
+from regrow.models.cpu.attention import causal_attention
+from regrow.models.cpu.choice import Case, Kind
+from regrow.models.cpu.linear import HAS_ONEDNN, linear
+from regrow.models.cpu.pointwise import rms_norm
 
 __all__ = ["has_kernel", "measure", "plain_attention"]
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from omegaconf import MISSING
 
-from models.config import DecoderConfig, divisors
+from regrow.models.config import DecoderConfig, divisors
 
 __all__ = ["Llama3Config", "RopeScalingConfig"]
 
@@ -38,7 +38,7 @@ class Llama3Config(DecoderConfig):
 
     SCHEMA: ClassVar[tuple[str, str]] = ("model", "llama3_schema")
 
-    _target_: str = "models.llama3.model.Llama3"
+    _target_: str = "regrow.models.llama3.model.Llama3"
     ffn_dim: int = MISSING
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from models.hf import (
+from regrow.models.hf import (
     MOST_LAYERS,
     HfFamily,
     HfKey,
@@ -15,7 +15,7 @@ from models.hf import (
     rope_fields,
     whole,
 )
-from models.llama3.config import Llama3Config, RopeScalingConfig
+from regrow.models.llama3.config import Llama3Config, RopeScalingConfig
 
 __all__ = ["FAMILY"]
 

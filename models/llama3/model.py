@@ -4,11 +4,11 @@ from typing import final
 
 from torch import Tensor, nn
 
-from models.layers import Decoder, DecoderBlock
-from models.llama3.config import Llama3Config
-from models.llama3.plan import LLAMA3_PLAN
-from models.plan import ShardingPlan
-from models.rope import apply_rope, rope_frequencies
+from regrow.models.layers import Decoder, DecoderBlock
+from regrow.models.llama3.config import Llama3Config
+from regrow.models.llama3.plan import LLAMA3_PLAN
+from regrow.models.plan import ShardingPlan
+from regrow.models.rope import apply_rope, rope_frequencies
 
 __all__ = ["Llama3"]
 

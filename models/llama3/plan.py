@@ -1,6 +1,6 @@
 """How Llama 3 may be cut."""
 
-from models.plan import ShardingPlan, Style
+from regrow.models.plan import ShardingPlan, Style
 
 __all__ = ["LLAMA3_PLAN"]
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from omegaconf import MISSING
 
-from models.config import DecoderConfig
+from regrow.models.config import DecoderConfig
 
 __all__ = ["Balance", "Qwen3Config", "Qwen3MoeConfig"]
 
@@ -34,7 +34,7 @@ class Qwen3Config(DecoderConfig):
 
     SCHEMA: ClassVar[tuple[str, str]] = ("model", "qwen3_schema")
 
-    _target_: str = "models.qwen3.model.Qwen3"
+    _target_: str = "regrow.models.qwen3.model.Qwen3"
     norm_eps: float = 1e-6
     rope_theta: float = 1_000_000.0
     head_dim: int = MISSING
@@ -68,7 +68,7 @@ class Qwen3MoeConfig(DecoderConfig):
 
     SCHEMA: ClassVar[tuple[str, str]] = ("model", "qwen3_moe_schema")
 
-    _target_: str = "models.qwen3.model.Qwen3Moe"
+    _target_: str = "regrow.models.qwen3.model.Qwen3Moe"
     norm_eps: float = 1e-6
     rope_theta: float = 1_000_000.0
     head_dim: int = MISSING

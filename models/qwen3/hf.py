@@ -6,7 +6,7 @@ transformers keeps experts fused in memory; on the disk each expert has keys of 
 from collections.abc import Mapping
 from typing import Any
 
-from models.hf import (
+from regrow.models.hf import (
     MOST_LAYERS,
     HfFamily,
     HfKey,
@@ -18,7 +18,7 @@ from models.hf import (
     rope_fields,
     whole,
 )
-from models.qwen3.config import Qwen3Config, Qwen3MoeConfig
+from regrow.models.qwen3.config import Qwen3Config, Qwen3MoeConfig
 
 __all__ = ["FAMILY"]
 

@@ -8,12 +8,12 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from models.layers import Attention, Decoder, DecoderBlock, RMSNorm
-from models.moe import MixtureOfExperts
-from models.plan import ShardingPlan
-from models.qwen3.config import Balance, Qwen3Config, Qwen3MoeConfig
-from models.qwen3.plan import QWEN3_PLAN
-from models.rope import apply_rope_halves, rope_frequencies
+from regrow.models.layers import Attention, Decoder, DecoderBlock, RMSNorm
+from regrow.models.moe import MixtureOfExperts
+from regrow.models.plan import ShardingPlan
+from regrow.models.qwen3.config import Balance, Qwen3Config, Qwen3MoeConfig
+from regrow.models.qwen3.plan import QWEN3_PLAN
+from regrow.models.rope import apply_rope_halves, rope_frequencies
 
 __all__ = ["Qwen3", "Qwen3Moe"]
 

@@ -1,7 +1,7 @@
 """How Qwen3 may be cut, dense and with experts."""
 
-from models.llama3.plan import LLAMA3_PLAN
-from models.plan import ShardingPlan, Style
+from regrow.models.llama3.plan import LLAMA3_PLAN
+from regrow.models.plan import ShardingPlan, Style
 
 __all__ = ["QWEN3_PLAN"]
 

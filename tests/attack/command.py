@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from regrow.trainer.process import die_with_parent
 from tests.pool import context
-from trainer.process import die_with_parent
 
 __all__ = ["Ended", "run_command"]
 
@@ -130,7 +130,7 @@ def _command(
     sys.argv = ["regrow", *arguments]
     if prepare is not None:
         prepare()
-    from launch.train import main
+    from regrow.launch.train import main
 
     main()
 

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from regrow.trainer.jsonlines import read_rows
 from tests.attack.base import Base, make_base
 from tests.attack.cases import Report, choose, run_cases
 from tests.attack.command import Ended, run_command
-from trainer.jsonlines import read_rows
 
 __all__ = ["Damage", "all_damages", "attack", "run_damage"]
 

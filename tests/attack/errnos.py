@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from checkpoint.care import verify
-from checkpoint.storage.local import LocalStorage
+from regrow.checkpoint.inspect.maintenance import verify
+from regrow.checkpoint.storage.local import LocalStorage
+from regrow.trainer.jsonlines import read_rows
 from tests.attack.base import Base, make_base
 from tests.attack.cases import Report, choose, run_cases
 from tests.attack.command import Ended, run_command
 from tests.attack.damages import remove_all
 from tests.attack.inject import CODES, Fault, inject
-from trainer.jsonlines import read_rows
 
 __all__ = ["Injection", "all_injections", "attack", "run_injection"]
 

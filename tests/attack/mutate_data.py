@@ -21,13 +21,13 @@ import pyarrow.parquet as pq
 import zstandard
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from trainer.data.config import TextConfig, TokensConfig
-from trainer.data.prepare import encode_documents
-from trainer.data.recipe import RECIPE, check_recipe
-from trainer.data.source import DataError
-from trainer.data.text import TextSource
-from trainer.data.token_store import INDEX, TOKENIZER, TokensSource, TokenStore, write_index, write_shard
-from trainer.data.tokenizer import (
+from regrow.trainer.data.config import TextConfig, TokensConfig
+from regrow.trainer.data.prepare import encode_documents
+from regrow.trainer.data.recipe import RECIPE, check_recipe
+from regrow.trainer.data.source import DataError
+from regrow.trainer.data.text import TextSource
+from regrow.trainer.data.token_store import INDEX, TOKENIZER, TokensSource, TokenStore, write_index, write_shard
+from regrow.trainer.data.tokenizer import (
     TOKENIZER_CONFIG,
     end_of_text_id,
     load_tokenizer,
@@ -35,7 +35,7 @@ from trainer.data.tokenizer import (
     train_bpe,
     vocabulary_size,
 )
-from trainer.data.windows import Windows
+from regrow.trainer.data.windows import Windows
 
 __all__ = ["corpus_mutations", "make_samples", "mutations", "store_mutations", "tokenizer_mutations"]
 

@@ -18,8 +18,8 @@ import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
 
-from checkpoint.errors import CheckpointError
-from checkpoint.sources import open_source, read_whole
+from regrow.checkpoint.errors import CheckpointError
+from regrow.checkpoint.load.open_source import open_source, read_whole
 
 __all__ = ["make_inputs", "mutations"]
 

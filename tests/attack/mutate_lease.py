@@ -14,12 +14,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from checkpoint.errors import CheckpointError
-from checkpoint.holder import Holder, Watch, this_process
-from checkpoint.lease import acquire_lease
-from checkpoint.leftovers import Leftovers
-from checkpoint.reading import held_by_readers
-from checkpoint.storage.local import LocalStorage
+from regrow.checkpoint.errors import CheckpointError
+from regrow.checkpoint.run.holder import Holder, Watch, this_process
+from regrow.checkpoint.run.lease import acquire_lease
+from regrow.checkpoint.run.leftovers import Leftovers
+from regrow.checkpoint.run.reader_lock import held_by_readers
+from regrow.checkpoint.storage.local import LocalStorage
 
 __all__ = ["TIMEOUT_S", "check", "mutations"]
 

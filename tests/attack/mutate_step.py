@@ -12,17 +12,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from checkpoint import care
-from checkpoint.catalog import Catalog
-from checkpoint.errors import CheckpointError
-from checkpoint.lineage import Lineage
-from checkpoint.sources import open_source, read_whole
-from checkpoint.storage.local import LocalStorage
-from launch.failures import first_failure
-from launch.worker import read_outcome
+from regrow.checkpoint.errors import CheckpointError
+from regrow.checkpoint.inspect import maintenance as care
+from regrow.checkpoint.load.open_source import open_source, read_whole
+from regrow.checkpoint.policy.lineage import Lineage
+from regrow.checkpoint.run.catalog import Catalog
+from regrow.checkpoint.storage.local import LocalStorage
+from regrow.launch.run.failures import first_failure
+from regrow.launch.run.worker import read_outcome
+from regrow.trainer.run_record import RunRecord, RunRecordError
+from regrow.trainer.state import TrainState
 from tests.forging import SOUND, forge, sound_step
-from trainer.run_record import RunRecord, RunRecordError
-from trainer.state import TrainState
 
 __all__ = ["mutations"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.checkpoint_command import main
+from regrow.launch.commands.checkpoint import main
 from tests.attack.mutate_foreign import make_inputs, mutations, read
 
 MUTATIONS = 240

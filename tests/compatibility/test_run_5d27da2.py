@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoint.sources import open_source, read_whole
+from regrow.checkpoint.load.open_source import open_source, read_whole
 from tests.runs import train
 from tests.support import compose_config, metrics, record, samples, stored_tensors
 

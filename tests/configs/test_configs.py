@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from launch.errors import UserError, check_arguments
-from launch.identity import compare, config_hash, flatten, is_free
-from launch.preflight import check_config
-from launch.ranks import detect_ranks
-from launch.targets import resolve_target
+from regrow.launch.config.errors import UserError, check_arguments
+from regrow.launch.config.identity import compare, config_hash, flatten, is_free
+from regrow.launch.config.resolve import resolve_target
+from regrow.launch.run.preflight import check_config
+from regrow.launch.run.ranks import detect_ranks
 from tests.support import REPO, compose_config, settings_of, typed_config
 
 GROUPS = [
@@ -173,7 +173,9 @@ def test_right_forms_pass(arguments: list[str]) -> None:
     check_arguments(arguments)
 
 
-@pytest.mark.parametrize("target", ["os.system", "builtins.eval", "subprocess.run", "trainer.nothing.X"])
+@pytest.mark.parametrize(
+    "target", ["os.system", "builtins.eval", "subprocess.run", "regrow.trainer.nothing.X", "trainer.loop.Trainer"]
+)
 def test_targets_outside_our_packages_are_refused(target: str) -> None:
     with pytest.raises(ValueError, match="_target_ must"):
         resolve_target(target, "hooks.x")
@@ -201,7 +203,7 @@ def test_config_and_help_are_readable() -> None:
     import sys
 
     def run(*arguments: str) -> str:
-        command = [sys.executable, "-P", "-m", "launch.train", *arguments]
+        command = [sys.executable, "-P", "-m", "regrow.launch.train", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert done.stderr == ""
         return done.stdout

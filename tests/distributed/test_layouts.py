@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from regrow.trainer.jsonlines import read_rows
 from tests.runs import first_weights, train
 from tests.support import assert_same_tensors, curve, metrics, samples, stored_tensors, tiny
-from trainer.jsonlines import read_rows
 
 pytestmark = pytest.mark.slow
 

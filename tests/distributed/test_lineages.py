@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint.errors import CheckpointError, StepNotFoundError
-from launch.errors import UserError
+from regrow.checkpoint.errors import CheckpointError, StepNotFoundError
+from regrow.launch.config.errors import UserError
 from tests.runs import train
 from tests.support import curve, metrics, record, samples, stored_tensors, tiny
 

@@ -144,7 +144,9 @@ def test_a_dead_rank_stops_the_others(corpus: Path, tmp_path: Path) -> None:
     process = start(settings, tmp_path)
     rows = tmp_path / "outputs/r/metrics.jsonl"
     wait_until(lambda: rows.exists() and rows.stat().st_size > 0, timeout_s=120, every_s=0.1)
-    ranks = [c for c in psutil.Process(process.pid).children(recursive=True) if "launch.worker" in c.cmdline()]
+    ranks = [
+        c for c in psutil.Process(process.pid).children(recursive=True) if "regrow.launch.run.worker" in c.cmdline()
+    ]
     assert len(ranks) == 4
     victim = next(c for c in ranks if c.environ()["RANK"] == "2")
     os.kill(victim.pid, signal.SIGKILL)

@@ -7,21 +7,21 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import launch.build
-from checkpoint.config import AsyncMode
-from checkpoint.loading import load_tensors
-from checkpoint.manifest import Manifest
-from checkpoint.saver import StepSaver
-from launch.app import _open
-from launch.schema import Config
-from launch.signals import StopFlag
-from launch.worker import RankSpec, build_trainer
-from models.base import LanguageModel
+import regrow.launch.run.build
+from regrow.checkpoint.config import AsyncMode
+from regrow.checkpoint.format.manifest import Manifest
+from regrow.checkpoint.load.loading import load_tensors
+from regrow.checkpoint.save.saver import StepSaver
+from regrow.launch.app import _open
+from regrow.launch.config.schema import Config
+from regrow.launch.run.signals import StopFlag
+from regrow.launch.run.worker import RankSpec, build_trainer
+from regrow.models.base import LanguageModel
+from regrow.trainer.hooks.checkpoint import model_tensors, optimizer_tensors
+from regrow.trainer.parallel.context import close_parallel, open_parallel
 from tests.pool import run_distributed
 from tests.runs import spec_of
 from tests.support import stored_tensors, tiny
-from trainer.hooks.checkpoint import model_tensors, optimizer_tensors
-from trainer.parallel.context import close_parallel, open_parallel
 
 pytestmark = pytest.mark.slow
 
@@ -45,12 +45,12 @@ def _freeze(config: Config) -> LanguageModel:
     return model
 
 
-_build = launch.build.build_model
+_build = regrow.launch.run.build.build_model
 
 
 def _pass_on(spec: RankSpec, source: Path | None, target: Path) -> int:
     """Trains two steps, or loads a step, and saves what is there; returns the optimizer's tensors."""
-    launch.build.build_model = _freeze
+    regrow.launch.run.build.build_model = _freeze
     torch.set_num_threads(1)
     context = open_parallel(spec.layout, "cpu", 30.0)
     trainer = build_trainer(spec, context, StopFlag(), 1)

@@ -8,17 +8,17 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from checkpoint.plan import local_box, make_plan
-from launch.build import build_model
-from launch.preflight import check_config, check_parallel
-from launch.schema import Config
-from models.config import DecoderConfig
+from regrow.checkpoint.format.layout import local_box, make_plan
+from regrow.launch.config.schema import Config
+from regrow.launch.run.build import build_model
+from regrow.launch.run.preflight import check_config, check_parallel
+from regrow.models.config import DecoderConfig
+from regrow.trainer.parallel.apply import parallelise
+from regrow.trainer.parallel.context import ParallelContext
+from regrow.trainer.parallel.layout import Layout, resolve_layout
+from regrow.trainer.parallel.mesh import make_meshes
 from tests.pool import run_distributed
 from tests.support import typed_config
-from trainer.parallel.apply import parallelise
-from trainer.parallel.context import ParallelContext
-from trainer.parallel.layout import Layout, resolve_layout
-from trainer.parallel.mesh import make_meshes
 
 pytestmark = pytest.mark.slow
 

@@ -20,13 +20,13 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from checkpoint.catalog import Catalog
-from checkpoint.config import AsyncMode
-from checkpoint.lineage import Lineage
-from checkpoint.loading import read_items
-from checkpoint.manifest import Manifest
-from checkpoint.reader import read_tensors
-from checkpoint.saver import SaverOptions, StepSaver
+from regrow.checkpoint.config import AsyncMode
+from regrow.checkpoint.format.manifest import Manifest
+from regrow.checkpoint.load.loading import read_items
+from regrow.checkpoint.load.reader import read_tensors
+from regrow.checkpoint.policy.lineage import Lineage
+from regrow.checkpoint.run.catalog import Catalog
+from regrow.checkpoint.save.saver import SaverOptions, StepSaver
 from tests.pool import run_distributed
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

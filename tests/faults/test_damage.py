@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint.errors import CheckpointError, DamagedStepError
-from checkpoint.loading import read_items
-from checkpoint.manifest import read_manifest
-from checkpoint.reader import read_tensors
+from regrow.checkpoint.errors import CheckpointError, DamagedStepError
+from regrow.checkpoint.format.manifest import read_manifest
+from regrow.checkpoint.load.loading import read_items
+from regrow.checkpoint.load.reader import read_tensors
+from regrow.trainer.jsonlines import read_rows
 from tests.runs import train
 from tests.support import curve, record, tiny
-from trainer.jsonlines import read_rows
 
 
 def overrides(corpus: Path) -> list[str]:
@@ -209,7 +209,7 @@ def test_a_disk_that_fills_up_stops_nothing(corpus: Path, tmp_path: Path) -> Non
         corpus, *wide, "hooks=none", "train.steps=200", "checkpoint.interval=4", "checkpoint.keep_latest_k=2",
         f"run.root={mount}", "run.name=a", "checkpoint.max_save_errors=1000",
     )  # fmt: skip
-    run = " ".join([sys.executable, "-P -m launch.train", *(f"'{a}'" for a in arguments)])
+    run = " ".join([sys.executable, "-P -m regrow.launch.train", *(f"'{a}'" for a in arguments)])
     # The mount is seen by this shell and its children alone, so the filling is done here too.
     script = f"""
     mount -t tmpfs -o size=40m none {mount} && {run} > {tmp_path}/log 2>&1 &

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from regrow.trainer.data.tokenizer import train_bpe
 from tests.faults.test_inputs import one_sentence, run_here
 from tests.support import tiny
-from trainer.data.tokenizer import train_bpe
 
 GOOD = '{"text": "a text of some words, and some more words"}\n'
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from launch.app import _open
-from launch.errors import UserError
-from launch.run_dir import begin_run
+from regrow.launch.app import _open
+from regrow.launch.config.errors import UserError
+from regrow.launch.run.run_dir import begin_run
+from regrow.trainer.data.token_store import TokenStore
+from regrow.trainer.schedules.config import CosineConfig
+from regrow.trainer.schedules.shapes import Cosine
 from tests.runs import spec_of, train
 from tests.support import metrics, record, tiny
-from trainer.data.token_store import TokenStore
-from trainer.schedules.config import CosineConfig
-from trainer.schedules.shapes import Cosine
 
 SCHEDULE = ["scheduler=cosine", "scheduler.warmup_steps=2", "hooks=none", "checkpoint.interval=3"]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.signals import StopFlag
-from launch.train import _run
+from regrow.launch.run.signals import StopFlag
+from regrow.launch.train import _run
 from tests.runs import train
 from tests.support import REPO, metrics, tiny
 
@@ -200,7 +200,9 @@ def test_a_traceback_is_there_for_those_who_want_it(
 def mounted(options: str, corpus: Path, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
     """The command with a file system of its own kind at `folder/m`, seen by nobody else."""
     (folder / "m").mkdir()
-    run = " ".join([sys.executable, "-P -m launch.train", *(f"'{a}'" for a in tiny(corpus, "hooks=none", *more))])
+    run = " ".join(
+        [sys.executable, "-P -m regrow.launch.train", *(f"'{a}'" for a in tiny(corpus, "hooks=none", *more))]
+    )
     script = f"mount -t tmpfs -o {options} none {folder}/m && exec {run}"
     namespace = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--map-root-user", "--mount"]
     return subprocess.run([*namespace, "bash", "-c", script], cwd=folder, capture_output=True, text=True, check=False)

@@ -35,7 +35,7 @@ def workers(launcher: int) -> list[psutil.Process]:
     """The ranks' processes below a launcher."""
     try:
         children = psutil.Process(launcher).children()
-        return [c for c in children if "launch.worker" in c.cmdline()]
+        return [c for c in children if "regrow.launch.run.worker" in c.cmdline()]
     except (psutil.NoSuchProcess, psutil.ZombieProcess):
         return []
 
@@ -231,7 +231,7 @@ def test_ranks_from_torchrun_are_used(corpus: Path, tmp_path: Path) -> None:
     import sys
 
     done = subprocess.run(
-        [sys.executable, *torchrun, "--local-addr=127.0.0.1", "-m", "launch.train", *arguments],
+        [sys.executable, *torchrun, "--local-addr=127.0.0.1", "-m", "regrow.launch.train", *arguments],
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,

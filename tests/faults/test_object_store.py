@@ -11,21 +11,21 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from checkpoint.catalog import Catalog
-from checkpoint.commit import Committer, complete_step
-from checkpoint.config import AsyncMode
-from checkpoint.contents import rank_manifest, rank_manifest_name
-from checkpoint.exchange import report_of
-from checkpoint.lease import LeaseHeldError, LeaseLostError, acquire_lease
-from checkpoint.lineage import Lineage
-from checkpoint.loading import load_tensors
-from checkpoint.manifest import Manifest
-from checkpoint.plan import make_plan
-from checkpoint.retention import KeepLatest
-from checkpoint.saver import SaverOptions, StepSaver
-from checkpoint.storage.base import Storage
-from checkpoint.storage.opening import open_storage
-from checkpoint.writer import file_name, write_tensors
+from regrow.checkpoint.config import AsyncMode
+from regrow.checkpoint.format.layout import make_plan
+from regrow.checkpoint.format.manifest import Manifest
+from regrow.checkpoint.format.rank_manifest import rank_manifest, rank_manifest_name
+from regrow.checkpoint.load.loading import load_tensors
+from regrow.checkpoint.policy.lineage import Lineage
+from regrow.checkpoint.policy.retention import KeepLatest
+from regrow.checkpoint.run.catalog import Catalog
+from regrow.checkpoint.run.lease import LeaseHeldError, LeaseLostError, acquire_lease
+from regrow.checkpoint.save.commit import Committer, complete_step
+from regrow.checkpoint.save.coordinator import report_of
+from regrow.checkpoint.save.saver import SaverOptions, StepSaver
+from regrow.checkpoint.save.writer import file_name, write_tensors
+from regrow.checkpoint.storage.base import Storage
+from regrow.checkpoint.storage.opening import open_storage
 from tests.late_storage import LateListings
 from tests.runs import train
 from tests.s3_server import BreakingProxy, s3_server
@@ -165,7 +165,7 @@ def test_a_store_that_keeps_failing_costs_one_save(
     from datetime import timedelta
 
     monkeypatch.setattr(
-        "checkpoint.storage.objects._RETRY", {"max_retries": 2, "retry_timeout": timedelta(seconds=10)}
+        "regrow.checkpoint.storage.objects._RETRY", {"max_retries": 2, "retry_timeout": timedelta(seconds=10)}
     )
     place = open_storage("s3://bucket/failing", options(proxy.port))
     catalog = Catalog(place)

@@ -9,18 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint.lease import LeaseLostError
-from checkpoint.lineage import StartKind
-from launch.app import _open
-from launch.errors import UserError
-from launch.failures import first_failure, note_failure
-from launch.run_dir import begin_run
+from regrow.checkpoint.policy.lineage import StartKind
+from regrow.checkpoint.run.lease import LeaseLostError
+from regrow.launch.app import _open
+from regrow.launch.config.errors import UserError
+from regrow.launch.run.failures import first_failure, note_failure
+from regrow.launch.run.run_dir import begin_run
+from regrow.trainer.data.token_store import TokenStore
+from regrow.trainer.run_record import RunRecord, RunRecordError
 from tests.compatibility.test_run_5d27da2 import KEPT, RECORDED, command
 from tests.forging import forge
 from tests.runs import Result, spec_of, train
 from tests.support import curve, metrics, record, regrow, samples, tiny
-from trainer.data.token_store import TokenStore
-from trainer.run_record import RunRecord, RunRecordError
 
 pytestmark = pytest.mark.slow
 
@@ -281,7 +281,7 @@ def test_records_that_point_outside_are_refused(tmp_path: Path) -> None:
 def test_a_last_save_that_fails_is_a_failed_run(corpus: Path, tmp_path: Path) -> None:
     """The disk is full at the end: exit code 1, the newest step is named, and the same command trains the rest."""
     run = [
-        sys.executable, "-P", "-m", "launch.train", *overrides(corpus, "run.name=r"),
+        sys.executable, "-P", "-m", "regrow.launch.train", *overrides(corpus, "run.name=r"),
         f"run.root={tmp_path}/disk", "train.steps=12",
     ]  # fmt: skip
     quoted = " ".join(f"'{a}'" for a in run)

@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import venv
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,13 @@ def test_the_wheel_trains_where_folders_have_our_names(tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
     subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(built), str(REPO)], check=True)
     (wheel,) = built.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert {name.partition("/")[0] for name in names} == {
+        "regrow",
+        wheel.name.removesuffix("-py3-none-any.whl") + ".dist-info",
+    }
+    assert {"regrow/conf/config.yaml", "regrow/py.typed", "regrow/launch/train.py"} <= set(names)
     venv.create(tmp_path / "env", with_pip=False)
     python = tmp_path / "env" / "bin" / "python"
     site = next((tmp_path / "env" / "lib").glob("python*/site-packages"))
@@ -137,7 +145,7 @@ def test_the_wheel_trains_where_folders_have_our_names(tmp_path: Path) -> None:
     # This environment's packages, but not its link to the checkout.
     (site / "borrowed.pth").write_text(packages + "\n")
     work = tmp_path / "work"
-    for name in ("models", "conf", "trainer"):
+    for name in ("models", "conf", "trainer", "checkpoint", "launch"):
         (work / name).mkdir(parents=True)
         (work / name / "__init__.py").write_text("raise RuntimeError('the wrong package')\n")
     corpus = tmp_path / "a.txt"
@@ -152,7 +160,10 @@ def test_the_wheel_trains_where_folders_have_our_names(tmp_path: Path) -> None:
     (run_dir,) = (work / "outputs").iterdir()
     assert len(metrics(run_dir)) == 2
     where = subprocess.run(
-        [str(python), "-P", "-c", "import launch; print(launch.__file__)"], capture_output=True, text=True, check=True
+        [str(python), "-P", "-c", "import regrow.launch; print(regrow.launch.__file__)"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert str(tmp_path / "env") in where.stdout
 

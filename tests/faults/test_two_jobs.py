@@ -42,7 +42,7 @@ def no_survivors() -> Iterator[None]:
     """A test that fails must leave no run behind, paused ones included."""
     yield
     for child in psutil.Process().children(recursive=True):
-        if "launch.train" in " ".join(child.cmdline()):
+        if "regrow.launch.train" in " ".join(child.cmdline()):
             child.kill()
 
 
@@ -97,7 +97,7 @@ def test_a_requeue_that_overlaps_its_dying_predecessor_waits(
 
 def _started_elsewhere(arguments: list[str], cwd: Path) -> tuple[subprocess.Popen[str], psutil.Process]:
     """A run in process and host-name spaces of its own, as on another host; also returns its process."""
-    command = [sys.executable, "-P", "-m", "launch.train", *arguments]
+    command = [sys.executable, "-P", "-m", "regrow.launch.train", *arguments]
     script = "import os, socket, sys; socket.sethostname('elsewhere'); os.execv(sys.argv[1], sys.argv[1:])"
     spaces = ["unshare", "--fork", "--pid", "--uts", "--mount-proc", "--kill-child"]
     outer = subprocess.Popen(

@@ -7,13 +7,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from checkpoint.config import AsyncMode
-from checkpoint.loading import load_tensors
-from checkpoint.manifest import Manifest
-from checkpoint.saver import StepSaver
+from regrow.checkpoint.config import AsyncMode
+from regrow.checkpoint.format.manifest import Manifest
+from regrow.checkpoint.load.loading import load_tensors
+from regrow.checkpoint.save.saver import StepSaver
+from regrow.trainer.optimizer import global_grad_norm
+from regrow.trainer.parallel.ring import block_attention, block_gradients
 from tests.support import assert_same_tensors, curve, metrics, regrow, tiny
-from trainer.optimizer import global_grad_norm
-from trainer.parallel.ring import block_attention, block_gradients
 
 pytestmark = [
     pytest.mark.gpu,

@@ -16,11 +16,11 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from checkpoint.source import TensorSource
-from checkpoint.sources import read_whole
-from launch.targets import resolve_target
-from models.base import LanguageModel
-from models.config import ModelConfig
+from regrow.checkpoint.format.tensor_source import TensorSource
+from regrow.checkpoint.load.open_source import read_whole
+from regrow.launch.config.resolve import resolve_target
+from regrow.models.base import LanguageModel
+from regrow.models.config import ModelConfig
 
 VOCABULARY = 320
 _COMMON: dict[str, Any] = {

@@ -6,10 +6,10 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from checkpoint.source import Box, TensorInfo, TensorSource
-from launch.models_known import settings_of_model
-from models.hf import family_of
-from models.llama3.config import Llama3Config
+from regrow.checkpoint.format.tensor_source import Box, TensorInfo, TensorSource
+from regrow.launch.commands.identify_model import settings_of_model
+from regrow.models.hf import family_of
+from regrow.models.llama3.config import Llama3Config
 
 
 @final
@@ -29,7 +29,7 @@ class RandomModel(TensorSource):
         )
         self.settings: dict[str, Any] = settings_of_model(self.config)
         self.place = "random"
-        from models.llama3.model import Llama3
+        from regrow.models.llama3.model import Llama3
 
         with torch.device("meta"):
             model = Llama3(self.config)

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoint.manifest import read_manifest
-from checkpoint.safetensors_io import INDEX
-from checkpoint.sources import open_source, read_whole
-from launch.checkpoint_command import main
-from launch.convert import import_checkpoint
-from launch.convert import main as reference_main
+from regrow.checkpoint.format.manifest import read_manifest
+from regrow.checkpoint.load.open_source import open_source, read_whole
+from regrow.checkpoint.sources.safetensors import INDEX
+from regrow.launch.commands.checkpoint import main
+from regrow.launch.commands.convert import import_checkpoint
+from regrow.launch.commands.convert import main as reference_main
 from tests.interop.hf_models import KINDS, make
 from tests.runs import train
 from tests.support import stored_tensors, tiny
@@ -198,7 +198,7 @@ def test_wrong_input_is_one_sentence_and_nothing_half_written(case: str, wrong: 
 @pytest.mark.slow
 def test_a_disk_too_small_is_seen_before_anything_is_written(wrong: Path, tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
-    command = f"{sys.executable} -m launch.checkpoint_command import {wrong / 'hf'} {tmp_path}/m/out"
+    command = f"{sys.executable} -m regrow.launch.commands.checkpoint import {wrong / 'hf'} {tmp_path}/m/out"
     script = f"mount -t tmpfs -o size=300k none {tmp_path}/m && {command}; code=$?; ls -A {tmp_path}/m; exit $code"
     namespace = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--map-root-user", "--mount"]
     done = subprocess.run([*namespace, "bash", "-c", script], capture_output=True, text=True, check=False)
@@ -211,9 +211,9 @@ def test_a_disk_too_small_is_seen_before_anything_is_written(wrong: Path, tmp_pa
 @pytest.mark.parametrize("form", ["hf", "torch"])
 def test_killed_anywhere_and_given_again(form: str, tmp_path: Path, ckpt: Command) -> None:
     """SIGKILL after more and more of the work; in the end the output is what an undisturbed conversion writes."""
-    from checkpoint.convert import convert
-    from checkpoint.manifest import Manifest
-    from checkpoint.outputs import plan_step
+    from regrow.checkpoint.convert.conversion_plan import plan_step
+    from regrow.checkpoint.convert.convert import convert
+    from regrow.checkpoint.format.manifest import Manifest
     from tests.interop.large import RandomModel
 
     source = RandomModel(layers=12, dim=1024, vocab=8192)
@@ -224,7 +224,7 @@ def test_killed_anywhere_and_given_again(form: str, tmp_path: Path, ckpt: Comman
         identity={},
     )
     out = tmp_path / ("out" if form == "hf" else "out.pt")
-    command = [sys.executable, "-m", "launch.checkpoint_command", "export", str(tmp_path / "step"), str(out)]
+    command = [sys.executable, "-m", "regrow.launch.commands.checkpoint", "export", str(tmp_path / "step"), str(out)]
     command += ["--format", form, "--max-shard-size", "100MB", "--json"]
     journal = out.with_name(f"{out.name}.partial-convert") / "journal.jsonl"
     kills = 0
@@ -334,7 +334,7 @@ def test_a_folder_of_another_name_is_found(run_copy: Path, ckpt: Command) -> Non
 def test_best_is_marked(run_copy: Path, ckpt: Command) -> None:
     import dataclasses
 
-    from checkpoint.manifest import write_manifest
+    from regrow.checkpoint.format.manifest import write_manifest
 
     for step, loss in ((2, 3.0), (4, 1.0), (6, 2.0)):
         place = run_copy / f"checkpoint/step-{step}"

@@ -11,21 +11,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from checkpoint.errors import CheckpointError
-from checkpoint.lineage import StartKind, StartPoint
-from checkpoint.partial import LoadRules, check_load
-from checkpoint.storage.opening import as_storage
-from launch.models_known import model_of
-from launch.preflight import check_initial_load
-from launch.weights import open_weights, shapes_of
-from models.config import DecoderConfig
-from models.hf import families, from_folder
-from models.llama3.config import Llama3Config, RopeScalingConfig
-from models.qwen3.config import Qwen3Config, Qwen3MoeConfig
+from regrow.checkpoint.errors import CheckpointError
+from regrow.checkpoint.load.initial_load import LoadRules, check_load
+from regrow.checkpoint.policy.lineage import StartKind, StartPoint
+from regrow.checkpoint.storage.opening import as_storage
+from regrow.launch.commands.identify_model import model_of
+from regrow.launch.run.preflight import check_initial_load
+from regrow.launch.run.weights import open_weights, shapes_of
+from regrow.models.config import DecoderConfig
+from regrow.models.hf import families, from_folder
+from regrow.models.llama3.config import Llama3Config, RopeScalingConfig
+from regrow.models.qwen3.config import Qwen3Config, Qwen3MoeConfig
+from regrow.trainer.hf_folder import HfExport, export_hf
 from tests.interop.hf_models import make, ours, tokens
 from tests.interop.test_torchtitan import Held
 from tests.support import typed_config
-from trainer.hf_folder import HfExport, export_hf
 
 
 def one_file(folder: Path) -> dict[str, Tensor]:

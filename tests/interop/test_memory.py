@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.convert import measure, prepare
-from checkpoint.sources import open_source
+from regrow.checkpoint.load.open_source import open_source
 
 # Twice the largest tensor, and 200 MiB.
 ALLOWED_MIB = 2 * 128 + 200

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from checkpoint.manifest import read_manifest
-from checkpoint.sources import open_source, read_whole
+from regrow.checkpoint.format.manifest import read_manifest
+from regrow.checkpoint.load.open_source import open_source, read_whole
 from tests.runs import train
 from tests.support import REPO, TINY_DATA, tiny, typed_config
 
@@ -39,7 +39,7 @@ def test_torchtune_loads_a_model_only_checkpoint(torchtune: Path, corpus: Path, 
     step = tmp_path / "run/checkpoint/step-3"
     assert read_manifest(step).kind == "model"
     # Ours, and stock PyTorch's, of the same step.
-    files = {"ours.pt": "launch.checkpoint_command", "stock.pt": "torch.distributed.checkpoint.format_utils"}
+    files = {"ours.pt": "regrow.launch.commands.checkpoint", "stock.pt": "torch.distributed.checkpoint.format_utils"}
     meta = tmp_path / "meta"
     meta.mkdir()
     for file, module in files.items():
@@ -77,7 +77,7 @@ def test_torchtune_loads_a_model_only_checkpoint(torchtune: Path, corpus: Path, 
 @torch.no_grad()
 def _logits(overrides: list[str], step: Path, tokens: torch.Tensor) -> torch.Tensor:
     """Our model's, in float32, with a step's weights."""
-    from launch.build import build_model
+    from regrow.launch.run.build import build_model
 
     model = build_model(typed_config(overrides))
     model.init_buffers(torch.device("cpu"), 128)

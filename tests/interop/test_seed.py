@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint.manifest import read_manifest
+from regrow.checkpoint.format.manifest import read_manifest
 from tests.runs import train
 from tests.support import record, regrow, stored_tensors, tiny
 

@@ -33,9 +33,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from checkpoint.dcp_reader import ImageReader
-from checkpoint.dcp_writer import ImageWriter
-from checkpoint.loading import load_tensors
+from regrow.checkpoint.load.dcp_reader import ImageReader
+from regrow.checkpoint.load.loading import load_tensors
+from regrow.checkpoint.save.dcp_writer import ImageWriter
 from tests.pool import run_distributed
 
 Way = tuple[Callable[[Path], StorageWriter], Callable[[Path], StorageReader]]

@@ -14,19 +14,19 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from checkpoint.mapped import ForwardSource, InverseSource
-from checkpoint.source import Box, TensorInfo, TensorSource
-from checkpoint.sources import open_source, read_whole
-from checkpoint.storage.opening import as_storage
-from launch.weights import open_weights
-from models.llama3.config import Llama3Config
-from models.torchtitan import fused_keys, our_name, todays_keys, todays_name
+from regrow.checkpoint.format.tensor_source import Box, TensorInfo, TensorSource
+from regrow.checkpoint.load.open_source import open_source, read_whole
+from regrow.checkpoint.sources.hf_mapping import ForwardSource, InverseSource
+from regrow.checkpoint.storage.opening import as_storage
+from regrow.launch.run.weights import open_weights
+from regrow.models.llama3.config import Llama3Config
+from regrow.models.torchtitan import fused_keys, our_name, todays_keys, todays_name
+from regrow.trainer.parallel.context import close_parallel
 from tests.interop import titan_side
 from tests.interop.test_command import one_sentence
 from tests.pool import run_distributed
 from tests.runs import train
 from tests.support import record, stored_tensors, tiny, typed_config
-from trainer.parallel.context import close_parallel
 
 
 def config_of(**changes: Any) -> Llama3Config:
@@ -211,7 +211,7 @@ def test_out_and_back_bitwise(tied: bool, corpus: Path, tmp_path: Path, monkeypa
 
 def run_ckpt(arguments: list[Any], monkeypatch: Any, capsys: Any) -> tuple[int, str]:
     """`regrow-ckpt`; its exit code and error output."""
-    from launch.checkpoint_command import main
+    from regrow.launch.commands.checkpoint import main
 
     monkeypatch.setattr("sys.argv", ["regrow-ckpt", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
@@ -250,7 +250,7 @@ def test_its_hugging_face_folders_have_no_config(tmp_path: Path, monkeypatch: An
 
 
 def _nested(dims: dict[str, Any]) -> dict[str, Any]:
-    from models.llama3.config import RopeScalingConfig
+    from regrow.models.llama3.config import RopeScalingConfig
 
     scaling = {k.partition(".")[2]: v for k, v in dims.items() if "." in k}
     return {**{k: v for k, v in dims.items() if "." not in k}, "rope_scaling": RopeScalingConfig(**scaling)}

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from checkpoint.manifest import read_manifest
-from checkpoint.sources import open_source, read_whole
+from regrow.checkpoint.format.manifest import read_manifest
+from regrow.checkpoint.load.open_source import open_source, read_whole
 from tests.interop.hf_models import KINDS, make
 from tests.runs import train
 from tests.support import TINY_DATA, metrics, record, stored_tensors, tiny

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from checkpoint.convert import convert
-from checkpoint.manifest import Manifest
-from checkpoint.mapped import ForwardSource, InverseSource
-from checkpoint.outputs import plan_safetensors, plan_step
-from checkpoint.sources import open_source, read_whole
-from models.hf import families, family_of, from_folder
-from models.llama3.config import Llama3Config
+from regrow.checkpoint.convert.conversion_plan import plan_safetensors, plan_step
+from regrow.checkpoint.convert.convert import convert
+from regrow.checkpoint.format.manifest import Manifest
+from regrow.checkpoint.load.open_source import open_source, read_whole
+from regrow.checkpoint.sources.hf_mapping import ForwardSource, InverseSource
+from regrow.models.hf import families, family_of, from_folder
+from regrow.models.llama3.config import Llama3Config
 from tests.configs.test_configs import CHOICES
 from tests.interop.hf_models import KINDS, make, ours, tokens
 from tests.support import typed_config
@@ -26,7 +26,7 @@ FLAVOURS = [c for c in CHOICES if c.startswith("model=") and c != "model=from_hf
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_the_map_is_a_bijection(flavour: str) -> None:
     """Every parameter of ours is filled once, and every tensor of theirs read once, with shapes that fit."""
-    from launch.targets import resolve_target
+    from regrow.launch.config.resolve import resolve_target
 
     config = typed_config([flavour]).model
     with torch.device("meta"):

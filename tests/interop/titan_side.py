@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.llama3.config import Llama3Config
+from regrow.models.llama3.config import Llama3Config
 
 
 class FusedQkv(nn.Module):

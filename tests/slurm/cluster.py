@@ -18,8 +18,8 @@ from pathlib import Path
 
 import psutil
 
+from regrow.trainer.process import die_with_parent
 from tests.support import wait_until
-from trainer.process import die_with_parent
 
 __all__ = ["Cluster", "Job", "running_cluster"]
 

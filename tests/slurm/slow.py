@@ -11,12 +11,13 @@ from typing import Any
 
 def main() -> None:
     """The command."""
-    from launch import train, worker
+    from regrow.launch import train
+    from regrow.launch.run import worker
 
     hooks = worker._hooks
 
     def with_sleep(*arguments: Any) -> list[Any]:
-        from trainer.hook import Hook
+        from regrow.trainer.hook import Hook
 
         class Sleep(Hook):
             def step_start(self, trainer: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from launch.sweep import Sweep, SweepRun
+from regrow.launch.sweep.status import Sweep, SweepRun
 from tests.slurm.cluster import Cluster
 from tests.support import REPO, assert_same_tensors, curve, metrics, record, regrow, samples, tiny, wait_until
 
@@ -80,7 +80,7 @@ def status(cluster: Cluster, folder: Path) -> list[dict[str, Any]]:
 def sweep_command(cluster: Cluster, *arguments: str) -> str:
     """Runs `regrow-sweep`."""
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "launch.sweep_command", *arguments],
+        [sys.executable, "-P", "-m", "regrow.launch.commands.sweep", *arguments],
         env={**os.environ, **cluster.environ}, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -4,7 +4,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from checkpoint.config import (
+from regrow.checkpoint.config import (
     BestMetricConfig,
     CheckpointConfig,
     KeepBestConfig,
@@ -12,8 +12,8 @@ from checkpoint.config import (
     MinutesConfig,
     OnBestConfig,
 )
-from checkpoint.errors import CheckpointError, StepNotFoundError
-from checkpoint.lineage import (
+from regrow.checkpoint.errors import CheckpointError, StepNotFoundError
+from regrow.checkpoint.policy.lineage import (
     Lineage,
     LoadRequest,
     Resume,
@@ -22,7 +22,8 @@ from checkpoint.lineage import (
     is_visible,
     start_point,
 )
-from checkpoint.policy import (
+from regrow.checkpoint.policy.retention import KeepBest, KeepEveryN, KeepLatest, StoredStep, removable_steps
+from regrow.checkpoint.policy.save import (
     EveryMinutes,
     EveryNSteps,
     FirstStep,
@@ -32,7 +33,6 @@ from checkpoint.policy import (
     SaveContext,
     save_reasons,
 )
-from checkpoint.retention import KeepBest, KeepEveryN, KeepLatest, StoredStep, removable_steps
 
 
 def test_policies_combine_with_any() -> None:

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint.catalog import Catalog
-from checkpoint.errors import CheckpointError, DamagedStepError
-from checkpoint.files import read_json, write_json
-from checkpoint.lineage import Lineage, StartKind
-from checkpoint.manifest import MANIFEST, Manifest, checksum, read_manifest, write_manifest
-from checkpoint.retention import KeepLatest
+from regrow.checkpoint.errors import CheckpointError, DamagedStepError
+from regrow.checkpoint.files import read_json, write_json
+from regrow.checkpoint.format.manifest import MANIFEST, Manifest, checksum, read_manifest, write_manifest
+from regrow.checkpoint.policy.lineage import Lineage, StartKind
+from regrow.checkpoint.policy.retention import KeepLatest
+from regrow.checkpoint.run.catalog import Catalog
 
 LINE = [Lineage(id="a")]
 

@@ -19,9 +19,9 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 
-from trainer.data.config import TextConfig
-from trainer.data.source import DataError, Unit
-from trainer.data.text import TextSource
+from regrow.trainer.data.config import TextConfig
+from regrow.trainer.data.source import DataError, Unit
+from regrow.trainer.data.text import TextSource
 
 TEXTS = [f"document {i} with ünïcode 你好 🙂" for i in range(40)]
 BODY = "".join(json.dumps({"text": t, "n": i}) + "\n" for i, t in enumerate(TEXTS)).encode()
@@ -258,8 +258,8 @@ def test_a_folder_a_pipe_and_a_dangling_link_are_no_corpus_files(tmp_path: Path)
 
 _BOMB = """
 import resource, sys
-from trainer.data.config import TextConfig
-from trainer.data.text import TextSource
+from regrow.trainer.data.config import TextConfig
+from regrow.trainer.data.text import TextSource
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 text = TextSource(TextConfig(files=sys.argv[1:], cache=sys.argv[1] + ".cache"))
 try:

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.cpu import Case, Kind, causal_attention, has_kernel, is_used, linear, rms_norm, use
-from models.kernels import cases_of
-from models.layers import attend
-from models.linear import Linear
+from regrow.models.cpu import Case, Kind, causal_attention, has_kernel, is_used, linear, rms_norm, use
+from regrow.models.kernels import cases_of
+from regrow.models.layers import attend
+from regrow.models.linear import Linear
+from regrow.trainer.loss import summed_cross_entropy
 from tests.support import typed_config
-from trainer.loss import summed_cross_entropy
 
 Function = Callable[..., Tensor]
 
@@ -191,7 +191,7 @@ def test_kernels_stand_in_for_what_was_chosen_alone() -> None:
 @pytest.mark.usefixtures("chosen")
 @pytest.mark.parametrize("kind", ["llama3_debug", "qwen3_debug", "qwen3_moe_debug"])
 def test_every_case_of_a_model_is_met_in_its_forward_pass(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from launch.build import build_model
+    from regrow.launch.run.build import build_model
 
     model = build_model(typed_config([f"model={kind}"]))
     model.init_buffers(torch.device("cpu"), 16)
@@ -201,7 +201,7 @@ def test_every_case_of_a_model_is_met_in_its_forward_pass(kind: str, monkeypatch
         met.add(Case(kind, x.dtype, sizes))
         return False
 
-    for module in ("models.layers", "models.linear"):
+    for module in ("regrow.models.layers", "regrow.models.linear"):
         monkeypatch.setattr(f"{module}.is_used", note)
     model(torch.zeros(2, 16, dtype=torch.int64))
     assert set(expected) == {c for c in met if has_kernel(c)}

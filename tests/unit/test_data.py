@@ -16,16 +16,16 @@ import torch
 import zstandard
 from hypothesis import given, settings
 
-from trainer.data.config import StdlibConfig, TextConfig
-from trainer.data.loader import IGNORE, Prefetcher, step_batch
-from trainer.data.order import permute, rank_rows, window_ids
-from trainer.data.prepare import prepare, tokenize
-from trainer.data.source import Unit
-from trainer.data.stdlib import StdlibSource
-from trainer.data.text import TextSource
-from trainer.data.token_store import TOKENIZER, TokenStore, shard_is_complete, write_index, write_shard
-from trainer.data.tokenizer import END_OF_TEXT, load_tokenizer, tokenizer_hash, train_bpe
-from trainer.data.windows import Windows
+from regrow.trainer.data.config import StdlibConfig, TextConfig
+from regrow.trainer.data.loader import IGNORE, Prefetcher, step_batch
+from regrow.trainer.data.order import permute, rank_rows, window_ids
+from regrow.trainer.data.prepare import prepare, tokenize
+from regrow.trainer.data.source import Unit
+from regrow.trainer.data.stdlib import StdlibSource
+from regrow.trainer.data.text import TextSource
+from regrow.trainer.data.token_store import TOKENIZER, TokenStore, shard_is_complete, write_index, write_shard
+from regrow.trainer.data.tokenizer import END_OF_TEXT, load_tokenizer, tokenizer_hash, train_bpe
+from regrow.trainer.data.windows import Windows
 
 
 @given(n=st.integers(1, 3000), seed=st.integers(0, 2**63), epoch=st.integers(0, 9))
@@ -293,7 +293,7 @@ def test_the_standard_library_is_english_and_code() -> None:
 
 def test_the_data_command_makes_a_store(tmp_path: Path) -> None:
     files = str(write_sources(tmp_path)[".jsonl.zst"])
-    command = [sys.executable, "-P", "-m", "launch.data_command"]
+    command = [sys.executable, "-P", "-m", "regrow.launch.commands.data"]
     arguments = ["tokenize", str(tmp_path / "out"), files, "--vocab-size", "280", "--workers", "1"]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=True)
     assert "30 documents" in done.stdout

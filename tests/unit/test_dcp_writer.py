@@ -12,10 +12,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from checkpoint.dcp_reader import ImageReader
-from checkpoint.dcp_writer import ImageWriter
-from checkpoint.loading import is_verified, load_tensors, read_items
-from checkpoint.manifest import read_manifest
+from regrow.checkpoint.format.manifest import read_manifest
+from regrow.checkpoint.load.dcp_reader import ImageReader
+from regrow.checkpoint.load.loading import is_verified, load_tensors, read_items
+from regrow.checkpoint.save.dcp_writer import ImageWriter
 from tests.pool import run_distributed
 
 

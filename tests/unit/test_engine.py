@@ -15,17 +15,17 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 
-from checkpoint.config import AsyncMode
-from checkpoint.contents import StoredItem
-from checkpoint.errors import CheckpointError, DamagedStepError
-from checkpoint.hashing import BlockHasher, block_bytes_for, block_hashes, item_hash
-from checkpoint.loading import load_tensors, read_items
-from checkpoint.manifest import Manifest, read_manifest
-from checkpoint.plan import Chunk, make_plan
-from checkpoint.read_plan import bytes_to_read, plan_reads
-from checkpoint.reader import read_tensors
-from checkpoint.saver import SaverOptions, StepSaver
-from checkpoint.stream import frame_of
+from regrow.checkpoint.config import AsyncMode
+from regrow.checkpoint.errors import CheckpointError, DamagedStepError
+from regrow.checkpoint.format.hashing import BlockHasher, block_bytes_for, block_hashes, item_hash
+from regrow.checkpoint.format.layout import Chunk, make_plan
+from regrow.checkpoint.format.manifest import Manifest, read_manifest
+from regrow.checkpoint.format.rank_manifest import StoredItem
+from regrow.checkpoint.format.torch_archive import frame_of
+from regrow.checkpoint.load.loading import load_tensors, read_items
+from regrow.checkpoint.load.read_plan import bytes_to_read, plan_reads
+from regrow.checkpoint.load.reader import read_tensors
+from regrow.checkpoint.save.saver import SaverOptions, StepSaver
 from tests.pool import run_distributed
 
 MODES = list(AsyncMode)
@@ -178,7 +178,7 @@ def test_any_box_is_read_from_any_shards(tmp_path_factory: pytest.TempPathFactor
     with pytest.MonkeyPatch.context() as patch:
         request_bytes = data.draw(st.sampled_from([32, 64, 4096]))
         for owner in ("LocalStorage", "_Descriptor"):
-            patch.setattr(f"checkpoint.storage.local.{owner}.request_bytes", request_bytes)
+            patch.setattr(f"regrow.checkpoint.storage.local.{owner}.request_bytes", request_bytes)
         for chunk in whole.tensor_split(parts, dim):
             offset = tuple(start if d == dim else 0 for d in range(len(shape)))
             start += chunk.shape[dim]
@@ -199,8 +199,8 @@ def test_any_box_is_read_from_any_shards(tmp_path_factory: pytest.TempPathFactor
         offset, size = data.draw(boxes(shape))
         target = torch.zeros(size)
         chunk_ = Chunk(name="t", dtype=torch.float32, global_shape=shape, offset=offset, shape=size)
-        patch.setattr("checkpoint.reader.chunk_of", lambda name, tensor: chunk_)
-        patch.setattr("checkpoint.reader.check_names", lambda folder, items, tensors: {"t": list(items)})
+        patch.setattr("regrow.checkpoint.load.reader.chunk_of", lambda name, tensor: chunk_)
+        patch.setattr("regrow.checkpoint.load.reader.check_names", lambda folder, items, tensors: {"t": list(items)})
         read_tensors(folder, items, {"t": target}, threads=data.draw(st.integers(1, 4)))
     expected = whole[tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))]
     assert torch.equal(target, expected)
@@ -377,7 +377,7 @@ def test_a_disk_without_room_is_not_written_to(
     tmp_path: Path, group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saver = StepSaver(tmp_path, AsyncMode["async"], torch.device("cpu"), group)
-    monkeypatch.setattr("checkpoint.storage.local.LocalStorage.free_bytes", lambda self: 1000)
+    monkeypatch.setattr("regrow.checkpoint.storage.local.LocalStorage.free_bytes", lambda self: 1000)
     results = [*saver.begin(state(), Manifest(step=1, lineage="a")), *saver.wait()]
     assert ["No space left on device" in str(r.error) for r in results] == [True]
     assert list(tmp_path.iterdir()) == []

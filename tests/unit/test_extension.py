@@ -4,9 +4,9 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from launch.errors import UserError
-from launch.extension import Span, decide_extension
-from trainer.run_record import Extend, Extension
+from regrow.launch.config.errors import UserError
+from regrow.launch.run.extension import Span, decide_extension
+from regrow.trainer.run_record import Extend, Extension
 
 
 def decide(span: Span, steps: int, mode: Extend = Extend.refuse, *known: Extension, explicit: bool = False) -> object:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint.files import naming, write_json
-from launch.failures import clear_failures, first_failure, note_failure, saw_another_go, storage_problem
-from launch.worker import LogFile, log_to_files
-from trainer.jsonlines import read_rows
-from trainer.run_record import RunRecordError
+from regrow.checkpoint.files import naming, write_json
+from regrow.launch.run.failures import clear_failures, first_failure, note_failure, saw_another_go, storage_problem
+from regrow.launch.run.worker import LogFile, log_to_files
+from regrow.trainer.jsonlines import read_rows
+from regrow.trainer.run_record import RunRecordError
 
 
 @pytest.fixture

@@ -37,16 +37,16 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from checkpoint.dcp_source import DcpSource
-from checkpoint.documents import DocumentError
-from checkpoint.errors import CheckpointError
-from checkpoint.foreign_metadata import ForeignMetadata, parse_metadata
-from checkpoint.inert_pickle import Global, Pairs, PickleReader, Record
-from checkpoint.loading import check_compatible, load_tensors
-from checkpoint.objects import MemoryFile
-from checkpoint.sources import TorchFileSource, open_source, read_whole
-from checkpoint.tiling import tiles_exactly
-from checkpoint.torch_file import TORCH_DTYPES, TorchArchive
+from regrow.checkpoint.documents import DocumentError
+from regrow.checkpoint.errors import CheckpointError
+from regrow.checkpoint.format.inert_pickle import Global, Pairs, PickleReader, Record
+from regrow.checkpoint.format.objects import MemoryFile
+from regrow.checkpoint.format.tiling import tiles_exactly
+from regrow.checkpoint.format.torch_file import TORCH_DTYPES, TorchArchive
+from regrow.checkpoint.load.loading import check_compatible, load_tensors
+from regrow.checkpoint.load.open_source import TorchFileSource, open_source, read_whole
+from regrow.checkpoint.sources.dcp import DcpSource
+from regrow.checkpoint.sources.foreign_metadata import ForeignMetadata, parse_metadata
 
 DCP = "torch.distributed.checkpoint.metadata"
 

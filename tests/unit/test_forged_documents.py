@@ -9,19 +9,19 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from checkpoint import care
-from checkpoint.catalog import Catalog
-from checkpoint.contents import parse_rank_manifest
-from checkpoint.documents import DocumentError
-from checkpoint.errors import CheckpointError, DamagedStepError, OtherFormatError
-from checkpoint.hashing import item_hash
-from checkpoint.lineage import Lineage
-from checkpoint.loading import resolve_foreign
-from checkpoint.manifest import FORMAT, MANIFEST
-from checkpoint.source import Box
-from checkpoint.sources import open_source, read_whole
-from checkpoint.storage.local import LocalStorage
-from checkpoint.tiling import tiles_exactly
+from regrow.checkpoint.documents import DocumentError
+from regrow.checkpoint.errors import CheckpointError, DamagedStepError, OtherFormatError
+from regrow.checkpoint.format.hashing import item_hash
+from regrow.checkpoint.format.manifest import FORMAT, MANIFEST
+from regrow.checkpoint.format.rank_manifest import parse_rank_manifest
+from regrow.checkpoint.format.tensor_source import Box
+from regrow.checkpoint.format.tiling import tiles_exactly
+from regrow.checkpoint.inspect import maintenance as care
+from regrow.checkpoint.load.loading import resolve_foreign
+from regrow.checkpoint.load.open_source import open_source, read_whole
+from regrow.checkpoint.policy.lineage import Lineage
+from regrow.checkpoint.run.catalog import Catalog
+from regrow.checkpoint.storage.local import LocalStorage
 from tests.forging import Edit, forge, sound_step
 
 LINE = [Lineage(id="0-8yhu")]

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from checkpoint.errors import CheckpointError
-from checkpoint.lineage import LoadRequest, StartKind, StartPoint
-from checkpoint.partial import LoadPlan
-from launch.preflight import check_config, check_initial_load
-from launch.weights import shapes_of
+from regrow.checkpoint.errors import CheckpointError
+from regrow.checkpoint.load.initial_load import LoadPlan
+from regrow.checkpoint.policy.lineage import LoadRequest, StartKind, StartPoint
+from regrow.launch.run.preflight import check_config, check_initial_load
+from regrow.launch.run.weights import shapes_of
 from tests.runs import train
 from tests.support import stored_tensors, tiny, typed_config
 

@@ -12,15 +12,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.build import build_model
-from models.cpu import Case, Kind, decide, has_kernel, is_used, measure, use
-from models.cpu.measure import reduced
-from models.kernels import cases_of
+from regrow.launch.run.build import build_model
+from regrow.models.cpu import Case, Kind, decide, has_kernel, is_used, measure, use
+from regrow.models.cpu.measure import reduced
+from regrow.models.kernels import cases_of
+from regrow.trainer.kernels import CHOICE, choose_kernels, ratios_file
+from regrow.trainer.parallel.context import ParallelContext, close_parallel, open_parallel
+from regrow.trainer.parallel.layout import Layout
 from tests.runs import train
 from tests.support import curve, tiny, typed_config
-from trainer.kernels import CHOICE, choose_kernels, ratios_file
-from trainer.parallel.context import ParallelContext, close_parallel, open_parallel
-from trainer.parallel.layout import Layout
 
 NORM = Case(Kind.norm, torch.float32, (64, 32))
 OTHER = Case(Kind.norm, torch.float32, (64, 48))

@@ -14,15 +14,15 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given, settings
 from omegaconf import open_dict
 
-from launch.errors import UserError, check_no_hub_name, naming_fields
-from launch.hints import nearest, quoted_override
-from launch.identity import former_sweep_name, sweep_name
-from launch.overrides import is_multirun, swept_keys
-from launch.ranks import Ranks, detect_ranks, forget_ranks
-from launch.run_name import register_resolver
-from launch.threads import threads_per_rank
+from regrow.launch.config.errors import UserError, check_no_hub_name, naming_fields
+from regrow.launch.config.hints import nearest, quoted_override
+from regrow.launch.config.identity import former_sweep_name, sweep_name
+from regrow.launch.config.overrides import is_multirun, swept_keys
+from regrow.launch.config.run_name import register_resolver
+from regrow.launch.run.ranks import Ranks, detect_ranks, forget_ranks
+from regrow.launch.run.threads import threads_per_rank
+from regrow.trainer import places
 from tests.support import REPO
-from trainer import places
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "1234"}
 
@@ -139,7 +139,7 @@ def in_sweep(swept: list[str], *overrides: str) -> str:
     """The name of a sweep's job."""
     register_resolver(swept)
     try:
-        with initialize_config_module("conf", version_base="1.3"):
+        with initialize_config_module("regrow.conf", version_base="1.3"):
             config = compose("config", overrides=[*overrides, "hydra.mode=MULTIRUN"], return_hydra_config=True)
         with open_dict(config):
             config.hydra.overrides.task = list(overrides)
@@ -161,7 +161,7 @@ def test_what_is_swept_comes_first_and_constants_stay_out(tmp_path: Path, monkey
     # Another constant makes another run, and another folder.
     assert in_sweep(["seed"], "seed=1", "data.seq_len=64") != in_sweep(["seed"], "seed=1", "data.seq_len=32")
     # A sweep of one is the run that the same command without a launcher makes.
-    with initialize_config_module("conf", version_base="1.3"):
+    with initialize_config_module("regrow.conf", version_base="1.3"):
         alone = compose("config", overrides=["seed=7"]).run.name
     assert in_sweep([], "seed=7") == alone
     with pytest.raises(Exception, match=r"train.steps must not be swept alone"):

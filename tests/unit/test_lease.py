@@ -16,11 +16,11 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from checkpoint.commit import Committer
-from checkpoint.contents import rank_manifest_name
-from checkpoint.documents import read_document
-from checkpoint.errors import CheckpointError
-from checkpoint.lease import (
+from regrow.checkpoint.documents import read_document
+from regrow.checkpoint.errors import CheckpointError
+from regrow.checkpoint.format.manifest import Manifest
+from regrow.checkpoint.format.rank_manifest import rank_manifest_name
+from regrow.checkpoint.run.lease import (
     LONGEST_TIMEOUT_S,
     Holder,
     LeaseHeldError,
@@ -33,11 +33,11 @@ from checkpoint.lease import (
     newest_lease,
     this_process,
 )
-from checkpoint.manifest import Manifest
-from checkpoint.reading import held_by_readers, life_of_reader, reading
-from checkpoint.storage.base import Storage
-from checkpoint.storage.local import LocalStorage
-from checkpoint.storage.opening import open_storage
+from regrow.checkpoint.run.reader_lock import held_by_readers, life_of_reader, reading
+from regrow.checkpoint.save.commit import Committer
+from regrow.checkpoint.storage.base import Storage
+from regrow.checkpoint.storage.local import LocalStorage
+from regrow.checkpoint.storage.opening import open_storage
 from tests.late_storage import LateListings
 from tests.support import wait_until
 

@@ -16,18 +16,18 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint.care import repair
-from checkpoint.catalog import Catalog
-from checkpoint.holder import Watch, this_process
-from checkpoint.leftovers import Leftovers
-from checkpoint.processes import process_tag, tag_is_dead
-from checkpoint.reading import reading
-from checkpoint.scratch import clear_dead_scratch, scratch_folder, tag_semaphores
-from checkpoint.storage.local import LocalStorage, takes_direct_io
-from launch.errors import UserError
-from launch.preflight import check_config
-from launch.run_dir import own_run
-from launch.schema import Config
+from regrow.checkpoint.inspect.maintenance import repair
+from regrow.checkpoint.processes import process_tag, tag_is_dead
+from regrow.checkpoint.run.catalog import Catalog
+from regrow.checkpoint.run.holder import Watch, this_process
+from regrow.checkpoint.run.leftovers import Leftovers
+from regrow.checkpoint.run.reader_lock import reading
+from regrow.checkpoint.scratch import clear_dead_scratch, scratch_folder, tag_semaphores
+from regrow.checkpoint.storage.local import LocalStorage, takes_direct_io
+from regrow.launch.config.errors import UserError
+from regrow.launch.config.schema import Config
+from regrow.launch.run.preflight import check_config
+from regrow.launch.run.run_dir import own_run
 from tests.support import typed_config
 
 # A launcher of ranks, at the moment at which it is killed: it owns the run, reads a step, and shares semaphores.
@@ -35,10 +35,10 @@ _VICTIM = """
 import multiprocessing, sys, time
 from contextlib import ExitStack
 from pathlib import Path
-from checkpoint.reading import reading
-from checkpoint.scratch import scratch_folder, tag_semaphores
-from checkpoint.storage.local import LocalStorage
-from launch.run_dir import own_run
+from regrow.checkpoint.run.reader_lock import reading
+from regrow.checkpoint.scratch import scratch_folder, tag_semaphores
+from regrow.checkpoint.storage.local import LocalStorage
+from regrow.launch.run.run_dir import own_run
 from tests.support import typed_config
 
 run_dir = Path(sys.argv[1])

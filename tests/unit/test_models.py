@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from models.init import InitRule, fill_shard
-from models.llama3.config import Llama3Config
-from models.llama3.model import Llama3
-from models.rope import apply_rope, rope_frequencies, rope_table
+from regrow.models.init import InitRule, fill_shard
+from regrow.models.llama3.config import Llama3Config
+from regrow.models.llama3.model import Llama3
+from regrow.models.rope import apply_rope, rope_frequencies, rope_table
+from regrow.trainer.loss import attention_mask
 from tests.support import TINY_MODEL, typed_config
-from trainer.loss import attention_mask
 
 # Parameter counts of Meta's releases, tied embeddings counted once.
 PUBLISHED = {
@@ -80,7 +80,7 @@ def test_parameter_names_are_metas() -> None:
 )
 def test_any_sharding_starts_from_the_same_weights(rows: int, columns: int, cuts: list[int], column_cut: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("models.init.BLOCK_ELEMENTS", 16)
+        patch.setattr("regrow.models.init.BLOCK_ELEMENTS", 16)
         rule, shape = InitRule(std=0.5), (rows, columns)
 
         def shard(top: int, bottom: int, left: int, right: int) -> torch.Tensor:

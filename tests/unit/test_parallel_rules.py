@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launch.preflight import check_parallel
-from launch.schema import Config
-from models.config import DecoderConfig
-from models.qwen3.config import Qwen3Config, Qwen3MoeConfig
+from regrow.launch.config.schema import Config
+from regrow.launch.run.preflight import check_parallel
+from regrow.models.config import DecoderConfig
+from regrow.models.qwen3.config import Qwen3Config, Qwen3MoeConfig
+from regrow.trainer.config import ContextMethod, ParallelConfig, PipelineSchedule, TrainConfig
+from regrow.trainer.parallel.layout import Layout, resolve_layout
+from regrow.trainer.parallel.pieces import pieces, positions_of
+from regrow.trainer.parallel.rules import Batch, check_layout
+from regrow.trainer.parallel.stages import plan_stages, split_layers, stages_per_rank
 from tests.support import TINY_MODEL, typed_config
-from trainer.config import ContextMethod, ParallelConfig, PipelineSchedule, TrainConfig
-from trainer.parallel.layout import Layout, resolve_layout
-from trainer.parallel.pieces import pieces, positions_of
-from trainer.parallel.rules import Batch, check_layout
-from trainer.parallel.stages import plan_stages, split_layers, stages_per_rank
 
 MOE = ["model=qwen3_moe_debug"]
 ONES = {"dp_replicate": 1, "dp_shard": 1, "tp": 1, "pp": 1, "cp": 1, "ep": 1}

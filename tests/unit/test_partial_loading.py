@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from checkpoint.config import CheckpointConfig
-from checkpoint.errors import CheckpointError
-from checkpoint.partial import LoadRules, RenamedSource, check_load, load_from
-from checkpoint.source import pieces_of, whole
-from checkpoint.sources import open_source
+from regrow.checkpoint.config import CheckpointConfig
+from regrow.checkpoint.errors import CheckpointError
+from regrow.checkpoint.format.tensor_source import pieces_of, whole
+from regrow.checkpoint.load.initial_load import LoadRules, RenamedSource, check_load, load_from
+from regrow.checkpoint.load.open_source import open_source
 
 SHAPES = {"tok_embeddings.weight": (6, 4), "layers.0.w.weight": (4, 4), "output.weight": (6, 4)}
 

@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from launch.build import build_model
-from models.init import fill_shard
-from models.moe import MixtureOfExperts, add_loss
-from models.qwen3.config import Balance, Qwen3Config, Qwen3MoeConfig
-from models.qwen3.model import Qwen3Moe
-from models.rope import apply_rope, apply_rope_halves, rope_frequencies, rope_table
+from regrow.launch.run.build import build_model
+from regrow.models.init import fill_shard
+from regrow.models.moe import MixtureOfExperts, add_loss
+from regrow.models.qwen3.config import Balance, Qwen3Config, Qwen3MoeConfig
+from regrow.models.qwen3.model import Qwen3Moe
+from regrow.models.rope import apply_rope, apply_rope_halves, rope_frequencies, rope_table
 from tests.support import TINY_MODEL, typed_config
 
 # Of the published weights, tied embeddings counted once.

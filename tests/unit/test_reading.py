@@ -7,16 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoint.contents import StoredItem
-from checkpoint.errors import DamagedStepError
-from checkpoint.fills import Fill, parts_of, requests_of
-from checkpoint.hashing import block_hashes, item_hash
-from checkpoint.memory import lasting_memory, raw_bytes
-from checkpoint.plan import Chunk, place_chunks
-from checkpoint.read_plan import plan_reads
-from checkpoint.reader import _shares
-from checkpoint.storage.base import RangeReader, RemoteFile
-from checkpoint.storage.local import LocalStorage
+from regrow.checkpoint.errors import DamagedStepError
+from regrow.checkpoint.format.hashing import block_hashes, item_hash
+from regrow.checkpoint.format.layout import Chunk, place_chunks
+from regrow.checkpoint.format.rank_manifest import StoredItem
+from regrow.checkpoint.load.read_ops import Fill, parts_of, requests_of
+from regrow.checkpoint.load.read_plan import plan_reads
+from regrow.checkpoint.load.reader import _shares
+from regrow.checkpoint.memory import lasting_memory, raw_bytes
+from regrow.checkpoint.storage.base import RangeReader, RemoteFile
+from regrow.checkpoint.storage.local import LocalStorage
 
 Stored = list[tuple[StoredItem, Chunk, torch.Tensor]]
 

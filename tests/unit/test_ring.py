@@ -6,9 +6,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from regrow.trainer.parallel.pieces import positions_of
+from regrow.trainer.parallel.ring import block_attention, block_gradients, ring_attention
 from tests.pool import run_distributed
-from trainer.parallel.pieces import positions_of
-from trainer.parallel.ring import block_attention, block_gradients, ring_attention
 
 
 def whole(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

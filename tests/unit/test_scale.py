@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-import checkpoint.commit
+import regrow.checkpoint.save.commit
 from benchmarks.scale import chunks_of, coordinates, measure, shapes_of
-from checkpoint.commit import Committer
-from checkpoint.contents import rank_manifest_name
-from checkpoint.exchange import report_of
-from checkpoint.manifest import Manifest
-from checkpoint.plan import place_chunks
-from checkpoint.storage.base import Storage
-from checkpoint.storage.local import LocalStorage
+from regrow.checkpoint.format.layout import place_chunks
+from regrow.checkpoint.format.manifest import Manifest
+from regrow.checkpoint.format.rank_manifest import rank_manifest_name
+from regrow.checkpoint.save.commit import Committer
+from regrow.checkpoint.save.coordinator import report_of
+from regrow.checkpoint.storage.base import Storage
+from regrow.checkpoint.storage.local import LocalStorage
 
 
 @pytest.mark.slow
@@ -42,13 +42,13 @@ def test_the_metadata_is_made_once_per_layout(tmp_path: Path, monkeypatch: pytes
     folder = LocalStorage(tmp_path)
     made: list[int] = []
     committer = Committer(folder, "t", None)
-    real = checkpoint.commit.assemble_metadata
+    real = regrow.checkpoint.save.commit.assemble_metadata
 
     def counted(place: Storage, ranks: int, writer: str) -> bytes:
         made.append(ranks)
         return real(place, ranks, writer)
 
-    monkeypatch.setattr("checkpoint.commit.assemble_metadata", counted)
+    monkeypatch.setattr("regrow.checkpoint.save.commit.assemble_metadata", counted)
     for step, plan in ((1, "p"), (2, "p"), (3, "q"), (4, "q")):
         place = committer.working_place(step)
         place.make()

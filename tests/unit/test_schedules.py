@@ -6,9 +6,9 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import example, given
 
-from trainer.schedules.base import Schedule
-from trainer.schedules.config import CosineConfig, LinearConfig, WSDConfig
-from trainer.schedules.shapes import Cosine, Linear, WarmupStableDecay
+from regrow.trainer.schedules.base import Schedule
+from regrow.trainer.schedules.config import CosineConfig, LinearConfig, WSDConfig
+from regrow.trainer.schedules.shapes import Cosine, Linear, WarmupStableDecay
 
 KINDS = ["wsd", "cosine", "linear"]
 

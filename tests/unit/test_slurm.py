@@ -11,19 +11,19 @@ import pytest
 from hydra import compose, initialize_config_module
 from hydra.errors import ConfigCompositionException
 
-from launch.errors import UserError
-from launch.launcher_config import LocalConfig, SlurmConfig
-from launch.launchers import register_launchers
-from launch.local_sweep import Budget, local_config
-from launch.ranks import detect_ranks
-from launch.slurm import scripts, shape_of, slurm_config
-from launch.slurm_jobs import Job, Partition, _gpus, grace_seconds
-from launch.slurm_script import Shape
-from launch.sweep import Sweep, SweepRun, inspect_run, open_sweep, result_of, run_name_override
-from launch.sweep_plan import kept_hydra_overrides, ranks_of
+from regrow.launch.config.errors import UserError
+from regrow.launch.run.ranks import detect_ranks
+from regrow.launch.sweep.launcher_config import LocalConfig, SlurmConfig
+from regrow.launch.sweep.launchers import register_launchers
+from regrow.launch.sweep.local import Budget, local_config
+from regrow.launch.sweep.plan import kept_hydra_overrides, ranks_of
+from regrow.launch.sweep.slurm import scripts, shape_of, slurm_config
+from regrow.launch.sweep.slurm_jobs import Job, Partition, _gpus, grace_seconds
+from regrow.launch.sweep.slurm_script import Shape
+from regrow.launch.sweep.status import Sweep, SweepRun, inspect_run, open_sweep, result_of, run_name_override
+from regrow.trainer.hooks.checkpoint import stop_seconds
+from regrow.trainer.hooks.metrics import METRICS
 from tests.support import typed_config
-from trainer.hooks.checkpoint import stop_seconds
-from trainer.hooks.metrics import METRICS
 
 GPU_NODES = Partition(name="gpu", gpus=8, cpus=64, grace_s=30, max_array=1000)
 CPU_NODES = Partition(name="cpu", gpus=0, cpus=16, grace_s=30, max_array=2)
@@ -157,7 +157,7 @@ def test_cluster_facts() -> None:
 @pytest.mark.parametrize("name", ["slurm", "local"])
 def test_launchers_compose_and_know_their_fields(name: str) -> None:
     register_launchers()
-    with initialize_config_module("conf", version_base="1.3"):
+    with initialize_config_module("regrow.conf", version_base="1.3"):
         config = compose("config", overrides=[f"hydra/launcher={name}"], return_hydra_config=True)
         fields = {f.name for f in dataclasses.fields(SlurmConfig if name == "slurm" else LocalConfig)}
         assert set(config.hydra.launcher) == fields

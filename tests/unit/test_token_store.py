@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from launch import data_command
-from trainer.data.config import TextConfig, TokensConfig
-from trainer.data.prepare import prepare, store_folder
-from trainer.data.source import DataError
-from trainer.data.text import TextSource
-from trainer.data.token_store import StoreDamagedError, TokensSource, TokenStore
-from trainer.data.tokenizer import train_bpe
-from trainer.data.windows import Windows
+from regrow.launch.commands import data as data_command
+from regrow.trainer.data.config import TextConfig, TokensConfig
+from regrow.trainer.data.prepare import prepare, store_folder
+from regrow.trainer.data.source import DataError
+from regrow.trainer.data.text import TextSource
+from regrow.trainer.data.token_store import StoreDamagedError, TokensSource, TokenStore
+from regrow.trainer.data.tokenizer import train_bpe
+from regrow.trainer.data.windows import Windows
 
 TEXTS = [" ".join(["alpha beta gamma delta"] * (n % 7 + 1)) + str(n) for n in range(30)]
 

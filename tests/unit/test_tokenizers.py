@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from trainer.data.source import DataError
-from trainer.data.token_store import token_dtype
-from trainer.data.tokenizer import (
+from regrow.trainer.data.source import DataError
+from regrow.trainer.data.token_store import token_dtype
+from regrow.trainer.data.tokenizer import (
     END_OF_TEXT,
     end_of_text_id,
     load_tokenizer,

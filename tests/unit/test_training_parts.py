@@ -8,18 +8,18 @@ import pytest
 import torch
 from hypothesis import given
 
-from models.llama3.config import Llama3Config
-from models.llama3.model import Llama3
+from regrow.models.llama3.config import Llama3Config
+from regrow.models.llama3.model import Llama3
+from regrow.trainer.config import AdamWConfig, ParallelConfig
+from regrow.trainer.jsonlines import StepLog, read_rows
+from regrow.trainer.optimizer import AdamW, global_grad_norm
+from regrow.trainer.parallel.layout import resolve_layout
+from regrow.trainer.run_record import Attempt, RunRecord
+from regrow.trainer.schedules.base import Schedule
+from regrow.trainer.schedules.config import CosineConfig, LinearConfig, WSDConfig
+from regrow.trainer.schedules.shapes import Cosine, Linear, WarmupStableDecay
+from regrow.trainer.state import TrainState
 from tests.support import TINY_MODEL, typed_config
-from trainer.config import AdamWConfig, ParallelConfig
-from trainer.jsonlines import StepLog, read_rows
-from trainer.optimizer import AdamW, global_grad_norm
-from trainer.parallel.layout import resolve_layout
-from trainer.run_record import Attempt, RunRecord
-from trainer.schedules.base import Schedule
-from trainer.schedules.config import CosineConfig, LinearConfig, WSDConfig
-from trainer.schedules.shapes import Cosine, Linear, WarmupStableDecay
-from trainer.state import TrainState
 
 SCHEDULES = [
     WarmupStableDecay(WSDConfig(warmup_steps=10)),
@@ -189,7 +189,7 @@ def test_step_logs_drop_what_is_beyond_and_what_is_torn(tmp_path: Path) -> None:
 
 
 def test_run_records_survive_the_disk(tmp_path: Path) -> None:
-    from checkpoint.lineage import Lineage, LoadRequest, StartKind
+    from regrow.checkpoint.policy.lineage import Lineage, LoadRequest, StartKind
 
     record = RunRecord(data_fingerprint="f")
     request = LoadRequest(load_step=3, exclude=("optimizer",))

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import xxhash
 
-from checkpoint.files import open_regular, read_regular
-from trainer.data.config import DataConfig
-from trainer.data.source import DataError, digest
-from trainer.places import user_cache
+from regrow.checkpoint.files import open_regular, read_regular
+from regrow.trainer.data.config import DataConfig
+from regrow.trainer.data.source import DataError, digest
+from regrow.trainer.places import user_cache
 
 __all__ = ["cache_folder", "content_digest", "writing_to"]
 

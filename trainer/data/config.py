@@ -49,7 +49,7 @@ class StdlibConfig(DataConfig):
     """English prose and code of the running Python's own standard library."""
 
     SCHEMA: ClassVar[tuple[str, str]] = ("data", "stdlib_schema")
-    _target_: str = "trainer.data.stdlib.StdlibSource"
+    _target_: str = "regrow.trainer.data.stdlib.StdlibSource"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -64,7 +64,7 @@ class TextConfig(DataConfig):
     """
 
     SCHEMA: ClassVar[tuple[str, str]] = ("data", "text_schema")
-    _target_: str = "trainer.data.text.TextSource"
+    _target_: str = "regrow.trainer.data.text.TextSource"
     files: list[str] = dataclasses.field(default_factory=list)
     field: str = "text"
     txt_document_bytes: int = 16384
@@ -79,5 +79,5 @@ class TokensConfig(DataConfig):
     """
 
     SCHEMA: ClassVar[tuple[str, str]] = ("data", "tokens_schema")
-    _target_: str = "trainer.data.token_store.TokensSource"
+    _target_: str = "regrow.trainer.data.token_store.TokensSource"
     path: str = MISSING

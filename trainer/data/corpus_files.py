@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, final
 
-from checkpoint.files import open_regular
-from trainer.data.source import DataError, Notes, shown
+from regrow.checkpoint.files import open_regular
+from regrow.trainer.data.source import DataError, Notes, shown
 
 __all__ = ["NULL_TEXT", "check_regular", "read_json_lines", "read_text", "reading"]
 

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.data.order import rank_rows, window_ids
-from trainer.data.windows import Int64s, Windows
+from regrow.trainer.data.order import rank_rows, window_ids
+from regrow.trainer.data.windows import Int64s, Windows
 
 __all__ = ["IGNORE", "MicroBatch", "Prefetcher", "StepBatch", "read_rows", "step_batch"]
 

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trainer.data.corpus_files import NULL_TEXT, check_regular, reading
-from trainer.data.source import DataError, Notes, shown
+from regrow.trainer.data.corpus_files import NULL_TEXT, check_regular, reading
+from regrow.trainer.data.source import DataError, Notes, shown
 
 __all__ = ["read_row_group", "row_groups"]
 

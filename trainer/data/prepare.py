@@ -23,12 +23,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 
-from checkpoint.scratch import tag_semaphores
-from trainer.data.cache import cache_folder, writing_to
-from trainer.data.config import DataConfig
-from trainer.data.recipe import check_recipe, recipe_key, recipe_of
-from trainer.data.source import DataError, Source, TextUnits, Unit
-from trainer.data.token_store import (
+from regrow.checkpoint.scratch import tag_semaphores
+from regrow.trainer.data.cache import cache_folder, writing_to
+from regrow.trainer.data.config import DataConfig
+from regrow.trainer.data.recipe import check_recipe, recipe_key, recipe_of
+from regrow.trainer.data.source import DataError, Source, TextUnits, Unit
+from regrow.trainer.data.token_store import (
     INDEX,
     TOKENIZER,
     Index,
@@ -39,7 +39,7 @@ from trainer.data.token_store import (
     write_index,
     write_shard,
 )
-from trainer.data.tokenizer import (
+from regrow.trainer.data.tokenizer import (
     TOKENIZER_CONFIG,
     TokenizerFiles,
     first_token_id,
@@ -54,7 +54,7 @@ from trainer.data.tokenizer import (
     train_bpe,
     vocabulary_size,
 )
-from trainer.process import die_with_parent
+from regrow.trainer.process import die_with_parent
 
 __all__ = ["cache_folder", "complete_store", "encode_documents", "only_one", "prepare", "store_folder", "tokenize"]
 

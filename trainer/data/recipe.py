@@ -6,10 +6,10 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from checkpoint.documents import DocumentError, read_document
-from checkpoint.files import read_regular
-from trainer.data.source import DataError, TextUnits, digest, shown
-from trainer.data.tokenizer import TokenizerFiles, tokenizer_hash
+from regrow.checkpoint.documents import DocumentError, read_document
+from regrow.checkpoint.files import read_regular
+from regrow.trainer.data.source import DataError, TextUnits, digest, shown
+from regrow.trainer.data.tokenizer import TokenizerFiles, tokenizer_hash
 
 __all__ = ["RECIPE", "Recipe", "check_recipe", "recipe_key", "recipe_of"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
-from trainer.data.config import DataConfig
+from regrow.trainer.data.config import DataConfig
 
 __all__ = ["DataError", "Notes", "Source", "TextUnits", "Unit", "digest", "shown"]
 

@@ -10,8 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import final
 
-from trainer.data.cache import cache_folder, content_digest
-from trainer.data.source import DataError, TextUnits, Unit, digest
+from regrow.trainer.data.cache import cache_folder, content_digest
+from regrow.trainer.data.source import DataError, TextUnits, Unit, digest
 
 __all__ = ["StdlibSource"]
 

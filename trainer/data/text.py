@@ -7,10 +7,10 @@ from glob import escape, glob
 from pathlib import Path
 from typing import final
 
-from trainer.data.cache import cache_folder, content_digest
-from trainer.data.config import TextConfig
-from trainer.data.corpus_files import check_regular, read_json_lines, read_text, reading
-from trainer.data.source import DataError, Notes, TextUnits, Unit, digest
+from regrow.trainer.data.cache import cache_folder, content_digest
+from regrow.trainer.data.config import TextConfig
+from regrow.trainer.data.corpus_files import check_regular, read_json_lines, read_text, reading
+from regrow.trainer.data.source import DataError, Notes, TextUnits, Unit, digest
 
 __all__ = ["TextSource"]
 
@@ -66,7 +66,7 @@ class TextSource(TextUnits):
         units: list[Unit] = []
         for path in self._paths():
             if path.suffix == ".parquet":
-                from trainer.data.parquet import row_groups
+                from regrow.trainer.data.parquet import row_groups
 
                 units += [Unit(str(path), g, g + 1) for g in range(row_groups(path, self.config.field))]
                 continue
@@ -91,7 +91,7 @@ class TextSource(TextUnits):
         if path.suffix == ".txt":
             yield from read_text(path, self.config.txt_document_bytes)
         elif path.suffix == ".parquet":
-            from trainer.data.parquet import read_row_group
+            from regrow.trainer.data.parquet import read_row_group
 
             yield from read_row_group(path, unit.start, self.config.field, self.notes)
         else:

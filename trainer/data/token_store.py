@@ -20,11 +20,11 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Meta
 
-from checkpoint.documents import Count, DocumentError, convert_document, parse_json
-from checkpoint.files import open_regular, read_regular
-from trainer.data.config import TokensConfig
-from trainer.data.source import DataError, Source, shown
-from trainer.data.tokenizer import parse_tokenizer, stored_options, tokenizer_hash, vocabulary_size
+from regrow.checkpoint.documents import Count, DocumentError, convert_document, parse_json
+from regrow.checkpoint.files import open_regular, read_regular
+from regrow.trainer.data.config import TokensConfig
+from regrow.trainer.data.source import DataError, Source, shown
+from regrow.trainer.data.tokenizer import parse_tokenizer, stored_options, tokenizer_hash, vocabulary_size
 
 __all__ = [
     "Index",

@@ -12,9 +12,9 @@ import msgspec
 from msgspec import Meta
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from checkpoint.documents import DocumentError, convert_document, parse_json
-from checkpoint.files import read_regular
-from trainer.data.source import DataError, shown
+from regrow.checkpoint.documents import DocumentError, convert_document, parse_json
+from regrow.checkpoint.files import read_regular
+from regrow.trainer.data.source import DataError, shown
 
 __all__ = [
     "END_OF_TEXT",

@@ -5,7 +5,7 @@ from typing import final
 import numpy as np
 import numpy.typing as npt
 
-from trainer.data.token_store import TokenStore
+from regrow.trainer.data.token_store import TokenStore
 
 __all__ = ["Windows"]
 

@@ -1,1 +1,1 @@
-"""The hooks that come with Regrow, one file each; `trainer.hook` is what they implement."""
+"""The hooks that come with Regrow, one file each; `regrow.trainer.hook` is what they implement."""

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import final
 
-from trainer.hook import Hook
-from trainer.hooks.on_main import run_on_main
-from trainer.loop import Trainer
+from regrow.trainer.hook import Hook
+from regrow.trainer.hooks.on_main import run_on_main
+from regrow.trainer.loop import Trainer
 
 __all__ = ["BeginHook"]
 

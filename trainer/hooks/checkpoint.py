@@ -14,28 +14,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from checkpoint.catalog import Catalog
-from checkpoint.config import AsyncMode, WhenBusy
-from checkpoint.documents import DocumentError
-from checkpoint.errors import CheckpointError, DamagedStepError, LastSaveError
-from checkpoint.lease import LeaseLostError
-from checkpoint.lineage import Lineage, StartKind, StartPoint, start_point
-from checkpoint.loading import is_verified, load_tensors
-from checkpoint.manifest import Manifest, read_manifest
-from checkpoint.partial import LoadRules, load_from, pin_source, stored_step
-from checkpoint.policy import SaveContext, SavePolicy, save_reasons
-from checkpoint.reading import reading
-from checkpoint.retention import RetentionRule
-from checkpoint.saver import SaveResult, SaverOptions, StepSaver
-from checkpoint.source import TensorSource
-from checkpoint.storage.base import Storage
-from checkpoint.storage.opening import open_storage
-from trainer.hook import Hook
-from trainer.hooks.export import exported_steps
-from trainer.hooks.last_save import LastSave, cast_weights, save_in_hf
-from trainer.hooks.on_main import run_on_main
-from trainer.loop import StopReason, Trainer
-from trainer.state import TrainState
+from regrow.checkpoint.config import AsyncMode, WhenBusy
+from regrow.checkpoint.documents import DocumentError
+from regrow.checkpoint.errors import CheckpointError, DamagedStepError, LastSaveError
+from regrow.checkpoint.format.manifest import Manifest, read_manifest
+from regrow.checkpoint.format.tensor_source import TensorSource
+from regrow.checkpoint.load.initial_load import LoadRules, load_from, pin_source, stored_step
+from regrow.checkpoint.load.loading import is_verified, load_tensors
+from regrow.checkpoint.policy.lineage import Lineage, StartKind, StartPoint, start_point
+from regrow.checkpoint.policy.retention import RetentionRule
+from regrow.checkpoint.policy.save import SaveContext, SavePolicy, save_reasons
+from regrow.checkpoint.run.catalog import Catalog
+from regrow.checkpoint.run.lease import LeaseLostError
+from regrow.checkpoint.run.reader_lock import reading
+from regrow.checkpoint.save.saver import SaveResult, SaverOptions, StepSaver
+from regrow.checkpoint.storage.base import Storage
+from regrow.checkpoint.storage.opening import open_storage
+from regrow.trainer.hook import Hook
+from regrow.trainer.hooks.export import exported_steps
+from regrow.trainer.hooks.last_save import LastSave, cast_weights, save_in_hf
+from regrow.trainer.hooks.on_main import run_on_main
+from regrow.trainer.loop import StopReason, Trainer
+from regrow.trainer.state import TrainState
 
 __all__ = ["CheckpointHook", "CheckpointPlan", "stop_seconds"]
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from trainer.config import HookConfig
+from regrow.trainer.config import HookConfig
 
 __all__ = ["GarbageConfig", "PlotConfig", "SampleConfig", "ValidationConfig"]
 
@@ -18,7 +18,7 @@ class ValidationConfig(HookConfig):
     """
 
     SCHEMA: ClassVar[tuple[str, str]] = ("hook", "validation_schema")
-    _target_: str = "trainer.hooks.validation.ValidationHook"
+    _target_: str = "regrow.trainer.hooks.validation.ValidationHook"
     every: int = 100
     max_batches: int = 10
 
@@ -34,7 +34,7 @@ class SampleConfig(HookConfig):
     """
 
     SCHEMA: ClassVar[tuple[str, str]] = ("hook", "sample_schema")
-    _target_: str = "trainer.hooks.sample.SampleHook"
+    _target_: str = "regrow.trainer.hooks.sample.SampleHook"
     prompts: list[str] = field(default_factory=lambda: ["The"])
     tokens: int = 64
     temperature: float = 0.7
@@ -49,7 +49,7 @@ class GarbageConfig(HookConfig):
     """
 
     SCHEMA: ClassVar[tuple[str, str]] = ("hook", "garbage_schema")
-    _target_: str = "trainer.hooks.garbage.GarbageHook"
+    _target_: str = "regrow.trainer.hooks.garbage.GarbageHook"
     every: int = 50
 
 
@@ -58,4 +58,4 @@ class PlotConfig(HookConfig):
     """A picture of the loss, `loss.png`, when the run ends."""
 
     SCHEMA: ClassVar[tuple[str, str]] = ("hook", "plot_schema")
-    _target_: str = "trainer.hooks.plot.PlotHook"
+    _target_: str = "regrow.trainer.hooks.plot.PlotHook"

@@ -11,16 +11,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import final
 
-from checkpoint.catalog import Catalog
-from checkpoint.files import fsync_folder, naming
-from checkpoint.lineage import Lineage
-from checkpoint.reading import reading
-from checkpoint.sources import open_source
-from checkpoint.step_name import parse_step_name, step_folder_name
-from checkpoint.storage.base import Storage
-from trainer.hf_folder import HfExport, export_hf
-from trainer.hook import Hook
-from trainer.loop import Trainer
+from regrow.checkpoint.files import fsync_folder, naming
+from regrow.checkpoint.format.step_name import parse_step_name, step_folder_name
+from regrow.checkpoint.load.open_source import open_source
+from regrow.checkpoint.policy.lineage import Lineage
+from regrow.checkpoint.run.catalog import Catalog
+from regrow.checkpoint.run.reader_lock import reading
+from regrow.checkpoint.storage.base import Storage
+from regrow.trainer.hf_folder import HfExport, export_hf
+from regrow.trainer.hook import Hook
+from regrow.trainer.loop import Trainer
 
 __all__ = ["ExportHook", "ExportPlan", "export_step", "exported_steps"]
 

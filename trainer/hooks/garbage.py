@@ -3,9 +3,9 @@
 import gc
 from typing import final
 
-from trainer.hook import Hook
-from trainer.hooks.config import GarbageConfig
-from trainer.loop import Trainer
+from regrow.trainer.hook import Hook
+from regrow.trainer.hooks.config import GarbageConfig
+from regrow.trainer.loop import Trainer
 
 __all__ = ["GarbageHook"]
 

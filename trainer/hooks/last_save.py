@@ -9,14 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from checkpoint.config import AsyncMode
-from checkpoint.errors import CheckpointError
-from checkpoint.manifest import Manifest
-from checkpoint.plan import local_tensor
-from checkpoint.saver import StepSaver
-from trainer.hf_folder import HfExport
-from trainer.hooks.export import export_step, remove_leftovers
-from trainer.parallel.context import ParallelContext
+from regrow.checkpoint.config import AsyncMode
+from regrow.checkpoint.errors import CheckpointError
+from regrow.checkpoint.format.layout import local_tensor
+from regrow.checkpoint.format.manifest import Manifest
+from regrow.checkpoint.save.saver import StepSaver
+from regrow.trainer.hf_folder import HfExport
+from regrow.trainer.hooks.export import export_step, remove_leftovers
+from regrow.trainer.parallel.context import ParallelContext
 
 __all__ = ["LastSave", "cast_weights", "save_in_hf"]
 

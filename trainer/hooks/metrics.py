@@ -6,9 +6,9 @@ from typing import Any, final
 import numpy as np
 import torch.distributed as dist
 
-from trainer.hook import Hook
-from trainer.jsonlines import StepLog
-from trainer.loop import Trainer
+from regrow.trainer.hook import Hook
+from regrow.trainer.jsonlines import StepLog
+from regrow.trainer.loop import Trainer
 
 __all__ = ["METRICS", "SAMPLES", "MetricsHook", "SamplesHook"]
 

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-from checkpoint.errors import CheckpointError
-from checkpoint.lease import LeaseLostError
-from trainer.parallel.context import ParallelContext
-from trainer.run_record import RunRecordError
+from regrow.checkpoint.errors import CheckpointError
+from regrow.checkpoint.run.lease import LeaseLostError
+from regrow.trainer.parallel.context import ParallelContext
+from regrow.trainer.run_record import RunRecordError
 
 __all__ = ["run_on_main"]
 

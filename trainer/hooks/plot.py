@@ -4,11 +4,11 @@ import logging
 from pathlib import Path
 from typing import final
 
-from trainer.hook import Hook
-from trainer.hooks.config import PlotConfig
-from trainer.hooks.metrics import METRICS
-from trainer.jsonlines import read_rows
-from trainer.loop import Trainer
+from regrow.trainer.hook import Hook
+from regrow.trainer.hooks.config import PlotConfig
+from regrow.trainer.hooks.metrics import METRICS
+from regrow.trainer.jsonlines import read_rows
+from regrow.trainer.loop import Trainer
 
 __all__ = ["PlotHook", "plot_loss"]
 

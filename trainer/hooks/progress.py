@@ -8,8 +8,8 @@ from typing import Any, final
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from trainer.hook import Hook
-from trainer.loop import Trainer
+from regrow.trainer.hook import Hook
+from regrow.trainer.loop import Trainer
 
 __all__ = ["ProgressHook", "format_row"]
 

@@ -5,11 +5,11 @@ import signal
 from collections.abc import Mapping
 from typing import Any, final
 
-from checkpoint.lease import LeaseLostError
-from trainer.hook import Hook
-from trainer.loop import Trainer
-from trainer.process import Interrupted
-from trainer.run_record import Attempt, RunRecord, RunRecordError
+from regrow.checkpoint.run.lease import LeaseLostError
+from regrow.trainer.hook import Hook
+from regrow.trainer.loop import Trainer
+from regrow.trainer.process import Interrupted
+from regrow.trainer.run_record import Attempt, RunRecord, RunRecordError
 
 __all__ = ["RecordHook"]
 

@@ -5,10 +5,10 @@ from typing import final
 
 from tokenizers import Tokenizer
 
-from trainer.generate import generate
-from trainer.hook import Hook
-from trainer.hooks.config import SampleConfig
-from trainer.loop import Trainer
+from regrow.trainer.generate import generate
+from regrow.trainer.hook import Hook
+from regrow.trainer.hooks.config import SampleConfig
+from regrow.trainer.loop import Trainer
 
 __all__ = ["SampleHook"]
 

@@ -12,8 +12,8 @@ from typing import Any, final
 
 import psutil
 
-from trainer.hook import Hook
-from trainer.loop import Trainer
+from regrow.trainer.hook import Hook
+from regrow.trainer.loop import Trainer
 
 __all__ = ["STARTED_VARIABLE", "StartupHook", "begin", "mark"]
 

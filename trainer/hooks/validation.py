@@ -8,13 +8,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from trainer.data.loader import step_batch
-from trainer.data.windows import Windows
-from trainer.hook import Hook
-from trainer.hooks.config import ValidationConfig
-from trainer.hooks.metrics import METRICS
-from trainer.jsonlines import read_rows, rewrite_rows
-from trainer.loop import Trainer
+from regrow.trainer.data.loader import step_batch
+from regrow.trainer.data.windows import Windows
+from regrow.trainer.hook import Hook
+from regrow.trainer.hooks.config import ValidationConfig
+from regrow.trainer.hooks.metrics import METRICS
+from regrow.trainer.jsonlines import read_rows, rewrite_rows
+from regrow.trainer.loop import Trainer
 
 __all__ = ["ValidationHook"]
 

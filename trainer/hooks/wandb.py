@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, final
 
-from trainer.config import WandbConfig
-from trainer.hook import Hook
-from trainer.hooks.metrics import METRICS
-from trainer.jsonlines import read_rows
-from trainer.loop import Trainer
-from trainer.run_record import RunRecord, RunRecordError
+from regrow.trainer.config import WandbConfig
+from regrow.trainer.hook import Hook
+from regrow.trainer.hooks.metrics import METRICS
+from regrow.trainer.jsonlines import read_rows
+from regrow.trainer.loop import Trainer
+from regrow.trainer.run_record import RunRecord, RunRecordError
 
 __all__ = ["WandbHook"]
 

@@ -15,18 +15,18 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from checkpoint.plan import local_box
-from models.base import LanguageModel
-from models.config import DecoderConfig
-from models.cpu import CPU_PRODUCTS
-from models.init import fill_shard
-from models.moe import MixtureOfExperts
-from trainer.config import ActivationCheckpoint, ContextMethod, ParallelConfig, PrecisionName, TrainConfig
-from trainer.parallel.context import ParallelContext
-from trainer.parallel.expert import apply_expert_parallel, set_auxiliary_loss
-from trainer.parallel.sequence import ContextGroup, apply_context_parallel
-from trainer.parallel.stages import StagePlan, plan_stages
-from trainer.parallel.tensor import TensorGroup, apply_tensor_parallel
+from regrow.checkpoint.format.layout import local_box
+from regrow.models.base import LanguageModel
+from regrow.models.config import DecoderConfig
+from regrow.models.cpu import CPU_PRODUCTS
+from regrow.models.init import fill_shard
+from regrow.models.moe import MixtureOfExperts
+from regrow.trainer.config import ActivationCheckpoint, ContextMethod, ParallelConfig, PrecisionName, TrainConfig
+from regrow.trainer.parallel.context import ParallelContext
+from regrow.trainer.parallel.expert import apply_expert_parallel, set_auxiliary_loss
+from regrow.trainer.parallel.sequence import ContextGroup, apply_context_parallel
+from regrow.trainer.parallel.stages import StagePlan, plan_stages
+from regrow.trainer.parallel.tensor import TensorGroup, apply_tensor_parallel
 
 __all__ = ["ParallelModel", "initialise", "local_shard", "parallelise", "reshard"]
 

@@ -9,8 +9,8 @@ import torch.distributed as dist
 import torch.distributed.tensor.debug as tensor_debug
 from torch.distributed.rendezvous import rendezvous
 
-from trainer.parallel.layout import Layout
-from trainer.parallel.mesh import Meshes, make_meshes
+from regrow.trainer.parallel.layout import Layout
+from regrow.trainer.parallel.mesh import Meshes, make_meshes
 
 __all__ = ["ParallelContext", "close_parallel", "open_parallel"]
 

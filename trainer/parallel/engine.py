@@ -9,17 +9,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from models.config import DecoderConfig
-from models.moe import MixtureOfExperts
-from trainer.config import PipelineSchedule, PrecisionName
-from trainer.data.loader import IGNORE, MicroBatch
-from trainer.loss import attention_mask, summed_cross_entropy
-from trainer.optimizer import global_grad_norm
-from trainer.parallel.apply import ParallelModel, reshard
-from trainer.parallel.context import ParallelContext
-from trainer.parallel.pieces import positions_of
-from trainer.parallel.pipeline import Pipeline, StageInput
-from trainer.parallel.vocabulary import summed_vocabulary_cross_entropy
+from regrow.models.config import DecoderConfig
+from regrow.models.moe import MixtureOfExperts
+from regrow.trainer.config import PipelineSchedule, PrecisionName
+from regrow.trainer.data.loader import IGNORE, MicroBatch
+from regrow.trainer.loss import attention_mask, summed_cross_entropy
+from regrow.trainer.optimizer import global_grad_norm
+from regrow.trainer.parallel.apply import ParallelModel, reshard
+from regrow.trainer.parallel.context import ParallelContext
+from regrow.trainer.parallel.pieces import positions_of
+from regrow.trainer.parallel.pipeline import Pipeline, StageInput
+from regrow.trainer.parallel.vocabulary import summed_vocabulary_cross_entropy
 
 __all__ = ["Engine"]
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
-from models.moe import Experts, MixtureOfExperts, run_experts
-from trainer.parallel.collectives import all_to_all, exchange_now
-from trainer.parallel.tensor import become, local, place
+from regrow.models.moe import Experts, MixtureOfExperts, run_experts
+from regrow.trainer.parallel.collectives import all_to_all, exchange_now
+from regrow.trainer.parallel.tensor import become, local, place
 
 __all__ = ["apply_expert_parallel", "set_auxiliary_loss"]
 

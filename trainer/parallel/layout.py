@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
-from trainer.config import ParallelConfig
+from regrow.trainer.config import ParallelConfig
 
 __all__ = ["DEGREES", "Layout", "divisors_of", "resolve_layout"]
 

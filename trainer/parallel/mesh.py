@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from trainer.parallel.layout import Layout
+from regrow.trainer.parallel.layout import Layout
 
 __all__ = ["Meshes", "make_meshes"]
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
 
-from trainer.config import PipelineSchedule
-from trainer.parallel.stages import StagePlan
+from regrow.trainer.config import PipelineSchedule
+from regrow.trainer.parallel.stages import StagePlan
 
 __all__ = ["Pipeline", "StageInput"]
 

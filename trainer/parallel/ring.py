@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.parallel.collectives import begin_shift, end_shift
-from trainer.parallel.pieces import pieces
+from regrow.trainer.parallel.collectives import begin_shift, end_shift
+from regrow.trainer.parallel.pieces import pieces
 
 __all__ = ["block_attention", "block_gradients", "ring_attention"]
 

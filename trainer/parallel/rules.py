@@ -4,17 +4,17 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from models.config import DecoderConfig, ModelConfig
-from models.qwen3.config import Qwen3MoeConfig
-from trainer.config import (
+from regrow.models.config import DecoderConfig, ModelConfig
+from regrow.models.qwen3.config import Qwen3MoeConfig
+from regrow.trainer.config import (
     ActivationCheckpoint,
     ContextMethod,
     ParallelConfig,
     PipelineSchedule,
     TrainConfig,
 )
-from trainer.parallel.layout import Layout, divisors_of
-from trainer.parallel.stages import stages_per_rank
+from regrow.trainer.parallel.layout import Layout, divisors_of
+from regrow.trainer.parallel.stages import stages_per_rank
 
 __all__ = ["Batch", "check_layout"]
 

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import Attention, attend
-from trainer.config import ContextMethod
-from trainer.parallel.collectives import all_to_all, gather
-from trainer.parallel.pieces import pieces, positions_of
-from trainer.parallel.ring import ring_attention
+from regrow.models.layers import Attention, attend
+from regrow.trainer.config import ContextMethod
+from regrow.trainer.parallel.collectives import all_to_all, gather
+from regrow.trainer.parallel.pieces import pieces, positions_of
+from regrow.trainer.parallel.ring import ring_attention
 
 __all__ = ["ContextGroup", "apply_context_parallel"]
 

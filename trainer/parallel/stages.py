@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trainer.config import ParallelConfig, PipelineSchedule
+from regrow.trainer.config import ParallelConfig, PipelineSchedule
 
 __all__ = ["StagePlan", "plan_stages", "split_layers", "stages_per_rank"]
 

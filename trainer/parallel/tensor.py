@@ -17,9 +17,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
-from models.base import LanguageModel
-from models.plan import Style
-from trainer.parallel.collectives import copy_to, gather, join, reduce_from, scatter, split
+from regrow.models.base import LanguageModel
+from regrow.models.plan import Style
+from regrow.trainer.parallel.collectives import copy_to, gather, join, reduce_from, scatter, split
 
 __all__ = ["TensorGroup", "apply_tensor_parallel", "become", "local", "place"]
 

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.data.loader import IGNORE
-from trainer.parallel.collectives import reduce_now
+from regrow.trainer.data.loader import IGNORE
+from regrow.trainer.parallel.collectives import reduce_now
 
 __all__ = ["summed_vocabulary_cross_entropy"]
 

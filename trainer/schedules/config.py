@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from trainer.config import SchedulerConfig
+from regrow.trainer.config import SchedulerConfig
 
 __all__ = ["CosineConfig", "LinearConfig", "WSDConfig"]
 
@@ -17,7 +17,7 @@ class WSDConfig(SchedulerConfig):
     """
 
     SCHEMA: ClassVar[tuple[str, str]] = ("scheduler", "wsd_schema")
-    _target_: str = "trainer.schedules.shapes.WarmupStableDecay"
+    _target_: str = "regrow.trainer.schedules.shapes.WarmupStableDecay"
     decay_ratio: float = 0.2
 
 
@@ -26,7 +26,7 @@ class CosineConfig(SchedulerConfig):
     """Half a cosine after the warm-up."""
 
     SCHEMA: ClassVar[tuple[str, str]] = ("scheduler", "cosine_schema")
-    _target_: str = "trainer.schedules.shapes.Cosine"
+    _target_: str = "regrow.trainer.schedules.shapes.Cosine"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -34,4 +34,4 @@ class LinearConfig(SchedulerConfig):
     """A straight line after the warm-up."""
 
     SCHEMA: ClassVar[tuple[str, str]] = ("scheduler", "linear_schema")
-    _target_: str = "trainer.schedules.shapes.Linear"
+    _target_: str = "regrow.trainer.schedules.shapes.Linear"

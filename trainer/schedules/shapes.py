@@ -8,9 +8,9 @@ All of them rise in a straight line to 1, which they reach at the end of the war
 import math
 from typing import final
 
-from trainer.config import SchedulerConfig
-from trainer.schedules.base import Schedule
-from trainer.schedules.config import CosineConfig, LinearConfig, WSDConfig
+from regrow.trainer.config import SchedulerConfig
+from regrow.trainer.schedules.base import Schedule
+from regrow.trainer.schedules.config import CosineConfig, LinearConfig, WSDConfig
 
 __all__ = ["Cosine", "Linear", "WarmupStableDecay"]
 

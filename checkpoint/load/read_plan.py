@@ -1,0 +1,149 @@
+"""Which stored bytes a tensor needs: arithmetic on boxes, rows and blocks."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from regrow.checkpoint.errors import CheckpointError, DamagedStepError
+from regrow.checkpoint.format.layout import Chunk
+from regrow.checkpoint.format.rank_manifest import StoredItem
+from regrow.checkpoint.format.tiling import tiles_exactly
+
+__all__ = ["ReadPiece", "bytes_to_read", "check_names", "covered", "plan_reads"]
+
+
+class ReadPiece(NamedTuple):
+    """The part of a stored chunk that a target needs.
+
+    Attributes:
+        item: the stored chunk.
+        box: for each dimension (start, stop) of the needed part, in the whole tensor.
+        rows: (first, last + 1) row of the stored chunk that is read.
+    """
+
+    item: StoredItem
+    box: tuple[tuple[int, int], ...]
+    rows: tuple[int, int]
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one row of the stored chunk."""
+        return self.item.data_bytes // self.item.shape[0] if self.item.shape else self.item.data_bytes
+
+    @property
+    def needed(self) -> tuple[int, int]:
+        """The bytes of the rows, counted from the item's first."""
+        return self.rows[0] * self.row_bytes, self.rows[1] * self.row_bytes
+
+    @property
+    def verified(self) -> tuple[int, int]:
+        """The same, widened to whole blocks: what is read."""
+        block, (start, stop) = self.item.block_bytes, self.needed
+        return start // block * block, min(-(-stop // block) * block, self.item.data_bytes)
+
+
+def _overlap(item: StoredItem, target: Chunk) -> tuple[tuple[int, int], ...] | None:
+    box = []
+    for a, n, b, m in zip(item.offset, item.shape, target.offset, target.shape, strict=True):
+        start, stop = max(a, b), min(a + n, b + m)
+        if start >= stop:
+            return None
+        box.append((start, stop))
+    return tuple(box)
+
+
+def _pieces(items: Sequence[StoredItem], target: Chunk) -> Iterator[ReadPiece]:
+    for item in items:
+        box = _overlap(item, target)
+        if box is not None:
+            rows = (box[0][0] - item.offset[0], box[0][1] - item.offset[0]) if box else (0, 1)
+            yield ReadPiece(item=item, box=box, rows=rows)
+
+
+def _elements(pieces: Sequence[ReadPiece]) -> int:
+    return sum(math.prod([stop - start for start, stop in piece.box]) for piece in pieces)
+
+
+def _fills(pieces: Sequence[ReadPiece], target: Chunk) -> bool:
+    if _elements(pieces) != math.prod(target.shape):
+        return False
+    boxes = (
+        tuple((start - o, stop - o) for (start, stop), o in zip(piece.box, target.offset, strict=True))
+        for piece in pieces
+    )
+    return len(pieces) <= 1 or tiles_exactly(target.shape, boxes)
+
+
+def covered(items: Sequence[StoredItem], target: Chunk) -> bool:
+    """Whether the stored chunks fill a target."""
+    return _fills(list(_pieces(items, target)), target)
+
+
+def plan_reads(items: Sequence[StoredItem], target: Chunk) -> list[ReadPiece]:
+    """The pieces that fill a target.
+
+    Raises:
+        DamagedStepError: the stored chunks do not cover it.
+    """
+    if len(items) == 1 and items[0].shape == target.shape and items[0].offset == target.offset:
+        # As a rule the layout is that of the save.
+        (item,) = items
+        box = tuple([(start, start + n) for start, n in zip(item.offset, item.shape, strict=True)])
+        return [ReadPiece(item=item, box=box, rows=(0, item.shape[0]) if box else (0, 1))]
+    pieces = list(_pieces(items, target))
+    if not _fills(pieces, target):
+        raise DamagedStepError(
+            f"{target.name} must be in the checkpoint once and whole, but {_elements(pieces)} of "
+            f"{math.prod(target.shape)} elements are there, or some twice; the step is damaged, use another one"
+        )
+    return pieces
+
+
+def bytes_to_read(pieces: Sequence[ReadPiece]) -> int:
+    """What reading them costs."""
+    return sum(stop - start for start, stop in (piece.verified for piece in pieces))
+
+
+def check_names(
+    place: str, items: Sequence[StoredItem], tensors: Mapping[str, Tensor]
+) -> Mapping[str, list[StoredItem]]:
+    """The stored chunks by tensor, once every tensor is known to be there with its shape and dtype.
+
+    Args:
+        place: the step, for messages.
+        items: what is stored.
+        tensors: what is wanted.
+
+    Raises:
+        CheckpointError: one is not.
+    """
+    stored: dict[str, list[StoredItem]] = defaultdict(list)
+    for item in items:
+        stored[item.name].append(item)
+    missing = [name for name in tensors if name not in stored]
+    if missing:
+        raise CheckpointError(
+            f"{place} must hold {missing[0]}, but does not ({len(missing)} of {len(tensors)} names are missing); "
+            "use the model it was saved from, or exclude that part with checkpoint.exclude_from_loading"
+        )
+    for name, tensor in tensors.items():
+        item = stored[name][0]
+        if any((i.global_shape, i.dtype) != (item.global_shape, item.dtype) for i in stored[name]):
+            raise DamagedStepError(
+                f"the chunks of {name} in {place} must be of one tensor, but differ in shape or dtype; the step is "
+                "damaged, use another one"
+            )
+        if item.global_shape != tuple(tensor.shape):
+            raise CheckpointError(
+                f"{name} in {place} has shape {item.global_shape}, but the model's has {tuple(tensor.shape)}; "
+                "use the model's dimensions that it was saved with"
+            )
+        if item.torch_dtype != tensor.dtype:
+            raise CheckpointError(
+                f"{name} in {place} is {item.torch_dtype}, but the model's is {tensor.dtype}; "
+                "convert the checkpoint first"
+            )
+    return stored

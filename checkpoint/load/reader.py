@@ -1,0 +1,116 @@
+"""Reads a step into existing tensors: only the ranges that they need, every byte verified before it is used.
+
+Each thread reads a run of bytes that follow each other, through a descriptor of its own: the system then reads ahead.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+from torch import Tensor
+
+from regrow.checkpoint.format.layout import Chunk, chunk_of, local_tensor
+from regrow.checkpoint.format.rank_manifest import StoredItem
+from regrow.checkpoint.load.read_ops import Box, Fill, Part, forget_scratch, parts_of, requests_of
+from regrow.checkpoint.load.read_plan import check_names, plan_reads
+from regrow.checkpoint.storage.base import RangeReader, Storage
+from regrow.checkpoint.storage.opening import as_storage
+
+__all__ = ["read_chunk", "read_tensors"]
+
+# A tensor's stored chunks, the box of it that is wanted, and the memory for that.
+_Wanted = tuple[Sequence[StoredItem], Chunk, Tensor]
+
+
+def read_tensors(
+    place: Storage | Path | str, items: Sequence[StoredItem], tensors: Mapping[str, Tensor], *, threads: int = 0
+) -> int:
+    """Fills the tensors' local parts in place; returns the bytes read.
+
+    Args:
+        place: the step.
+        items: what is stored there.
+        tensors: by flat name.
+        threads: that read at once; 0 takes what suits the storage and this rank's cores.
+
+    Raises:
+        CheckpointError: a name is missing, or has another shape or dtype.
+        DamagedStepError: naming file and tensor. The tensors' values are then undefined.
+    """
+    storage = as_storage(place)
+    by_name = check_names(storage.url, items, tensors)
+    wanted = ((by_name[name], chunk_of(name, t), local_tensor(t)) for name, t in tensors.items())
+    fills = _fills(storage.url, wanted, storage.request_bytes)
+    shares = list(_shares(fills, threads or _threads(storage))) or [[]]
+    # This thread takes the first share: with as many as there are cores, the system keeps each on its own.
+    with ThreadPoolExecutor(max(1, len(shares) - 1), thread_name_prefix="read") as pool:
+        others = [pool.submit(_read_share, storage, share) for share in shares[1:]]
+        return _read_share(storage, shares[0]) + sum(job.result() for job in others)
+
+
+def read_chunk(
+    place: str, files: Mapping[str, RangeReader], items: Sequence[StoredItem], target: Chunk, local: Tensor
+) -> int:
+    """Fills one box of a tensor from its stored chunks, verified, in this thread; returns the bytes read.
+
+    Args:
+        place: the step, for messages.
+        files: opened, by name.
+        items: the tensor's stored chunks.
+        target: which box.
+        local: receives it.
+    """
+    request_bytes = next(iter(files.values())).request_bytes
+    return sum(fill.run(files[fill.file]) for fill in _fills(place, [(items, target, local)], request_bytes))
+
+
+def _fills(place: str, wanted: Iterable[_Wanted], request_bytes: int) -> list[Fill]:
+    """What threads can do apart from each other, in the order of the files' bytes."""
+    parts: list[Part] = []
+    fills: list[Fill] = []
+    for items, target, local in wanted:
+        if not local.numel():
+            continue
+        for piece in plan_reads(items, target):
+            straight = parts_of(place, piece, target, local)
+            if straight is None:
+                fills.append(Box(place, piece, target, local))
+            else:
+                parts += straight
+    parts.sort(key=lambda part: (part.item.file, part.item.data + part.start))
+    fills += requests_of(place, parts, request_bytes)
+    fills.sort(key=lambda fill: (fill.file, fill.start))
+    return fills
+
+
+def _threads(storage: Storage) -> int:
+    """As many streams as the storage likes, and on a disk no more than this rank has cores."""
+    if storage.is_remote:
+        return storage.streams
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(storage.streams, max(1, cores))
+
+
+def _shares(fills: Sequence[Fill], count: int) -> Iterator[list[Fill]]:
+    """Cuts what is to be read into runs of about the same number of bytes."""
+    total, done, share = sum(fill.stop - fill.start for fill in fills), 0, 1
+    run: list[Fill] = []
+    for fill in fills:
+        run.append(fill)
+        done += fill.stop - fill.start
+        if done * count >= total * share:
+            yield run
+            run, share = [], done * count // total + 1
+    if run:
+        yield run
+
+
+def _read_share(storage: Storage, fills: Sequence[Fill]) -> int:
+    with ExitStack() as opened:
+        files = {name: opened.enter_context(storage.open(name)) for name in sorted({f.file for f in fills})}
+        try:
+            return sum(fill.run(files[fill.file]) for fill in fills)
+        finally:
+            forget_scratch()

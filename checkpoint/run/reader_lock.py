@@ -1,0 +1,83 @@
+"""Locks of readers: a step that is being read is not removed."""
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+
+from regrow.checkpoint.documents import DocumentError, read_document
+from regrow.checkpoint.run.holder import LOCK_BYTES, Holder, Life, Watch, is_no_file, life_of, this_process
+from regrow.checkpoint.storage.base import Storage
+
+__all__ = ["held_by_readers", "is_reader_lock", "life_of_reader", "reading"]
+
+_PREFIX = "reader-"
+_SUFFIX = ".json"
+_BEAT_S = 5.0
+
+
+@contextmanager
+def reading(place: Storage) -> Iterator[None]:
+    """Keeps a step from being removed by its run's retention while it is read.
+
+    A place that cannot be written (somebody else's checkpoint, a read-only mount) is read without a lock.
+    """
+    me, done = this_process(), threading.Event()
+    name = f"{_PREFIX}{me.token}{_SUFFIX}"
+    try:
+        place.write(name, json.dumps(asdict(me)).encode(), flush=False)
+    except OSError:
+        yield
+        return
+
+    def beat() -> None:
+        holder = me
+        while not done.wait(_BEAT_S):
+            holder = replace(holder, counter=holder.counter + 1)
+            with suppress(OSError):
+                place.write(name, json.dumps(asdict(holder)).encode(), flush=False)
+
+    thread = threading.Thread(target=beat, name="reader", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        with suppress(OSError):
+            place.remove(name)
+
+
+def held_by_readers(place: Storage, watch: Watch, timeout_s: float) -> bool:
+    """Whether somebody reads the step, by the lease's rule for who is alive.
+
+    Args:
+        place: the step's folder.
+        watch: kept from question to question, so that a reader that cannot be looked at is seen to stand still.
+        timeout_s: after which such a reader is dead.
+    """
+    # Every one is looked at, so that the watch sees all of them stand still from now on.
+    lives = [life_of_reader(place, name, watch, timeout_s) for name in place.names() if is_reader_lock(name)]
+    return any(life is not Life.dead for life in lives)
+
+
+def is_reader_lock(name: str) -> bool:
+    """Whether a file in a step's folder is a reader's lock."""
+    return name.startswith(_PREFIX) and name.endswith(_SUFFIX)
+
+
+def life_of_reader(place: Storage, name: str, watch: Watch, timeout_s: float) -> Life:
+    """Whether the reader that a lock names is alive: unknown until it has stood still for `timeout_s`.
+
+    What is no lock of any version's (another kind of file, another document) has no reader. One that must not be read
+    may have.
+    """
+    try:
+        holder = read_document(place.read(name, LOCK_BYTES), Holder)
+    except (FileNotFoundError, DocumentError):
+        return Life.dead
+    except OSError as error:
+        return Life.dead if is_no_file(error) else Life.unknown
+    life, still_s = life_of(holder, this_process()), watch.still_for(holder)
+    return Life.dead if life is Life.unknown and still_s >= timeout_s else life

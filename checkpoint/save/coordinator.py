@@ -1,0 +1,162 @@
+"""How ranks report to rank 0 that their part of a step is durable, and learn whether it became valid.
+
+No collectives, and nothing of the training's process group: a connection of the saver's own to the store that the
+ranks met in, and the files themselves where there is no such store or it fails.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, final
+
+import torch.distributed as dist
+import xxhash
+
+from regrow.checkpoint.format.rank_manifest import rank_manifest_name
+from regrow.checkpoint.storage.base import Storage
+
+__all__ = ["Exchange", "Report", "own_store", "report_of"]
+
+log = logging.getLogger(__name__)
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.05
+# Ranks wait for the verdict longer than rank 0 for them, so that they hear why it failed.
+_PATIENCE = 1.5
+
+# `error`, or `files` (sizes), `hash` of the rank's manifest, and its `plan`.
+Report = dict[str, Any]
+
+
+def own_store() -> dist.Store | None:
+    """Another connection to the store of the default process group; None where it takes no second one."""
+    store: Any = dist.distributed_c10d._get_default_store()
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    if isinstance(store, dist.TCPStore):
+        # A connection serves one call at a time: waiting on the shared one would block training.
+        return dist.TCPStore(store.host, store.port, is_master=False, wait_for_workers=False)
+    return store if isinstance(store, dist.HashStore) else None
+
+
+@final
+class Exchange:
+    """One per saver, for one save at a time.
+
+    Args:
+        rank: of this process.
+        ranks: how many there are.
+        store: see `own_store`.
+        token: tells this run of the ranks from others that meet in the same store.
+        timeout_s: after which a rank that has not reported is taken for dead.
+        writer: see `Manifest`.
+    """
+
+    def __init__(
+        self, rank: int, ranks: int, store: dist.Store | None, token: str, timeout_s: float, writer: str = ""
+    ) -> None:
+        self._rank, self._ranks, self._timeout_s, self._writer = rank, ranks, timeout_s, writer
+        self._store = None if store is None else dist.PrefixStore(f"regrow-save-{token}", store)
+        self._spent: list[str] = []
+
+    def report(self, key: str, report: Report) -> None:
+        """Tells rank 0 how this rank's part ended."""
+        try:
+            if self._store is not None:
+                self._store.set(f"{key}/{self._rank}", json.dumps(report))
+                self._store.add(f"{key}/count", 1)
+        except RuntimeError as error:
+            self._give_up_store(error)
+
+    def collect(self, key: str, partial: Storage) -> list[Report]:
+        """On rank 0: all ranks' reports; of one that is missing after the time-out, an error."""
+        deadline = time.monotonic() + self._timeout_s
+        try:
+            if self._store is not None:
+                return self._collect_from_store(self._store, key, partial, deadline)
+        except RuntimeError as error:
+            self._give_up_store(error)
+        return self._collect_from_files(partial, deadline)
+
+    def _collect_from_store(self, store: dist.Store, key: str, partial: Storage, deadline: float) -> list[Report]:
+        _poll(lambda: store.add(f"{key}/count", 0) >= self._ranks, deadline)
+        reports: list[Report] = []
+        for rank in range(self._ranks):
+            name = f"{key}/{rank}"
+            there = store.check([name])
+            reports.append(json.loads(store.get(name)) if there else self._report_from_file(rank, partial))
+        self._forget(store)
+        self._spent = [*(f"{key}/{rank}" for rank in range(self._ranks)), f"{key}/count", f"{key}/verdict"]
+        return reports
+
+    def _collect_from_files(self, partial: Storage, deadline: float) -> list[Report]:
+        names = [rank_manifest_name(rank, self._writer) for rank in range(self._ranks)]
+        _poll(lambda: partial.sizes().keys() >= set(names), deadline)
+        return [self._report_from_file(rank, partial) for rank in range(self._ranks)]
+
+    def _report_from_file(self, rank: int, partial: Storage) -> Report:
+        """The report of a rank of which the store knows nothing."""
+        try:
+            return report_of(partial.read(rank_manifest_name(rank, self._writer)))
+        except FileNotFoundError:
+            return {"error": f"did not report within {self._timeout_s:g} s"}
+
+    def announce(self, key: str, verdict: str | None) -> None:
+        """On rank 0: tells the others how the step ended; None is well."""
+        try:
+            if self._store is not None:
+                self._store.set(f"{key}/verdict", json.dumps(verdict))
+        except RuntimeError as error:
+            self._give_up_store(error)
+
+    def verdict(self, key: str, is_committed: Callable[[], bool]) -> str | None:
+        """On the other ranks: what rank 0 announced.
+
+        Args:
+            key: of this save.
+            is_committed: looks at the storage, for want of a store.
+        """
+        deadline = time.monotonic() + self._timeout_s * _PATIENCE
+        try:
+            store = self._store
+            if store is not None:
+                if not _poll(lambda: bool(store.check([f"{key}/verdict"])), deadline):
+                    # Rank 0 may have lost the store alone.
+                    return None if is_committed() else "rank 0 did not say in time whether the step is complete"
+                found: str | None = json.loads(store.get(f"{key}/verdict"))
+                return found
+        except RuntimeError as error:
+            self._give_up_store(error)
+        return None if _poll(is_committed, deadline) else "the step did not become complete in time"
+
+    def _forget(self, store: dist.Store) -> None:
+        """Removes the keys of the save before: every rank has read them, since every rank has reported again."""
+        for name in self._spent:
+            store.delete_key(name)
+
+    def _give_up_store(self, error: RuntimeError) -> None:
+        log.warning("the ranks' store fails (%s); saves are agreed on by files from here on", error)
+        self._store = None
+
+
+def report_of(body: bytes) -> Report:
+    """The report that a rank's manifest is."""
+    head = json.loads(body)
+    return {
+        "error": None,
+        "files": head["files"],
+        "bytes": len(body),
+        "hash": xxhash.xxh3_128_hexdigest(body),
+        "plan": head["plan"],
+    }
+
+
+def _poll(condition: Callable[[], bool], deadline: float) -> bool:
+    """Asks again and again, ever more slowly; false when the time is over."""
+    pause = _FIRST_PAUSE_S
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(pause)
+        pause = min(pause * 1.3, _LONGEST_PAUSE_S)
+    return True

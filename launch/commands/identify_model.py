@@ -1,0 +1,156 @@
+"""Which model a checkpoint is of: by its manifest, a `config.json`, its run's config, or a flavour's name."""
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+import regrow.models
+from regrow.checkpoint.errors import CheckpointError
+from regrow.checkpoint.format.manifest import read_manifest
+from regrow.checkpoint.format.step_name import METADATA
+from regrow.checkpoint.load.initial_load import pin_source
+from regrow.checkpoint.load.loading import is_verified
+from regrow.checkpoint.load.open_source import is_hf_folder, open_source
+from regrow.checkpoint.storage.base import Storage
+from regrow.checkpoint.storage.local import LocalStorage
+from regrow.checkpoint.storage.opening import as_storage
+from regrow.launch.config.schema import Config, config_modules, register_schemas
+from regrow.launch.config.target_names import canonical_target
+from regrow.launch.run.weights import model_of_folder
+from regrow.models.config import ModelConfig
+
+__all__ = ["flavour", "model_from_settings", "model_of", "run_folder_of", "section_of_run", "settings_of_model"]
+
+
+def section_of_run(step: Storage, name: str) -> dict[str, Any]:
+    """A section of the config of the run that a step lies in; empty where there is no such config."""
+    run = run_folder_of(step)
+    if run is None:
+        return {}
+    try:
+        stored = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException):
+        # Somebody else's file of that name.
+        return {}
+    section = stored.get(name) if isinstance(stored, dict) else None
+    return {str(k): v for k, v in section.items()} if isinstance(section, dict) else {}
+
+
+class UnknownModelError(CheckpointError):
+    """A checkpoint does not say what it is of."""
+
+
+def flavour(name: str, overrides: Collection[str] = ()) -> ModelConfig:
+    """The config of a flavour in `conf/model`.
+
+    Args:
+        name: of the flavour.
+        overrides: `model.FIELD=VALUE`.
+
+    Raises:
+        ValueError: there is none of that name, or no such field.
+    """
+    from hydra import compose, initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+
+    from regrow.launch.config.errors import describe
+    from regrow.launch.config.run_name import register_resolver
+    from regrow.launch.config.typed import to_config
+
+    register_resolver()
+    register_schemas()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_module("regrow.conf", version_base="1.3"):
+            config: Config = to_config(compose("config", overrides=[f"model={name}", *overrides]))
+    except Exception as error:
+        sentence = describe(error)
+        if sentence is None:
+            raise
+        raise ValueError(sentence) from error
+    return config.model
+
+
+def settings_of_model(config: ModelConfig) -> dict[str, Any]:
+    """A config as plain values, as a manifest holds them."""
+    values = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    assert isinstance(values, dict)
+    return {str(k): v for k, v in values.items()}
+
+
+def model_from_settings(values: Mapping[str, Any], where: str) -> ModelConfig:
+    """The inverse of `settings_of_model`; fields that this version does not have are left out.
+
+    Raises:
+        ValueError: this version has no such model.
+    """
+    for module in config_modules(regrow.models):
+        for kind in vars(module).values():
+            if not (isinstance(kind, type) and dataclasses.is_dataclass(kind) and "SCHEMA" in vars(kind)):
+                continue
+            defaults = {f.name: f.default for f in dataclasses.fields(kind)}
+            if defaults.get("_target_") == canonical_target(str(values.get("_target_"))):
+                known = {k: v for k, v in values.items() if k in defaults and k != "_target_"}
+                try:
+                    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), known))
+                except OmegaConfBaseException as error:
+                    reason = str(error).splitlines()[0]
+                    raise ValueError(
+                        f"{where} must hold a model's config, but {reason}; force one with --model"
+                    ) from error
+                assert isinstance(config, ModelConfig)
+                config.check()
+                return config
+    raise ValueError(
+        f"{where} must be of a model that this version has, but is of {values.get('_target_')}; force one with "
+        "--model"
+    )
+
+
+def run_folder_of(step: Storage) -> Path | None:
+    """The run's directory that a local step lies in: the nearest folder above it with a `config.yaml`."""
+    if not isinstance(step, LocalStorage):
+        return None
+    return next((p for p in step.path.resolve().parents[:4] if (p / "config.yaml").is_file()), None)
+
+
+def model_of(place: str, forced: str | None, overrides: Collection[str] = ()) -> ModelConfig:
+    """The model that a checkpoint is of.
+
+    Args:
+        place: what `open_source` opens.
+        forced: a flavour's name, which is believed.
+        overrides: `model.FIELD=VALUE`, of that flavour.
+
+    Raises:
+        ValueError: it cannot be found out.
+    """
+    strange = next((o for o in overrides if forced is None or not o.startswith("model.")), None)
+    if strange is not None:
+        raise ValueError(
+            f"--override must be model.FIELD=VALUE beside --model, but is {strange}; write for instance "
+            "--model llama3_debug --override model.dim=256"
+        )
+    if forced is not None:
+        config = flavour(forced, overrides)
+        config.check()
+        return config
+    storage = as_storage(place)
+    if is_hf_folder(storage):
+        return model_of_folder(storage)
+    step = pin_source(storage)
+    if step.exists(METADATA):
+        settings = read_manifest(step).model if is_verified(step) else {}
+        settings = settings or section_of_run(step, "model")
+        if "_target_" in settings:
+            return model_from_settings(settings, step.url)
+    # Where it is no checkpoint at all, that is the thing to say.
+    open_source(storage).close()
+    raise UnknownModelError(
+        f"--model must be given, because {storage.url} does not say what it is of; use --model llama3_8b"
+    )

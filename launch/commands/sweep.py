@@ -1,0 +1,119 @@
+"""`regrow-sweep`: looks after a sweep."""
+
+import argparse
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+
+from regrow.launch.config.errors import UserError
+from regrow.launch.run.versions import own_version
+from regrow.launch.run.worker import log_to_console
+from regrow.launch.sweep.slurm_jobs import Job, cancel, list_jobs
+from regrow.launch.sweep.status import RunStatus, Sweep, SweepRun, inspect_run
+from regrow.launch.sweep.table import status_table
+
+__all__ = ["main"]
+
+_ENDED = ("finished",)
+
+
+def main() -> None:
+    """The command's entry; exit code 2 for bad input."""
+    arguments = _parser().parse_args()
+    log_to_console()
+    logging.getLogger().setLevel(logging.WARNING if arguments.json else logging.INFO)
+    try:
+        sys.exit(_run(arguments))
+    except (UserError, OSError, subprocess.TimeoutExpired) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="regrow-sweep", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"regrow {own_version()}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("status", "a table: state, step, losses, attempts, node, time lost between starts, checkpoints"),
+        ("resubmit", "submit again what is neither finished nor queued"),
+        ("cancel", "have the running ones save, then cancel what is queued; nothing comes back by itself"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("folder", type=Path, help="the sweep's directory (run.root)")
+        command.add_argument("--json", action="store_true", help="machine-readable")
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    folder: Path = arguments.folder.absolute()
+    sweep = Sweep.load(folder)
+    if sweep is None:
+        raise UserError(f"DIR must be a sweep's directory, but {folder} has no sweep.json; give the sweep's run.root")
+    if arguments.command == "status":
+        _show(statuses_of(sweep), as_json=arguments.json)
+        return 0
+    names = _resubmit(sweep) if arguments.command == "resubmit" else _cancel(sweep)
+    if arguments.json:
+        print(json.dumps(names))
+    else:
+        done = "resubmitted" if arguments.command == "resubmit" else "cancelled"
+        print(f"{done}: {', '.join(names) or 'none'}")
+    return 0
+
+
+def statuses_of(sweep: Sweep) -> list[RunStatus]:
+    """Of all runs, in the order in which they were given."""
+    queue = _queue(sweep)
+    return [inspect_run(run, queue) for run in sweep.runs.values()]
+
+
+def _queue(sweep: Sweep) -> dict[str, Job] | None:
+    wanted = any(run.jobs for run in sweep.runs.values())
+    return list_jobs() if wanted and shutil.which("squeue") else None
+
+
+def _show(statuses: Sequence[RunStatus], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps([asdict(s) for s in statuses], indent=1))
+        return
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(status_table(statuses))
+
+
+def _resubmit(sweep: Sweep) -> list[str]:
+    unfinished = [r for r, s in zip(sweep.runs.values(), statuses_of(sweep), strict=True) if s.state not in _ENDED]
+    # What acts each time that it is given has acted already.
+    again = ["run.resume=auto", "run.rewind=false"]
+    slurm = [r for r in unfinished if r.launcher == "slurm"]
+    for run in slurm:
+        run.arguments = [*(a for a in run.arguments if a not in again), *again]
+    names: list[str] = []
+    if slurm:
+        from regrow.launch.sweep.slurm import submit_runs
+
+        names += submit_runs(sweep.folder, slurm)
+    local = [r for r in unfinished if r.launcher == "local"]
+    if local:
+        from regrow.launch.sweep.local import run_here
+
+        codes = run_here(sweep.folder, local)
+        names += [run.name for run, code in zip(local, codes, strict=True) if code is not None]
+    return names
+
+
+def _cancel(sweep: Sweep) -> list[str]:
+    queue = _queue(sweep) or {}
+    own: dict[str, SweepRun] = {i: run for run in sweep.runs.values() for i in run.jobs if i in queue}
+    cancel(list(own))
+    return [run.name for run in own.values()]
+
+
+if __name__ == "__main__":
+    main()

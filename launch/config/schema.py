@@ -1,0 +1,144 @@
+"""The root schema, and how the schemas of all packages get into Hydra's ConfigStore."""
+
+import dataclasses
+import importlib
+import pkgutil
+from dataclasses import dataclass, field
+from enum import Enum
+from types import ModuleType
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+import regrow.checkpoint
+import regrow.models
+import regrow.trainer
+from regrow.checkpoint.config import CheckpointConfig
+from regrow.checkpoint.policy.lineage import Resume
+from regrow.models.config import ModelConfig
+from regrow.trainer.config import (
+    HookConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    SchedulerConfig,
+    TrainConfig,
+    WandbConfig,
+)
+from regrow.trainer.data.config import DataConfig
+from regrow.trainer.run_record import Extend
+
+__all__ = ["Config", "Device", "Kernels", "LaunchConfig", "Logger", "Mode", "RunConfig", "register_schemas"]
+
+
+class Mode(Enum):
+    """What the command does."""
+
+    train = "train"
+
+
+class Logger(Enum):
+    """Where metrics go beside `metrics.jsonl`."""
+
+    jsonl = "jsonl"
+    wandb = "wandb"
+
+
+class Device(Enum):
+    """Where ranks compute; `auto` takes GPUs where there are some."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Kernels(Enum):
+    """What CPUs compute with: what was measured to be fastest, or torch's operators everywhere."""
+
+    auto = "auto"
+    plain = "plain"
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """Where a run lives and how it goes on.
+
+    Attributes:
+        root: holds runs.
+        name: the run's folder below `root`; by default the model's name and a hash of what makes the run
+            what it is, so that the same command finds it again. In a sweep, its overrides.
+        resume: `auto` continues what is there, `must` fails when nothing is, `never` starts afresh.
+        rewind: apply load options again that were applied before.
+        extend: what to do where `train.steps` goes beyond the end of the learning-rate schedule that the run
+            began with: `refuse`, `stretch` the schedule over all steps, or `hold` its last value. Acts once.
+        allow_change: hyperparameters that may differ from the stored ones, by name.
+    """
+
+    root: str = "outputs"
+    name: str = MISSING
+    resume: Resume = Resume.auto
+    rewind: bool = False
+    extend: Extend = Extend.refuse
+    allow_change: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True, slots=True)
+class LaunchConfig:
+    """How ranks are started.
+
+    Attributes:
+        device: where they compute.
+        max_restarts: times that all ranks are started again, here, after one died.
+        threads_per_rank: CPU threads; 0 takes OMP_NUM_THREADS where that is set, else shares the cores. Results
+            are bitwise the same only with the same number.
+        kernels: on CPUs, `auto` uses the kernels that are faster than torch's operators here by a tenth, and keeps to
+            them for the run; `plain` uses none.
+        timeout_s: seconds after which a collective that hangs is an error.
+        elastic: with `parallel.dp_shard=-1` under Slurm, the numbers of ranks that a run may go on with.
+    """
+
+    device: Device = Device.auto
+    max_restarts: int = 0
+    threads_per_rank: int = 0
+    kernels: Kernels = Kernels.auto
+    timeout_s: float = 600.0
+    elastic: list[int] = field(default_factory=list)
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    """Everything; one section per concern."""
+
+    model: ModelConfig = MISSING
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    data: DataConfig = MISSING
+    optimizer: OptimizerConfig = MISSING
+    scheduler: SchedulerConfig = MISSING
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    logger: Logger = Logger.jsonl
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    hooks: dict[str, HookConfig] = field(default_factory=dict)
+    mode: Mode = Mode.train
+    seed: int = 0
+
+
+def config_modules(package: ModuleType) -> list[ModuleType]:
+    """The modules named `config` or `…_config` below a package; importing them needs no torch."""
+    found = pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    return [importlib.import_module(m.name) for m in found if m.name.endswith((".config", "_config"))]
+
+
+def register_schemas() -> None:
+    """Stores the root schema, and every dataclass with a `SCHEMA = (group, name)`."""
+    store = ConfigStore.instance()
+    store.store(name="config_schema", node=Config)
+    for package in (regrow.models, regrow.checkpoint, regrow.trainer):
+        for module in config_modules(package):
+            for node in vars(module).values():
+                if isinstance(node, type) and dataclasses.is_dataclass(node) and "SCHEMA" in vars(node):
+                    group, name = node.SCHEMA  # type: ignore[attr-defined]
+                    store.store(group=group, name=name, node=node)

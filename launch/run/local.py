@@ -1,0 +1,128 @@
+"""Starting a run's ranks on this machine with torch's own elastic agent."""
+
+import dataclasses
+import logging
+import os
+import pickle
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig as ElasticConfig
+from torch.distributed.launcher.api import elastic_launch
+
+from regrow.checkpoint.scratch import scratch_folder
+from regrow.launch.config.errors import naming_fields
+from regrow.launch.run.failures import first_failure
+from regrow.launch.run.signals import SIGNALS
+from regrow.launch.run.worker import OUTCOME, STOP_NOTE, Outcome, RankSpec, read_outcome
+from regrow.trainer.hooks.startup import STARTED_VARIABLE
+from regrow.trainer.process import PARENT_VARIABLE
+
+__all__ = ["run_local"]
+
+log = logging.getLogger(__name__)
+
+# How long the other ranks may take to end after one died, before they are killed.
+_SHUTDOWN_S = 10
+
+
+def run_local(spec: RankSpec) -> Outcome:
+    """Starts the ranks, passes signals on to them, restarts them as often as allowed, and says how it ended."""
+    with naming_fields(("run.root", spec.run_dir / OUTCOME)):
+        (spec.run_dir / OUTCOME).unlink(missing_ok=True)
+    with scratch_folder() as folder:
+        spec_file = folder / "spec"
+        with spec_file.open("wb") as out:
+            pickle.dump(spec, out)
+        os.environ[PARENT_VARIABLE] = str(os.getpid())
+        os.environ.setdefault(STARTED_VARIABLE, str(psutil.Process().create_time()))
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        previous = {number: signal.getsignal(number) for number in SIGNALS}
+        received = _pass_signals_on(spec_file.with_name(STOP_NOTE))
+        try:
+            # -P keeps the working directory off the path: it may hold folders named like our packages.
+            elastic_launch(_elastic_config(spec, folder), sys.executable)(
+                "-P", "-u", "-m", "regrow.launch.run.worker", str(spec_file)
+            )
+        except ChildFailedError as error:
+            return _failure(spec, error, received)
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            os.environ.pop(PARENT_VARIABLE, None)
+            os.environ.pop(STARTED_VARIABLE, None)
+    return read_outcome(spec.run_dir) or Outcome(kind="failed", step=0, message="the ranks left no stop record")
+
+
+def _elastic_config(spec: RankSpec, folder: Path) -> ElasticConfig:
+    known = {f.name for f in dataclasses.fields(ElasticConfig)}
+    options: dict[str, Any] = {
+        "min_nodes": 1,
+        "max_nodes": 1,
+        "nproc_per_node": spec.layout.world_size,
+        "logs_specs": DefaultLogsSpecs(log_dir=f"{folder}/elastic"),
+        "run_id": f"regrow-{os.getpid()}",
+        "role": "rank",
+        "rdzv_backend": "c10d",
+        "rdzv_endpoint": "127.0.0.1:0",
+        "rdzv_configs": {"is_host": True},
+        "local_addr": "127.0.0.1",
+        "max_restarts": spec.config.launch.max_restarts,
+        "monitor_interval": 0.1,
+        # TERM, INT and USR2 are ours; the agent would turn them into a kill.
+        "signals_to_handle": "SIGHUP,SIGQUIT",
+        "shutdown_timeout": _SHUTDOWN_S,
+    }
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = options["signals_to_handle"]
+    return ElasticConfig(**{name: value for name, value in options.items() if name in known})
+
+
+def _ranks() -> list[psutil.Process]:
+    """This launcher's children that are ranks."""
+    return [c for c in psutil.Process().children() if "regrow.launch.run.worker" in c.cmdline()]
+
+
+def _pass_signals_on(note: Path) -> list[int]:
+    """Sends what this process receives to the ranks, which save and end; returns the list of what came.
+
+    Args:
+        note: a file for ranks whose handlers do not stand yet, and for those that the agent starts again.
+    """
+    received: list[int] = []
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        if received.count(signal.SIGINT) > 1:
+            for rank in _ranks():
+                rank.kill()
+            os._exit(130)
+        note.write_text(str(number))
+        for rank in _ranks():
+            rank.send_signal(signal.SIGUSR2 if number == signal.SIGUSR2 else signal.SIGTERM)
+
+    for number in SIGNALS:
+        signal.signal(number, handle)
+    return received
+
+
+def _failure(spec: RankSpec, error: ChildFailedError, received: list[int]) -> Outcome:
+    if received:
+        # Ended while it was starting: nothing was lost, and the same command goes on.
+        kind = "preempted" if received[0] == signal.SIGUSR2 else "terminated"
+        return read_outcome(spec.run_dir) or Outcome(kind=kind, step=0)
+    # A rank that a signal killed says nothing; the others say that they saw it go. The agent itself sends TERM.
+    killed = [(r, f) for r, f in error.failures.items() if f.exitcode < 0 and f.exitcode != -signal.SIGTERM]
+    rank, first = min(killed, key=lambda pair: pair[1].timestamp, default=error.get_first_failure())
+    how = f"signal {signal.Signals(-first.exitcode).name}" if first.exitcode < 0 else f"exit code {first.exitcode}"
+    where = spec.run_dir / "logs" / f"rank-{rank}.log"
+    message = (None if killed else first_failure(spec.run_dir)) or f"rank {rank} died ({how})"
+    outcome = read_outcome(spec.run_dir)
+    if outcome is not None and outcome.message:
+        return outcome
+    return Outcome(kind="failed", step=0, message=f"{message}; its log is {where}")

@@ -1,0 +1,62 @@
+"""Requests to stop. Standard library only: the handlers stand before torch is imported.
+
+Before the first step there is nothing to save, so a signal ends the program at once, whatever it is loading or
+compiling; from then on it sets a flag that the loop looks at once a step.
+"""
+
+import contextlib
+import os
+import signal
+from types import FrameType
+from typing import final
+
+from regrow.trainer.process import Interrupted
+
+__all__ = ["SIGNALS", "STOP_NOTE_VARIABLE", "Interrupted", "StopFlag", "write_note"]
+
+# USR2 is a preemption or a time limit, announced by the scheduler; TERM and INT are somebody's wish.
+SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+# Names a file in which the batch script reads what its ranks were stopped by.
+STOP_NOTE_VARIABLE = "REGROW_STOP_NOTE"
+
+
+@final
+class StopFlag:
+    """The process' one signal handler.
+
+    Attributes:
+        received: the first signal since training began, None when there was none.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._deferring = False
+
+    def install(self) -> None:
+        """Takes the signals over."""
+        for number in SIGNALS:
+            signal.signal(number, self._handle)
+
+    def defer(self, *, deferring: bool) -> None:
+        """Whether a signal sets the flag (steps are done) or raises `Interrupted` (before and after)."""
+        self._deferring = deferring
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self.received is None:
+            write_note(signal.Signals(number).name.removeprefix("SIG"))
+        if not self._deferring:
+            raise Interrupted(number)
+        if self.received is not None and number == signal.SIGINT:
+            # The second Ctrl-C means it.
+            os._exit(130)
+        self.received = self.received or number
+
+
+def write_note(text: str) -> None:
+    """One line for the batch script, if there is one: a signal's name, `FAILED` or `REFUSED`."""
+    path = os.environ.get(STOP_NOTE_VARIABLE)
+    if path:
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            os.write(descriptor, f"{text}\n".encode())
+            os.close(descriptor)
