@@ -150,7 +150,7 @@ class Bench:
         options = SaverOptions(files_per_rank=files)
         self.savers = {m.name: StepSaver(folder / m.name, m, torch.device("cpu"), group, options) for m in AsyncMode}
         # Each rank's tensors are its own: nobody else holds them.
-        self.holders = {name: [self.rank] for name in self.state}
+        self.owner_ranks = {name: [self.rank] for name in self.state}
         self.step = 0
         self.readers = min(LocalStorage.streams, max(1, len(os.sched_getaffinity(0)) // self.ranks))
         # Reused, so that their memory is warm, as ours is.
@@ -175,7 +175,7 @@ class Bench:
 
     def begin(self, mode: str) -> None:
         self.step += 1
-        self.savers[mode].begin(self.state, Manifest(step=self.step, lineage="a"), self.holders)
+        self.savers[mode].save(self.state, Manifest(step=self.step, lineage="a"), self.owner_ranks)
 
     def save(self, mode: str) -> Seconds:
         """Time that the call blocks; the write behind it has ended when this returns."""

@@ -60,7 +60,7 @@ class Measurement:
 
     def save(self, saver: StepSaver, tensors: dict[str, torch.Tensor]) -> Path:
         self.step += 1
-        (result,) = [*saver.begin(tensors, Manifest(step=self.step, lineage="a")), *saver.wait()]
+        (result,) = [*saver.save(tensors, Manifest(step=self.step, lineage="a")), *saver.wait()]
         assert result.url is not None, result.error
         return Path(result.url)
 

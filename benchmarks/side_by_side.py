@@ -17,7 +17,7 @@ from benchmarks.peers import TransformersLoop
 from benchmarks.products import Products
 from regrow.launch.config.run_name import register_resolver
 from regrow.launch.config.schema import Config, register_schemas
-from regrow.launch.config.typed import plain, to_config
+from regrow.launch.config.typed import to_config, to_dict
 from regrow.launch.run.preflight import check_config, prepare_data
 from regrow.launch.run.run_dir import open_run
 from regrow.launch.run.signals import StopFlag
@@ -107,13 +107,13 @@ def one_rank(overrides: Sequence[str]) -> Iterator[tuple[Config, Trainer]]:
     register_schemas()
     with initialize_config_module("regrow.conf", version_base="1.3"):
         composed = compose("config", overrides=list(overrides))
-    config, settings = to_config(composed), plain(composed)
+    config, settings = to_config(composed), to_dict(composed)
     check_config(config)
     with tempfile.TemporaryDirectory() as folder:
         layout = resolve_layout(config.parallel, 1, ranks_are_given=False)
         spec = RankSpec(
             config=config,
-            settings=settings,
+            config_dict=settings,
             layout=layout,
             device_type="cpu",
             run_dir=Path(folder),

@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from regrow.checkpoint.run.lease import Ticket
+from regrow.checkpoint.run.lease import FencingToken
 from regrow.launch.config.errors import (
     UserError,
     check_arguments,
@@ -28,7 +28,7 @@ from regrow.launch.config.errors import (
 from regrow.launch.config.overrides import is_multirun, swept_keys
 from regrow.launch.config.run_name import register_resolver
 from regrow.launch.config.schema import Config, Device, register_schemas
-from regrow.launch.config.typed import plain, to_config
+from regrow.launch.config.typed import to_config, to_dict
 from regrow.launch.run.failures import RankFailed, clear_failures, first_failure
 from regrow.launch.run.signals import STOP_NOTE_VARIABLE, StopFlag
 from regrow.launch.run.threads import threads_per_rank
@@ -311,7 +311,7 @@ def _prepare(config: DictConfig, run_dir: Path, sweep: str | None) -> tuple[Rank
         check_disk(typed, run_dir)
     spec = RankSpec(
         config=typed,
-        settings=plain(config),
+        config_dict=to_dict(config),
         layout=layout,
         device_type=device_type,
         run_dir=run_dir,
@@ -343,7 +343,7 @@ def _open(spec: RankSpec) -> "OpenedRun":
     ]
     with naming_fields(*places):
         store = TokenStore(spec.data_folder)
-        return open_run(spec.config, spec.settings, spec.run_dir, store, overrides=spec.overrides)
+        return open_run(spec.config, spec.config_dict, spec.run_dir, store, overrides=spec.overrides)
 
 
 def _train_external(spec: RankSpec, flag: StopFlag) -> Outcome:
@@ -353,7 +353,7 @@ def _train_external(spec: RankSpec, flag: StopFlag) -> Outcome:
     from regrow.trainer.run_record import RunRecord
 
     with ExitStack() as held:
-        ticket: Ticket | None = None
+        ticket: FencingToken | None = None
 
         def open_here() -> dict[str, Any]:
             nonlocal ticket

@@ -14,7 +14,7 @@ class ModelConfig(ABC):
 
     Attributes:
         _target_: the class that is built from this config.
-        name: the flavour, for instance `llama3_8b`; part of a run's default name.
+        name: the variant, for instance `llama3_8b`; part of a run's default name.
         vocab_size: rows of the embedding, at least the tokenizer's size.
         max_seq_len: the longest sequence, in tokens, that the position encoding was made for.
         hf_assets_path: a Hugging Face folder of this model: where its weights are loaded from with

@@ -70,23 +70,23 @@ class HfKey:
     """One tensor on the disk in another layout, and what it is of ours.
 
     Attributes:
-        ours: our parameter's name.
-        theirs: the name in their files.
+        name: our parameter's name.
+        hf_name: the name in their files.
         heads: above 0, the rows are those of so many attention heads, whose halves theirs holds one after the other
             and ours interleaved (RoPE as in Meta's code).
         expert: theirs is this slice of ours in dimension 0, with that dimension left out; None: all of it.
         rows: ours are some of theirs' rows, which hold several of ours; None: all of them.
     """
 
-    ours: str
-    theirs: str
+    name: str
+    hf_name: str
     heads: int = 0
     expert: int | None = None
     rows: RowGroups | None = None
 
 
-EMBEDDING = HfKey(ours="tok_embeddings.weight", theirs="model.embed_tokens.weight")
-HEAD = HfKey(ours="output.weight", theirs="lm_head.weight")
+EMBEDDING = HfKey(name="tok_embeddings.weight", hf_name="model.embed_tokens.weight")
+HEAD = HfKey(name="output.weight", hf_name="lm_head.weight")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,7 +99,7 @@ class HfFamily:
         config_class: of our models.
         keys: all of a model's tensors on the disk; tied ones once.
         describe: our config as `config.json`'s fields.
-        read: the inverse of `describe`; the second argument is a name for the flavour. Raises ValueError for what our
+        read: the inverse of `describe`; the second argument is a name for the variant. Raises ValueError for what our
             model cannot do.
     """
 
@@ -149,7 +149,7 @@ def from_folder(folder: Path, name: str | None = None) -> tuple[HfFamily, ModelC
 
     Args:
         folder: holds `config.json`.
-        name: for the flavour; by default the folder's.
+        name: for the variant; by default the folder's.
 
     Raises:
         ValueError: no `config.json`, or one of a model that we do not have.
@@ -248,7 +248,7 @@ def has_hf_names(names: Iterable[str], config: ModelConfig | None = None) -> boo
     if family is None:
         return False
     # lm_head is a name in torchtitan's layout too.
-    return any(k.theirs in names for k in family.keys(config) if k.theirs not in (HEAD.theirs, k.ours))
+    return any(k.hf_name in names for k in family.keys(config) if k.hf_name not in (HEAD.hf_name, k.name))
 
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -350,14 +350,14 @@ def rope_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def end_keys(config: DecoderConfig, blocks: Sequence[HfKey]) -> list[HfKey]:
     """The keys of all of a decoder, given those of its blocks."""
-    keys = [EMBEDDING, *blocks, HfKey(ours="norm.weight", theirs="model.norm.weight")]
+    keys = [EMBEDDING, *blocks, HfKey(name="norm.weight", hf_name="model.norm.weight")]
     return keys if config.tied_embeddings else [*keys, HEAD]
 
 
 def block_keys(pairs: Sequence[tuple[str, str, int]], layers: int) -> list[HfKey]:
     """Keys of the repeated blocks: (our name, their name, heads) within a block, for each of `layers`."""
     return [
-        HfKey(ours=f"layers.{n}.{ours}", theirs=f"model.layers.{n}.{theirs}", heads=heads)
+        HfKey(name=f"layers.{n}.{ours}", hf_name=f"model.layers.{n}.{theirs}", heads=heads)
         for n in range(layers)
         for ours, theirs, heads in pairs
     ]

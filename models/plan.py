@@ -10,26 +10,26 @@ class Style(Enum):
 
     Attributes:
         vocabulary: an embedding, split by rows; its output is summed over ranks.
-        enter: a module whose input must be whole on every rank, and whose linear layers are split.
-        columns: a linear layer, its output features split.
-        rows: a linear layer, its input features split; its output is summed over ranks.
+        gather_input: a module whose input must be whole on every rank, and whose linear layers are split.
+        colwise: a linear layer, its output features split.
+        rowwise: a linear layer, its input features split; its output is summed over ranks.
         sequence: computed for each token by itself with the same weights, on a part of the sequence where that is
             split.
-        heads: the same weights for every head, of which a rank holds some.
+        per_head: the same weights for every head, of which a rank holds some.
         output: a linear layer, its output features (the vocabulary) split; its input is made whole first.
-        tokens: each rank takes other tokens: a mixture of experts.
-        experts: stacked weights, split by expert.
+        split_tokens: each rank takes other tokens: a mixture of experts.
+        expert: stacked weights, split by expert.
     """
 
     vocabulary = "vocabulary"
-    enter = "enter"
-    columns = "columns"
-    rows = "rows"
+    gather_input = "gather_input"
+    colwise = "colwise"
+    rowwise = "rowwise"
     sequence = "sequence"
-    heads = "heads"
+    per_head = "per_head"
     output = "output"
-    tokens = "tokens"
-    experts = "experts"
+    split_tokens = "split_tokens"
+    expert = "expert"
 
 
 # Patterns as in `fnmatch`, over the names of modules; `*` stands for a layer's number.

@@ -68,11 +68,11 @@ def fused_keys(config: DecoderConfig, names: Collection[str]) -> list[HfKey]:
     """What is ours in the fused tensors among some names, where it does not lie there by itself too."""
     found = [match for match in map(_FUSED.match, names) if match]
     keys = [
-        HfKey(ours=f"{m['attention']}.{which}.{m['rest']}", theirs=m[0], rows=rows)
+        HfKey(name=f"{m['attention']}.{which}.{m['rest']}", hf_name=m[0], rows=rows)
         for m in found
         for which, rows in _groups(config).items()
     ]
-    return [key for key in keys if key.ours not in names]
+    return [key for key in keys if key.name not in names]
 
 
 def todays_keys(config: DecoderConfig, names: Iterable[str]) -> list[HfKey]:
@@ -82,9 +82,9 @@ def todays_keys(config: DecoderConfig, names: Iterable[str]) -> list[HfKey]:
         moment = _MOMENT.match(name)
         if moment is not None:
             fused = f"{moment['attention']}.qkv_linear.wqkv.{moment['rest']}"
-            keys.append(HfKey(ours=name, theirs=fused, rows=groups[moment["which"]]))
+            keys.append(HfKey(name=name, hf_name=fused, rows=groups[moment["which"]]))
         else:
-            keys.append(HfKey(ours=name, theirs=todays_name(name)))
-        if name == EMBEDDING.ours and config.tied_embeddings:
-            keys.append(HfKey(ours=name, theirs=todays_name(HEAD.ours)))
+            keys.append(HfKey(name=name, hf_name=todays_name(name)))
+        if name == EMBEDDING.name and config.tied_embeddings:
+            keys.append(HfKey(name=name, hf_name=todays_name(HEAD.name)))
     return keys

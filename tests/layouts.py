@@ -66,7 +66,7 @@ def exact_norm(trainer: Trainer) -> float:
         offset, part = box_of(parameter.grad)
         own[name, offset] = float(part.double().square().sum())
     every: list[Any] = [None] * trainer.context.world_size
-    dist.all_gather_object(every, own, group=trainer.context.save_group)
+    dist.all_gather_object(every, own, group=trainer.context.cpu_group)
     return math.sqrt(math.fsum({box: square for held in every for box, square in held.items()}.values()))
 
 
@@ -85,7 +85,7 @@ def whole_tensors(trainer: Trainer) -> dict[str, Tensor]:
             offset, part = box_of(tensor)
             own[name] = (tuple(tensor.shape), offset, part.clone())
     parts: list[Any] = [None] * trainer.context.world_size
-    dist.all_gather_object(parts, own, group=trainer.context.save_group)
+    dist.all_gather_object(parts, own, group=trainer.context.cpu_group)
     whole: dict[str, Tensor] = {}
     for held in parts if trainer.context.is_main else []:
         for name, (shape, offset, part) in held.items():
@@ -109,7 +109,7 @@ class Recorder(Hook):
     def before_optimizer_step(self, trainer: Trainer) -> None:
         loads = {n: m.load.clone() for n, m in trainer.model.named_modules() if isinstance(m, MixtureOfExperts)}
         every: list[Any] = [None] * trainer.context.world_size
-        dist.all_gather_object(every, loads, group=trainer.context.save_group)
+        dist.all_gather_object(every, loads, group=trainer.context.cpu_group)
         total: dict[str, Tensor] = {}
         for held in every:
             for name, load in held.items():
@@ -121,7 +121,7 @@ class Recorder(Hook):
         assert trainer.batch is not None
         own = trainer.batch.ids.tolist() if trainer.context.reads_first else []
         every: list[Any] = [None] * trainer.context.world_size
-        dist.all_gather_object(every, own, group=trainer.context.save_group)
+        dist.all_gather_object(every, own, group=trainer.context.cpu_group)
         self.seen.ids.append([i for part in every for i in part])
 
     def on_metrics(self, trainer: Trainer, row: Any) -> None:

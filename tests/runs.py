@@ -31,7 +31,7 @@ class Result:
 
 def spec_of(overrides: Sequence[str], run_dir: Path, world_size: int) -> RankSpec:
     """What the launcher would tell its ranks."""
-    from regrow.launch.config.typed import plain, to_config
+    from regrow.launch.config.typed import to_config, to_dict
 
     composed = compose_config(overrides)
     config = to_config(composed)
@@ -40,7 +40,7 @@ def spec_of(overrides: Sequence[str], run_dir: Path, world_size: int) -> RankSpe
     check_parallel(config, layout, "cpu")
     return RankSpec(
         config=config,
-        settings=plain(composed),
+        config_dict=to_dict(composed),
         layout=layout,
         device_type="cpu",
         run_dir=run_dir,

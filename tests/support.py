@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from regrow.launch.config.run_name import register_resolver
 from regrow.launch.config.schema import Config, register_schemas
-from regrow.launch.config.typed import plain, to_config
+from regrow.launch.config.typed import to_config, to_dict
 from regrow.trainer.jsonlines import read_rows
 
 REPO = Path(__file__).resolve().parent.parent
@@ -54,7 +54,7 @@ def typed_config(overrides: Sequence[str]) -> Config:
 
 def settings_of(overrides: Sequence[str]) -> dict[str, Any]:
     """The composed config as plain values."""
-    return plain(compose_config(overrides))
+    return to_dict(compose_config(overrides))
 
 
 def start(arguments: Sequence[str], cwd: Path, **environ: str) -> subprocess.Popen[str]:

@@ -11,7 +11,7 @@ import torch
 from regrow.checkpoint.convert.conversion_plan import plan_safetensors
 from regrow.checkpoint.convert.convert import CastSource, ConversionResult, convert
 from regrow.checkpoint.format.tensor_source import TensorSource
-from regrow.checkpoint.sources.hf_mapping import InverseSource
+from regrow.checkpoint.sources.hf_mapping import ToHfSource
 from regrow.models.config import ModelConfig
 from regrow.models.hf import CONFIG, TOKEN_IDS, carried_over, family_of, parse_config
 from regrow.trainer.data.tokenizer import end_of_text_id, load_tokenizer
@@ -71,7 +71,7 @@ def export_hf(
     Raises:
         ValueError: one sentence; nothing lies at `out` then.
     """
-    inverse: TensorSource = InverseSource(source, family_of(export.config).keys(export.config))
+    inverse: TensorSource = ToHfSource(source, family_of(export.config).keys(export.config))
     if export.dtype is not None:
         inverse = CastSource(inverse, export.dtype)
     dtypes = {i.dtype for i in inverse.infos.values() if i.dtype.is_floating_point}

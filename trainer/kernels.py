@@ -164,5 +164,5 @@ def choose_kernels(cases: Sequence[Case], context: ParallelContext, run_dir: Pat
     """
     said: list[dict[str, bool]] = [_on_main(cases, run_dir) if context.is_main else {}]
     if context.world_size > 1:
-        dist.broadcast_object_list(said, group=context.save_group, group_src=0)
+        dist.broadcast_object_list(said, group=context.cpu_group, group_src=0)
     use(c for c in cases if said[0][str(c)])

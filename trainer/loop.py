@@ -114,7 +114,7 @@ class _Pending:
     """A step whose results are still on the device.
 
     Attributes:
-        values: float64 on the host, on its way from the device: `_AGREED` names its slots.
+        values: float64 on the host, on its way from the device: `_REDUCED` names its slots.
         arrived: the device's event after that copy; None on a CPU.
         row: what the host knows already.
         ids: the windows of the global batch.
@@ -130,7 +130,7 @@ class _Pending:
 # What ranks agree on with one reduction a step: the loss' sum, requests to stop, rank 0's clock, how many ranks are
 # still writing a checkpoint, and how many had no batch ready. The gradient norm, and the busiest expert's load where
 # there are experts, are the same on all ranks already and only travel along.
-_AGREED = (
+_REDUCED = (
     "loss_sum",
     "terminate",
     "preempt",
@@ -192,7 +192,7 @@ class Trainer:
         self._make_batches = make_batches
         self._stop_requested = stop_requested
         self._pending: _Pending | None = None
-        self._waiting, self._starved = False, True
+        self._waiting, self._any_rank_waits = False, True
         self._peak = peak_flops(context.device)
         self._flops = self.model.flops_per_token(options.seq_len)
 
@@ -240,14 +240,14 @@ class Trainer:
 
         Ranks ask each other only where one of them had to wait at the last step known to all, or at the start.
         """
-        if not self._starved:
+        if not self._any_rank_waits:
             return True
         while True:
-            wish, ready = self._stop_requested(), batches.ready(0.2)
-            asked = [wish is StopReason.terminated, wish is StopReason.preempted, ready]
+            request, ready = self._stop_requested(), batches.ready(0.2)
+            asked = [request is StopReason.terminated, request is StopReason.preempted, ready]
             flags = torch.tensor(asked, dtype=torch.float64)
             if self.context.world_size > 1:
-                dist.all_reduce(flags, group=self.context.save_group)
+                dist.all_reduce(flags, group=self.context.cpu_group)
             if flags[2] == self.context.world_size:
                 return True
             self.stop = _stop_of({"terminate": float(flags[0]), "preempt": float(flags[1])})
@@ -269,7 +269,7 @@ class Trainer:
         loss_sum, tokens = self._forward_backward(self.batch)
         self._call("before_optimizer_step")
         lr, grad_norm = self._update()
-        previous, self._pending = self._pending, self._publish(loss_sum, grad_norm, self.engine.balance(), lr)
+        previous, self._pending = self._pending, self._start_reduction(loss_sum, grad_norm, self.engine.balance(), lr)
         # Reading the step before keeps the host one step ahead of the device and no further, so that host
         # time is device time.
         self._settle(previous)
@@ -313,13 +313,13 @@ class Trainer:
         self.state.tokens += self.options.global_batch_size * self.options.seq_len
         return lr, grad_norm
 
-    def _publish(self, loss_sum: Tensor, grad_norm: Tensor, busiest: Tensor | None, lr: float) -> _Pending:
+    def _start_reduction(self, loss_sum: Tensor, grad_norm: Tensor, busiest: Tensor | None, lr: float) -> _Pending:
         """Starts the step's one small reduction."""
-        wish = self._stop_requested()
+        request = self._stop_requested()
         clock = time.monotonic() - self.last_save_clock if self.context.is_main else 0.0
         wishes = [
-            float(wish is StopReason.terminated),
-            float(wish is StopReason.preempted),
+            float(request is StopReason.terminated),
+            float(request is StopReason.preempted),
             clock,
             float(self.saving),
             float(self._waiting),
@@ -361,14 +361,14 @@ class Trainer:
             return
         if pending.arrived is not None:
             pending.arrived.synchronize()
-        values = dict(zip(_AGREED, pending.values.tolist(), strict=False))
+        values = dict(zip(_REDUCED, pending.values.tolist(), strict=False))
         loss = values["loss_sum"] / (self.options.global_batch_size * self.options.seq_len)
         if not math.isfinite(loss):
             ids = ", ".join(str(i) for i in pending.ids)
             raise NonFiniteLossError(f"the loss of step {pending.step} is {loss}; its sample ids were {ids}")
         self.seconds_since_save = values["seconds_since_save"]
         self.anyone_saving = values["saving"] > 0
-        self._starved = values["waiting"] > 0
+        self._any_rank_waits = values["waiting"] > 0
         self.stop = self.stop or _stop_of(values)
         norm = values["grad_norm"] if math.isfinite(values["grad_norm"]) else None
         if norm is None and self.context.is_main:
@@ -392,9 +392,9 @@ class Trainer:
 
     def agree_on_stop(self) -> StopReason | None:
         """Asks all ranks whether one wants to stop; waits for the answer."""
-        wish = self._stop_requested()
+        request = self._stop_requested()
         flags = torch.tensor(
-            [float(wish is StopReason.terminated), float(wish is StopReason.preempted)],
+            [float(request is StopReason.terminated), float(request is StopReason.preempted)],
             dtype=torch.float64,
             device=self.context.device,
         )

@@ -34,13 +34,13 @@ from regrow.checkpoint.save.writer import file_name
 from regrow.checkpoint.sources.safetensors import INDEX, SINGLE, header_bytes
 from regrow.checkpoint.storage.local import LocalStorage
 
-__all__ = ["OutputPlan", "Placed", "plan_safetensors", "plan_step", "plan_torch", "size_in_bytes"]
+__all__ = ["OutputPlan", "TensorPlacement", "plan_safetensors", "plan_step", "plan_torch", "size_in_bytes"]
 
 _STEP_FILE_BYTES = 4 << 30
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Placed:
+class TensorPlacement:
     """A tensor's place in the output."""
 
     name: str
@@ -63,7 +63,7 @@ class OutputPlan:
 
     files: Mapping[str, int]
     fixed: Sequence[tuple[str, int, bytes]]
-    placed: Sequence[Placed]
+    placed: Sequence[TensorPlacement]
     finish: Callable[[Path, Mapping[str, str]], None]
     single: bool = False
     prepared: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
@@ -109,7 +109,7 @@ def plan_safetensors(
         position = len(head)
         fixed.append((file, 0, head))
         for name, info in group.items():
-            placed.append(Placed(name=name, info=info, file=file, start=position))
+            placed.append(TensorPlacement(name=name, info=info, file=file, start=position))
             position += info.nbytes
         files[file] = position
 
@@ -140,7 +140,7 @@ def plan_torch(infos: Mapping[str, TensorInfo], work: Path) -> OutputPlan:
     with TorchFileSource(skeleton) as source:
         starts = {name: source.start_of(name) for name in infos}
     size = skeleton.stat().st_size
-    placed = [Placed(name=n, info=i, file=file, start=starts[n]) for n, i in infos.items()]
+    placed = [TensorPlacement(name=n, info=i, file=file, start=starts[n]) for n, i in infos.items()]
     fixed, position = [], 0
     with skeleton.open("rb") as body:
         for item in [*placed, None]:
@@ -194,7 +194,9 @@ def plan_step(
             frame = frame_of(item.chunk.dtype, item.chunk.shape)
             fixed.append((file, item.start, frame.head))
             fixed.append((file, item.data + item.data_bytes, frame.tail))
-            placed.append(Placed(name=item.chunk.name, info=infos[item.chunk.name], file=file, start=item.data))
+            placed.append(
+                TensorPlacement(name=item.chunk.name, info=infos[item.chunk.name], file=file, start=item.data)
+            )
 
     def finish(folder: Path, hashes: Mapping[str, str]) -> None:
         _finish_step(folder, hashes, plans, manifest, objects or {})

@@ -20,11 +20,11 @@ import torch
 import xxhash
 from torch import Tensor
 
-from regrow.checkpoint.convert.conversion_plan import OutputPlan, Placed
+from regrow.checkpoint.convert.conversion_plan import OutputPlan, TensorPlacement
 from regrow.checkpoint.errors import CheckpointError
 from regrow.checkpoint.files import fsync_folder
 from regrow.checkpoint.format.hashing import BlockHasher, block_bytes_for
-from regrow.checkpoint.format.tensor_source import TensorInfo, TensorSource, pieces_of, whole
+from regrow.checkpoint.format.tensor_source import TensorInfo, TensorSource, segments, whole
 from regrow.checkpoint.load.open_source import open_source
 
 __all__ = ["CastSource", "ConversionResult", "check_output", "convert"]
@@ -297,9 +297,9 @@ class _Writer:
         for job in done:
             job.result()
 
-    def _batches(self) -> list[list[Placed]]:
+    def _batches(self) -> list[list[TensorPlacement]]:
         """Neighbours in a file, about as much as becomes durable together."""
-        batches: list[list[Placed]] = []
+        batches: list[list[TensorPlacement]] = []
         filled = 0
         for placed in self._plan.placed:
             if placed.name in self._journal.found:
@@ -312,16 +312,16 @@ class _Writer:
             filled += placed.info.nbytes
         return batches
 
-    def _batch(self, batch: list[Placed]) -> None:
+    def _batch(self, batch: list[TensorPlacement]) -> None:
         hashes = {placed.name: self._tensor(placed) for placed in batch}
         os.fdatasync(self._files[batch[0].file])
         self._journal.add(hashes)
 
-    def _tensor(self, placed: Placed) -> str:
+    def _tensor(self, placed: TensorPlacement) -> str:
         """Copies one tensor; returns the hashes of its blocks."""
         position, info = placed.start, placed.info
         hasher = BlockHasher(block_bytes_for(info.nbytes))
-        for box in pieces_of(whole(info.shape), info.dtype.itemsize, PIECE_BYTES):
+        for box in segments(whole(info.shape), info.dtype.itemsize, PIECE_BYTES):
             if self._stop.is_set():
                 raise CancelledError
             value = self._source.read(placed.name, box).contiguous()
@@ -376,8 +376,8 @@ def _verify(plan: OutputPlan, work: Path, hashes: Mapping[str, str], threads: in
         raise CheckpointError(f"{wrong[0]} in {work} is not what was written; the disk may be failing, use another")
 
 
-def _hashes_of(source: TensorSource, placed: Placed) -> str:
+def _hashes_of(source: TensorSource, placed: TensorPlacement) -> str:
     hasher = BlockHasher(block_bytes_for(placed.info.nbytes))
-    for box in pieces_of(whole(placed.info.shape), placed.info.dtype.itemsize, PIECE_BYTES):
+    for box in segments(whole(placed.info.shape), placed.info.dtype.itemsize, PIECE_BYTES):
         hasher.update(_raw(source.read(placed.name, box).contiguous()))
     return hasher.blocks()

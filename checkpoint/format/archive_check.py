@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 
 from regrow.checkpoint.format.hashing import block_hashes
-from regrow.checkpoint.format.rank_manifest import StoredItem
+from regrow.checkpoint.format.rank_manifest import StoredChunk
 from regrow.checkpoint.format.torch_archive import frame_of
 from regrow.checkpoint.memory import raw_bytes
 from regrow.checkpoint.storage.base import RangeReader, Storage
@@ -24,7 +24,7 @@ _GAP_BYTES = 1 << 20
 
 
 def stream_problems(
-    place: Storage, items: Sequence[StoredItem], sizes: dict[str, int], torch_version: str
+    place: Storage, items: Sequence[StoredChunk], sizes: dict[str, int], torch_version: str
 ) -> list[str]:
     """What is wrong around the tensors' bytes, a sentence each.
 
@@ -34,7 +34,7 @@ def stream_problems(
         sizes: bytes of its files.
         torch_version: that wrote it. Another one's streams may have other heads and tails, and are read by torch.
     """
-    by_file: dict[str, list[StoredItem]] = defaultdict(list)
+    by_file: dict[str, list[StoredChunk]] = defaultdict(list)
     for item in items:
         by_file[item.file].append(item)
     problems: list[str] = []
@@ -57,7 +57,7 @@ def _minor(version: str) -> str:
 _OWN = _minor(str(torch.__version__))
 
 
-def _is_framed(file: RangeReader, item: StoredItem) -> bool:
+def _is_framed(file: RangeReader, item: StoredChunk) -> bool:
     """Whether the head and the tail are the ones that this torch writes."""
     frame = frame_of(item.torch_dtype, item.shape)
     end = item.data + item.data_bytes
@@ -68,7 +68,7 @@ def _is_framed(file: RangeReader, item: StoredItem) -> bool:
     )
 
 
-def _is_read(file: RangeReader, item: StoredItem) -> bool:
+def _is_read(file: RangeReader, item: StoredChunk) -> bool:
     """Whether torch reads the tensor's bytes out of the stream."""
     try:
         loaded = torch.load(io.BytesIO(_read(file, item.start, item.size)), map_location="cpu", weights_only=True)
@@ -80,7 +80,7 @@ def _is_read(file: RangeReader, item: StoredItem) -> bool:
     return block_hashes(data, item.block_bytes) == item.blocks
 
 
-def _gaps(stored: Sequence[StoredItem], size: int) -> Iterator[tuple[int, int]]:
+def _gaps(stored: Sequence[StoredChunk], size: int) -> Iterator[tuple[int, int]]:
     """The runs of bytes that belong to no stream."""
     position = 0
     for item in stored:

@@ -140,11 +140,11 @@ def spread(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
-def writer_of(name: str, tensor: Tensor, holders: Sequence[int]) -> int:
+def writer_of(name: str, tensor: Tensor, owner_ranks: Sequence[int]) -> int:
     """The rank that writes this rank's chunk: a hash of the name spreads what several hold evenly over them."""
     pick = spread(name)
     if not isinstance(tensor, DTensor):
-        return holders[pick % len(holders)]
+        return owner_ranks[pick % len(owner_ranks)]
     mesh = tensor.device_mesh
     coordinate = mesh.get_coordinate()
     assert coordinate is not None, "a rank outside of the mesh holds no part"
@@ -174,7 +174,7 @@ def make_plan(
     rank: int,
     ranks: int,
     files: int = 1,
-    holders: Mapping[str, Sequence[int]] | None = None,
+    owner_ranks: Mapping[str, Sequence[int]] | None = None,
 ) -> SavePlan:
     """Lays this rank's share of the tensors out as files.
 
@@ -183,10 +183,10 @@ def make_plan(
         rank: this rank.
         ranks: how many there are.
         files: to spread the share over.
-        holders: the ranks that hold a tensor between them, where that is not all of them (a pipeline's stages).
+        owner_ranks: the ranks that hold a tensor between them, where that is not all of them (a pipeline's stages).
             A tensor that others hold, too, is left to them where this rank is not among them.
     """
-    found = {name: (holders or {}).get(name, range(ranks)) for name in tensors}
+    found = {name: (owner_ranks or {}).get(name, range(ranks)) for name in tensors}
     mine = (
         chunk_of(name, tensor)
         for name, tensor in tensors.items()

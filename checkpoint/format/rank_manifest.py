@@ -27,7 +27,7 @@ from regrow.checkpoint.format.layout import SavePlan
 
 __all__ = [
     "DTYPES",
-    "StoredItem",
+    "StoredChunk",
     "metadata_bytes",
     "metadata_of",
     "parse_rank_manifest",
@@ -45,7 +45,7 @@ DTYPES = {
 }
 
 
-class StoredItem(NamedTuple):
+class StoredChunk(NamedTuple):
     """A chunk on the disk.
 
     Attributes:
@@ -103,7 +103,7 @@ def rank_manifest(plan: SavePlan, names: Sequence[str], blocks: Sequence[str]) -
         blocks: of each item in turn, the blocks' hashes.
     """
     items = [
-        StoredItem(
+        StoredChunk(
             name=item.chunk.name,
             dtype=str(item.chunk.dtype).removeprefix("torch."),
             global_shape=item.chunk.global_shape,
@@ -128,7 +128,7 @@ Shape = Annotated[tuple[Count, ...], Meta(max_length=64)]
 
 
 class _Item(msgspec.Struct, frozen=True):
-    """A `StoredItem` as it stands in the document."""
+    """A `StoredChunk` as it stands in the document."""
 
     name: FlatName
     dtype: str
@@ -152,10 +152,10 @@ class _RankManifest(msgspec.Struct, frozen=True):
 
 
 _DECODER = msgspec.json.Decoder(_RankManifest)
-_FIELDS = StoredItem._fields
+_FIELDS = StoredChunk._fields
 
 
-def parse_rank_manifest(body: bytes) -> list[StoredItem]:
+def parse_rank_manifest(body: bytes) -> list[StoredChunk]:
     """The items of a rank's manifest, each within its tensor and its file, none over another.
 
     Raises:
@@ -165,14 +165,14 @@ def parse_rank_manifest(body: bytes) -> list[StoredItem]:
         document = _DECODER.decode(body)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise DocumentError(str(error)) from None
-    items = [StoredItem(*[getattr(row, name) for name in _FIELDS]) for row in document.items]
+    items = [StoredChunk(*[getattr(row, name) for name in _FIELDS]) for row in document.items]
     for item in items:
         _check_item(item, document.files)
     _check_streams(items)
     return items
 
 
-def _check_item(item: StoredItem, files: dict[str, int]) -> None:
+def _check_item(item: StoredChunk, files: dict[str, int]) -> None:
     """Whether an item's fields fit each other.
 
     Raises:
@@ -196,13 +196,13 @@ def _check_item(item: StoredItem, files: dict[str, int]) -> None:
         raise DocumentError(f"{wrong} cannot be right: {item.name}")
 
 
-def _check_streams(items: Sequence[StoredItem]) -> None:
+def _check_streams(items: Sequence[StoredChunk]) -> None:
     """Whether no two streams of a file share bytes.
 
     Raises:
         DocumentError: two do.
     """
-    by_file: dict[str, list[StoredItem]] = defaultdict(list)
+    by_file: dict[str, list[StoredChunk]] = defaultdict(list)
     for item in items:
         by_file[item.file].append(item)
     for stored in by_file.values():
@@ -212,7 +212,7 @@ def _check_streams(items: Sequence[StoredItem]) -> None:
                 raise DocumentError(f"{one.name} and {other.name} share bytes")
 
 
-def metadata_of(items: Iterable[StoredItem]) -> Metadata:
+def metadata_of(items: Iterable[StoredChunk]) -> Metadata:
     """DCP's own description of the step, from all ranks' manifests."""
     tensors: dict[str, TensorStorageMetadata] = {}
     storage: dict[MetadataIndex, _StorageInfo] = {}
@@ -235,6 +235,6 @@ def metadata_of(items: Iterable[StoredItem]) -> Metadata:
     )
 
 
-def metadata_bytes(items: Iterable[StoredItem]) -> bytes:
+def metadata_bytes(items: Iterable[StoredChunk]) -> bytes:
     """The file `.metadata`."""
     return pickle.dumps(metadata_of(items))

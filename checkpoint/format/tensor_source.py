@@ -19,7 +19,7 @@ __all__ = [
     "TensorInfo",
     "TensorSource",
     "is_file_name",
-    "pieces_of",
+    "segments",
     "whole",
 ]
 
@@ -89,7 +89,7 @@ def whole(shape: Sequence[int]) -> Box:
     return tuple((0, n) for n in shape)
 
 
-def pieces_of(box: Box, itemsize: int, limit: int) -> Iterator[Box]:
+def segments(box: Box, itemsize: int, limit: int) -> Iterator[Box]:
     """Cuts a box into boxes of at most `limit` bytes each (or one row of the last dimension cut), in row-major order.
 
     Concatenated, their elements are the box's: a writer may put one after another.

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from regrow.checkpoint.scratch import scratch_folder
 
-__all__ = ["Frame", "frame_of"]
+__all__ = ["ArchiveFrame", "frame_of"]
 
 _RECORD = b"archive/data/0"
 _EDGE = 1 << 16
@@ -23,7 +23,7 @@ _LARGE = 1 << 18
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Frame:
+class ArchiveFrame:
     """The constant part of a tensor's stream.
 
     Attributes:
@@ -81,7 +81,7 @@ def _save_without_data(dtype: torch.dtype, shape: tuple[int, ...]) -> _Edges:
 
 
 @functools.lru_cache(maxsize=4096)
-def frame_of(dtype: torch.dtype, shape: tuple[int, ...]) -> Frame:
+def frame_of(dtype: torch.dtype, shape: tuple[int, ...]) -> ArchiveFrame:
     """The frame for a contiguous CPU tensor; costs one small `torch.save`."""
     edges = _Edges()
     if torch.Size(shape).numel() > _LARGE:
@@ -96,4 +96,4 @@ def frame_of(dtype: torch.dtype, shape: tuple[int, ...]) -> Frame:
     data_bytes = torch.empty(0, dtype=dtype).element_size() * torch.Size(shape).numel()
     tail_length = edges.size - begin - data_bytes
     assert 0 < tail_length <= _EDGE, "torch.save's container has changed"
-    return Frame(head=edges.first[:begin], data_bytes=data_bytes, tail=edges.last[-tail_length:])
+    return ArchiveFrame(head=edges.first[:begin], data_bytes=data_bytes, tail=edges.last[-tail_length:])

@@ -454,7 +454,7 @@ def plain_value(value: Any) -> Any:
     # Values can share parts, and contain themselves.
     left = _MOST_PLAIN
 
-    def plain(value: Any, depth: int) -> Any:
+    def to_dict(value: Any, depth: int) -> Any:
         nonlocal left
         left -= 1
         if left < 0 or depth > _DEEPEST:
@@ -462,9 +462,9 @@ def plain_value(value: Any) -> Any:
         if value is None or isinstance(value, bool | int | float | str):
             return value
         if type(value) in (list, tuple):
-            return type(value)(plain(v, depth + 1) for v in value)
+            return type(value)(to_dict(v, depth + 1) for v in value)
         if isinstance(value, Pairs) and all(isinstance(k, str) for k, _ in value.items):
-            return {k: plain(v, depth + 1) for k, v in value.items}
+            return {k: to_dict(v, depth + 1) for k, v in value.items}
         raise DocumentError(f"it holds {describe(value)}")
 
-    return plain(value, 0)
+    return to_dict(value, 0)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from regrow.checkpoint.format.tensor_source import TensorSource, pieces_of, whole
+from regrow.checkpoint.format.tensor_source import TensorSource, segments, whole
 from regrow.checkpoint.load.initial_load import weights_of
 
 __all__ = ["Change", "Difference", "compare"]
@@ -114,7 +114,7 @@ def _change(a: TensorSource, b: TensorSource, name: str) -> Change | None:
     left, right = a.infos[name], b.infos[name]
     smaller = min(left.dtype, right.dtype, key=lambda d: d.itemsize)
     elements, total, largest, scale = 0, 0, 0.0, 0.0
-    for box in pieces_of(whole(left.shape), max(left.dtype.itemsize, right.dtype.itemsize), _PIECE_BYTES):
+    for box in segments(whole(left.shape), max(left.dtype.itemsize, right.dtype.itemsize), _PIECE_BYTES):
         x, y = a.read(name, box).to(smaller), b.read(name, box).to(smaller)
         total += x.numel()
         scale = max(scale, float(x.double().abs().max())) if x.numel() else scale

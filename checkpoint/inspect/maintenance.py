@@ -20,12 +20,12 @@ from regrow.checkpoint.format.step_name import (
     parse_step_name,
     step_folder_name,
 )
-from regrow.checkpoint.format.tensor_source import TensorSource, pieces_of, whole
+from regrow.checkpoint.format.tensor_source import TensorSource, segments, whole
 from regrow.checkpoint.load.loading import is_incomplete, is_verified, read_items
 from regrow.checkpoint.load.open_source import DcpSource, StepSource, open_source
 from regrow.checkpoint.policy.retention import KeepEveryN, KeepLatest, RetentionRule, StoredStep, removable_steps
 from regrow.checkpoint.run.catalog import ASIDE, PIN, Catalog
-from regrow.checkpoint.run.lease import Watch, acquire_lease
+from regrow.checkpoint.run.lease import HeartbeatMonitor, acquire_lease
 from regrow.checkpoint.run.leftovers import Leftovers
 from regrow.checkpoint.storage.base import Storage
 from regrow.checkpoint.storage.local import LocalStorage
@@ -250,7 +250,7 @@ def _verify_one(place: Storage, threads: int) -> dict[str, Any]:
 def _verify_tensor(source: TensorSource, name: str) -> str | None:
     info = source.infos[name]
     try:
-        for box in pieces_of(whole(info.shape), info.dtype.itemsize, _PIECE_BYTES):
+        for box in segments(whole(info.shape), info.dtype.itemsize, _PIECE_BYTES):
             source.read(name, box)
     except (CheckpointError, OSError) as error:
         return str(error)
@@ -330,7 +330,7 @@ def repair(place: Storage) -> list[str]:
             folder.remove(name)
         left = sorted({*before, *left})
         done = [f"removed the incomplete {name}" for name in left]
-        done += Leftovers(folder, Watch(), _LEASE_S).clear()
+        done += Leftovers(folder, HeartbeatMonitor(), _LEASE_S).clear()
         catalog = Catalog(folder, _LEASE_S)
         others = {r.step for r in list_steps(folder) if r.state == "other version"}
         done += [f"step {step} is of another version of regrow and stays as it is" for step in sorted(others)]

@@ -15,7 +15,7 @@ from regrow.checkpoint.config import CheckpointConfig
 from regrow.checkpoint.errors import CheckpointError
 from regrow.checkpoint.format.layout import chunk_of, local_tensor
 from regrow.checkpoint.format.manifest import MANIFEST
-from regrow.checkpoint.format.tensor_source import Box, TensorInfo, TensorSource, pieces_of, whole
+from regrow.checkpoint.format.tensor_source import Box, TensorInfo, TensorSource, segments, whole
 from regrow.checkpoint.load.loading import resolve_foreign
 from regrow.checkpoint.storage.base import Storage
 from regrow.checkpoint.storage.opening import as_storage
@@ -196,7 +196,7 @@ def same_tensor(source: TensorSource, a: str, b: str) -> bool:
     itemsize = max(left.dtype.itemsize, right.dtype.itemsize)
     return all(
         torch.equal(source.read(a, box).to(wide), source.read(b, box).to(wide))
-        for box in pieces_of(whole(left.shape), itemsize, _PIECE_BYTES)
+        for box in segments(whole(left.shape), itemsize, _PIECE_BYTES)
     )
 
 
@@ -463,7 +463,7 @@ def _fill(source: TensorSource, name: str, tensor: Tensor, rules: LoadRules) -> 
     )
     if any(start == stop for start, stop in box):
         return
-    for piece in pieces_of(box, info.dtype.itemsize, _PIECE_BYTES):
+    for piece in segments(box, info.dtype.itemsize, _PIECE_BYTES):
         target = local
         for dim, ((start, stop), origin) in enumerate(zip(piece, chunk.offset, strict=True)):
             target = target.narrow(dim, start - origin, stop - start)

@@ -19,9 +19,9 @@ from regrow.checkpoint.documents import DocumentError
 from regrow.checkpoint.errors import CheckpointError, DamagedStepError
 from regrow.checkpoint.format.layout import chunk_of, local_tensor, writer_of
 from regrow.checkpoint.format.manifest import MANIFEST, Manifest, read_manifest
-from regrow.checkpoint.format.rank_manifest import StoredItem, parse_rank_manifest, rank_manifest_name
+from regrow.checkpoint.format.rank_manifest import StoredChunk, parse_rank_manifest, rank_manifest_name
 from regrow.checkpoint.format.step_name import METADATA, step_folder_name
-from regrow.checkpoint.format.tensor_source import pieces_of
+from regrow.checkpoint.format.tensor_source import segments
 from regrow.checkpoint.load.read_plan import check_names, covered
 from regrow.checkpoint.load.reader import read_tensors
 from regrow.checkpoint.run.catalog import Catalog
@@ -51,7 +51,7 @@ def is_verified(place: Place) -> bool:
     return as_storage(place).exists(MANIFEST)
 
 
-def read_items(place: Place, manifest: Manifest) -> list[StoredItem]:
+def read_items(place: Place, manifest: Manifest) -> list[StoredChunk]:
     """What all ranks wrote into a step.
 
     Raises:
@@ -60,7 +60,7 @@ def read_items(place: Place, manifest: Manifest) -> list[StoredItem]:
     storage = as_storage(place)
     _check_hash(storage, METADATA, manifest)
     items = _items_of(storage, manifest, range(manifest.ranks))
-    first: dict[str, StoredItem] = {}
+    first: dict[str, StoredChunk] = {}
     for item in items:
         one = first.setdefault(item.name, item)
         if (one.global_shape, one.dtype) != (item.global_shape, item.dtype):
@@ -71,11 +71,11 @@ def read_items(place: Place, manifest: Manifest) -> list[StoredItem]:
     return items
 
 
-def _items_of(storage: Storage, manifest: Manifest, ranks: Iterable[int]) -> list[StoredItem]:
+def _items_of(storage: Storage, manifest: Manifest, ranks: Iterable[int]) -> list[StoredChunk]:
     return [item for rank in ranks for item in _items_of_rank(storage, manifest, rank)]
 
 
-def _items_of_rank(storage: Storage, manifest: Manifest, rank: int) -> list[StoredItem]:
+def _items_of_rank(storage: Storage, manifest: Manifest, rank: int) -> list[StoredChunk]:
     name = rank_manifest_name(rank, manifest.writer)
     try:
         items = parse_rank_manifest(_check_hash(storage, name, manifest))
@@ -100,13 +100,13 @@ def _check_hash(storage: Storage, name: str, manifest: Manifest) -> bytes:
 
 def _needed_items(
     storage: Storage, manifest: Manifest, tensors: Mapping[str, Tensor], group: dist.ProcessGroup
-) -> list[StoredItem]:
+) -> list[StoredChunk]:
     """The items that a load reads; under the layout that wrote them, a few ranks' manifests hold them all."""
     ranks = dist.get_world_size(group)
     if ranks == manifest.ranks and ranks > 1:
         writers = sorted({writer_of(name, tensor, range(ranks)) for name, tensor in tensors.items()})
         items = _items_of(storage, manifest, writers)
-        by_name: dict[str, list[StoredItem]] = defaultdict(list)
+        by_name: dict[str, list[StoredChunk]] = defaultdict(list)
         for item in items:
             by_name[item.name].append(item)
         if all(
@@ -171,7 +171,7 @@ def _read_foreign(source: DcpSource, name: str, tensor: Tensor) -> int:
     if not local.numel():
         return 0
     box = tuple((o, o + n) for o, n in zip(chunk.offset, chunk.shape, strict=True))
-    for piece in pieces_of(box, local.element_size(), _PIECE_BYTES):
+    for piece in segments(box, local.element_size(), _PIECE_BYTES):
         target = local
         for dim, ((start, stop), (origin, _)) in enumerate(zip(piece, box, strict=True)):
             target = target.narrow(dim, start - origin, stop - start)
@@ -179,7 +179,7 @@ def _read_foreign(source: DcpSource, name: str, tensor: Tensor) -> int:
     return local.numel() * local.element_size()
 
 
-def _check_known(url: str, items: Iterable[StoredItem], known: Collection[str]) -> None:
+def _check_known(url: str, items: Iterable[StoredChunk], known: Collection[str]) -> None:
     """Whether the model has all weights that are stored; the optimizer's state goes with them."""
     others = ("optimizer.", "train_state.")
     found = sorted({i.name for i in items if i.name not in known and not i.name.startswith(others)})

@@ -13,7 +13,7 @@ from regrow.checkpoint.documents import DocumentError
 from regrow.checkpoint.errors import CheckpointError
 from regrow.checkpoint.format.layout import Chunk
 from regrow.checkpoint.format.manifest import MANIFEST, read_manifest
-from regrow.checkpoint.format.rank_manifest import StoredItem
+from regrow.checkpoint.format.rank_manifest import StoredChunk
 from regrow.checkpoint.format.tensor_source import Box, TensorInfo, TensorSource, whole
 from regrow.checkpoint.format.torch_file import TorchArchive
 from regrow.checkpoint.load.loading import is_verified, read_items, resolve_foreign
@@ -79,7 +79,7 @@ class StepSource(TensorSource):
         storage = as_storage(place)
         self.place = storage.url
         self.manifest = read_manifest(storage)
-        self._items: dict[str, list[StoredItem]] = defaultdict(list)
+        self._items: dict[str, list[StoredChunk]] = defaultdict(list)
         for item in read_items(storage, self.manifest):
             self._items[item.name].append(item)
         self.infos: Mapping[str, TensorInfo] = {

@@ -15,12 +15,12 @@ from torch import Tensor
 from regrow.checkpoint.errors import DamagedStepError
 from regrow.checkpoint.format.hashing import HASH_CHARS, block_hashes, item_hash
 from regrow.checkpoint.format.layout import Chunk
-from regrow.checkpoint.format.rank_manifest import StoredItem
-from regrow.checkpoint.load.read_plan import ReadPiece
+from regrow.checkpoint.format.rank_manifest import StoredChunk
+from regrow.checkpoint.load.read_plan import ReadSlice
 from regrow.checkpoint.memory import raw_bytes
 from regrow.checkpoint.storage.base import RangeReader
 
-__all__ = ["Box", "Fill", "Part", "forget_scratch", "parts_of", "requests_of"]
+__all__ = ["BlockRange", "ReadOp", "StridedRead", "forget_scratch", "requests_of", "split_blocks"]
 
 # What lies between two items, and is read along rather than asked for apart: the frame of a `torch.save` stream.
 _GAP = 4096
@@ -30,7 +30,7 @@ _MOST_PARTS = 400
 _unused = memoryview(bytearray(_GAP))
 
 
-class Part(NamedTuple):
+class BlockRange(NamedTuple):
     """Whole blocks of an item, and the memory that receives them.
 
     Attributes:
@@ -40,13 +40,13 @@ class Part(NamedTuple):
         copy: what is copied once it is verified, and where to, where not all of the blocks is needed.
     """
 
-    item: StoredItem
+    item: StoredChunk
     start: int
     memory: memoryview
     copy: tuple[memoryview, memoryview] | None
 
 
-class Fill(ABC):
+class ReadOp(ABC):
     """What one thread does at a time.
 
     Attributes:
@@ -65,7 +65,7 @@ class Fill(ABC):
     def run(self, file: RangeReader) -> int:
         """Reads, verifies, fills; returns the bytes read."""
 
-    def verify(self, item: StoredItem, start: int, memory: memoryview) -> None:
+    def verify(self, item: StoredChunk, start: int, memory: memoryview) -> None:
         """Blocks of an item against their hashes.
 
         Raises:
@@ -76,20 +76,20 @@ class Fill(ABC):
         if block_hashes(memory, block) != item.blocks[first * HASH_CHARS : last * HASH_CHARS]:
             raise _damage(self.place, item)
 
-    def ends_early(self, item: StoredItem) -> DamagedStepError:
+    def ends_early(self, item: StoredChunk) -> DamagedStepError:
         """The file is too short."""
         return DamagedStepError(
             f"{self.place}/{item.file} ends within {item.name}; the step is damaged, use another one"
         )
 
 
-def _damage(place: str, item: StoredItem) -> DamagedStepError:
+def _damage(place: str, item: StoredChunk) -> DamagedStepError:
     return DamagedStepError(
         f"{item.name} in {place}/{item.file} does not match its hash; the step is damaged, use another one"
     )
 
 
-def parts_of(place: str, piece: ReadPiece, target: Chunk, local: Tensor) -> list[Part] | None:
+def split_blocks(place: str, piece: ReadSlice, target: Chunk, local: Tensor) -> list[BlockRange] | None:
     """A piece that lies in the target as it lies in the file; None where its rows have to be cut.
 
     Raises:
@@ -102,18 +102,18 @@ def parts_of(place: str, piece: ReadPiece, target: Chunk, local: Tensor) -> list
         return None
     memory = _memory(local)
     if target.shape == item.shape and target.offset == item.offset:
-        return [Part(item, 0, memory, None)]
+        return [BlockRange(item, 0, memory, None)]
     low, high = piece.needed
     if len(memory) != high - low:
         first = (piece.box[0][0] - target.offset[0]) * piece.row_bytes
         memory = memory[first : first + high - low]
     start, stop = piece.verified
     if (start, stop) == (low, high):
-        return [Part(item, start, memory, None)]
+        return [BlockRange(item, start, memory, None)]
     return _with_edges(piece, memory, start, stop)
 
 
-def _with_edges(piece: ReadPiece, memory: memoryview, start: int, stop: int) -> list[Part]:
+def _with_edges(piece: ReadSlice, memory: memoryview, start: int, stop: int) -> list[BlockRange]:
     """Blocks within the needed bytes go into their place, those at the edges through memory of their own."""
     block, (low, high) = piece.item.block_bytes, piece.needed
     inner_start = min(-(-low // block) * block, stop)
@@ -124,14 +124,14 @@ def _with_edges(piece: ReadPiece, memory: memoryview, start: int, stop: int) -> 
             edge = memoryview(bytearray(edge_stop - edge_start))
             a, b = max(edge_start, low), min(edge_stop, high)
             copy = (memory[a - low : b - low], edge[a - edge_start : b - edge_start])
-            parts.append(Part(piece.item, edge_start, edge, copy))
+            parts.append(BlockRange(piece.item, edge_start, edge, copy))
     if inner_start < inner_stop:
         inner = memory[inner_start - low : inner_stop - low]
-        parts.insert(1 if start < inner_start else 0, Part(piece.item, inner_start, inner, None))
+        parts.insert(1 if start < inner_start else 0, BlockRange(piece.item, inner_start, inner, None))
     return parts
 
 
-def _is_straight(piece: ReadPiece, target: Chunk, local: Tensor) -> bool:
+def _is_straight(piece: ReadSlice, target: Chunk, local: Tensor) -> bool:
     """Whether the needed bytes lie in the target as they lie in the file."""
     if local.device.type != "cpu" or not local.is_contiguous():
         return False
@@ -141,12 +141,12 @@ def _is_straight(piece: ReadPiece, target: Chunk, local: Tensor) -> bool:
 
 
 @final
-class _Request(Fill):
+class _Request(ReadOp):
     """Parts that follow each other in a file, asked for at once."""
 
     __slots__ = ("parts",)
 
-    def __init__(self, place: str, parts: list[Part]) -> None:
+    def __init__(self, place: str, parts: list[BlockRange]) -> None:
         first, last = parts[0], parts[-1]
         stop = last.item.data + last.start + len(last.memory)
         super().__init__(place, first.item.file, first.item.data + first.start, stop)
@@ -169,11 +169,11 @@ class _Request(Fill):
         return read
 
 
-def requests_of(place: str, parts: Sequence[Part], request_bytes: int) -> Iterator[Fill]:
+def requests_of(place: str, parts: Sequence[BlockRange], request_bytes: int) -> Iterator[ReadOp]:
     """Groups parts, sorted by file and place in it, into requests of at most about so many bytes."""
-    group: list[Part] = []
+    group: list[BlockRange] = []
     size = 0
-    for part in _cut(parts, request_bytes):
+    for part in _segments(parts, request_bytes):
         if group:
             last = group[-1]
             gap = part.item.data + part.start - (last.item.data + last.start + len(last.memory))
@@ -187,7 +187,7 @@ def requests_of(place: str, parts: Sequence[Part], request_bytes: int) -> Iterat
         yield _Request(place, group)
 
 
-def _cut(parts: Sequence[Part], request_bytes: int) -> Iterator[Part]:
+def _segments(parts: Sequence[BlockRange], request_bytes: int) -> Iterator[BlockRange]:
     """The same bytes in parts that one request can hold, of whole blocks each."""
     for part in parts:
         size, step = len(part.memory), max(request_bytes, part.item.block_bytes)
@@ -195,11 +195,11 @@ def _cut(parts: Sequence[Part], request_bytes: int) -> Iterator[Part]:
             yield part
             continue
         for start in range(0, size, step):
-            yield Part(part.item, part.start + start, part.memory[start : start + step], None)
+            yield BlockRange(part.item, part.start + start, part.memory[start : start + step], None)
 
 
 @final
-class Box(Fill):
+class StridedRead(ReadOp):
     """A piece whose rows have to be cut, or copied to an accelerator.
 
     Args:
@@ -211,7 +211,7 @@ class Box(Fill):
 
     __slots__ = ("local", "piece", "target")
 
-    def __init__(self, place: str, piece: ReadPiece, target: Chunk, local: Tensor) -> None:
+    def __init__(self, place: str, piece: ReadSlice, target: Chunk, local: Tensor) -> None:
         start, stop = piece.verified
         super().__init__(place, piece.item.file, piece.item.data + start, piece.item.data + stop)
         self.piece, self.target, self.local = piece, target, local

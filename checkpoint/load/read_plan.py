@@ -9,13 +9,13 @@ from torch import Tensor
 
 from regrow.checkpoint.errors import CheckpointError, DamagedStepError
 from regrow.checkpoint.format.layout import Chunk
-from regrow.checkpoint.format.rank_manifest import StoredItem
+from regrow.checkpoint.format.rank_manifest import StoredChunk
 from regrow.checkpoint.format.tiling import tiles_exactly
 
-__all__ = ["ReadPiece", "bytes_to_read", "check_names", "covered", "plan_reads"]
+__all__ = ["ReadSlice", "bytes_to_read", "check_names", "covered", "plan_reads"]
 
 
-class ReadPiece(NamedTuple):
+class ReadSlice(NamedTuple):
     """The part of a stored chunk that a target needs.
 
     Attributes:
@@ -24,7 +24,7 @@ class ReadPiece(NamedTuple):
         rows: (first, last + 1) row of the stored chunk that is read.
     """
 
-    item: StoredItem
+    item: StoredChunk
     box: tuple[tuple[int, int], ...]
     rows: tuple[int, int]
 
@@ -45,7 +45,7 @@ class ReadPiece(NamedTuple):
         return start // block * block, min(-(-stop // block) * block, self.item.data_bytes)
 
 
-def _overlap(item: StoredItem, target: Chunk) -> tuple[tuple[int, int], ...] | None:
+def _overlap(item: StoredChunk, target: Chunk) -> tuple[tuple[int, int], ...] | None:
     box = []
     for a, n, b, m in zip(item.offset, item.shape, target.offset, target.shape, strict=True):
         start, stop = max(a, b), min(a + n, b + m)
@@ -55,19 +55,19 @@ def _overlap(item: StoredItem, target: Chunk) -> tuple[tuple[int, int], ...] | N
     return tuple(box)
 
 
-def _pieces(items: Sequence[StoredItem], target: Chunk) -> Iterator[ReadPiece]:
+def _slices(items: Sequence[StoredChunk], target: Chunk) -> Iterator[ReadSlice]:
     for item in items:
         box = _overlap(item, target)
         if box is not None:
             rows = (box[0][0] - item.offset[0], box[0][1] - item.offset[0]) if box else (0, 1)
-            yield ReadPiece(item=item, box=box, rows=rows)
+            yield ReadSlice(item=item, box=box, rows=rows)
 
 
-def _elements(pieces: Sequence[ReadPiece]) -> int:
+def _elements(pieces: Sequence[ReadSlice]) -> int:
     return sum(math.prod([stop - start for start, stop in piece.box]) for piece in pieces)
 
 
-def _fills(pieces: Sequence[ReadPiece], target: Chunk) -> bool:
+def _is_filled_by(pieces: Sequence[ReadSlice], target: Chunk) -> bool:
     if _elements(pieces) != math.prod(target.shape):
         return False
     boxes = (
@@ -77,12 +77,12 @@ def _fills(pieces: Sequence[ReadPiece], target: Chunk) -> bool:
     return len(pieces) <= 1 or tiles_exactly(target.shape, boxes)
 
 
-def covered(items: Sequence[StoredItem], target: Chunk) -> bool:
+def covered(items: Sequence[StoredChunk], target: Chunk) -> bool:
     """Whether the stored chunks fill a target."""
-    return _fills(list(_pieces(items, target)), target)
+    return _is_filled_by(list(_slices(items, target)), target)
 
 
-def plan_reads(items: Sequence[StoredItem], target: Chunk) -> list[ReadPiece]:
+def plan_reads(items: Sequence[StoredChunk], target: Chunk) -> list[ReadSlice]:
     """The pieces that fill a target.
 
     Raises:
@@ -92,9 +92,9 @@ def plan_reads(items: Sequence[StoredItem], target: Chunk) -> list[ReadPiece]:
         # As a rule the layout is that of the save.
         (item,) = items
         box = tuple([(start, start + n) for start, n in zip(item.offset, item.shape, strict=True)])
-        return [ReadPiece(item=item, box=box, rows=(0, item.shape[0]) if box else (0, 1))]
-    pieces = list(_pieces(items, target))
-    if not _fills(pieces, target):
+        return [ReadSlice(item=item, box=box, rows=(0, item.shape[0]) if box else (0, 1))]
+    pieces = list(_slices(items, target))
+    if not _is_filled_by(pieces, target):
         raise DamagedStepError(
             f"{target.name} must be in the checkpoint once and whole, but {_elements(pieces)} of "
             f"{math.prod(target.shape)} elements are there, or some twice; the step is damaged, use another one"
@@ -102,14 +102,14 @@ def plan_reads(items: Sequence[StoredItem], target: Chunk) -> list[ReadPiece]:
     return pieces
 
 
-def bytes_to_read(pieces: Sequence[ReadPiece]) -> int:
+def bytes_to_read(pieces: Sequence[ReadSlice]) -> int:
     """What reading them costs."""
     return sum(stop - start for start, stop in (piece.verified for piece in pieces))
 
 
 def check_names(
-    place: str, items: Sequence[StoredItem], tensors: Mapping[str, Tensor]
-) -> Mapping[str, list[StoredItem]]:
+    place: str, items: Sequence[StoredChunk], tensors: Mapping[str, Tensor]
+) -> Mapping[str, list[StoredChunk]]:
     """The stored chunks by tensor, once every tensor is known to be there with its shape and dtype.
 
     Args:
@@ -120,7 +120,7 @@ def check_names(
     Raises:
         CheckpointError: one is not.
     """
-    stored: dict[str, list[StoredItem]] = defaultdict(list)
+    stored: dict[str, list[StoredChunk]] = defaultdict(list)
     for item in items:
         stored[item.name].append(item)
     missing = [name for name in tensors if name not in stored]

@@ -12,8 +12,8 @@ from pathlib import Path
 from torch import Tensor
 
 from regrow.checkpoint.format.layout import Chunk, chunk_of, local_tensor
-from regrow.checkpoint.format.rank_manifest import StoredItem
-from regrow.checkpoint.load.read_ops import Box, Fill, Part, forget_scratch, parts_of, requests_of
+from regrow.checkpoint.format.rank_manifest import StoredChunk
+from regrow.checkpoint.load.read_ops import BlockRange, ReadOp, StridedRead, forget_scratch, requests_of, split_blocks
 from regrow.checkpoint.load.read_plan import check_names, plan_reads
 from regrow.checkpoint.storage.base import RangeReader, Storage
 from regrow.checkpoint.storage.opening import as_storage
@@ -21,11 +21,11 @@ from regrow.checkpoint.storage.opening import as_storage
 __all__ = ["read_chunk", "read_tensors"]
 
 # A tensor's stored chunks, the box of it that is wanted, and the memory for that.
-_Wanted = tuple[Sequence[StoredItem], Chunk, Tensor]
+_Wanted = tuple[Sequence[StoredChunk], Chunk, Tensor]
 
 
 def read_tensors(
-    place: Storage | Path | str, items: Sequence[StoredItem], tensors: Mapping[str, Tensor], *, threads: int = 0
+    place: Storage | Path | str, items: Sequence[StoredChunk], tensors: Mapping[str, Tensor], *, threads: int = 0
 ) -> int:
     """Fills the tensors' local parts in place; returns the bytes read.
 
@@ -51,7 +51,7 @@ def read_tensors(
 
 
 def read_chunk(
-    place: str, files: Mapping[str, RangeReader], items: Sequence[StoredItem], target: Chunk, local: Tensor
+    place: str, files: Mapping[str, RangeReader], items: Sequence[StoredChunk], target: Chunk, local: Tensor
 ) -> int:
     """Fills one box of a tensor from its stored chunks, verified, in this thread; returns the bytes read.
 
@@ -66,17 +66,17 @@ def read_chunk(
     return sum(fill.run(files[fill.file]) for fill in _fills(place, [(items, target, local)], request_bytes))
 
 
-def _fills(place: str, wanted: Iterable[_Wanted], request_bytes: int) -> list[Fill]:
+def _fills(place: str, wanted: Iterable[_Wanted], request_bytes: int) -> list[ReadOp]:
     """What threads can do apart from each other, in the order of the files' bytes."""
-    parts: list[Part] = []
-    fills: list[Fill] = []
+    parts: list[BlockRange] = []
+    fills: list[ReadOp] = []
     for items, target, local in wanted:
         if not local.numel():
             continue
         for piece in plan_reads(items, target):
-            straight = parts_of(place, piece, target, local)
+            straight = split_blocks(place, piece, target, local)
             if straight is None:
-                fills.append(Box(place, piece, target, local))
+                fills.append(StridedRead(place, piece, target, local))
             else:
                 parts += straight
     parts.sort(key=lambda part: (part.item.file, part.item.data + part.start))
@@ -93,10 +93,10 @@ def _threads(storage: Storage) -> int:
     return min(storage.streams, max(1, cores))
 
 
-def _shares(fills: Sequence[Fill], count: int) -> Iterator[list[Fill]]:
+def _shares(fills: Sequence[ReadOp], count: int) -> Iterator[list[ReadOp]]:
     """Cuts what is to be read into runs of about the same number of bytes."""
     total, done, share = sum(fill.stop - fill.start for fill in fills), 0, 1
-    run: list[Fill] = []
+    run: list[ReadOp] = []
     for fill in fills:
         run.append(fill)
         done += fill.stop - fill.start
@@ -107,7 +107,7 @@ def _shares(fills: Sequence[Fill], count: int) -> Iterator[list[Fill]]:
         yield run
 
 
-def _read_share(storage: Storage, fills: Sequence[Fill]) -> int:
+def _read_share(storage: Storage, fills: Sequence[ReadOp]) -> int:
     with ExitStack() as opened:
         files = {name: opened.enter_context(storage.open(name)) for name in sorted({f.file for f in fills})}
         try:

@@ -12,7 +12,7 @@ from regrow.checkpoint.format.manifest import MANIFEST, Manifest, read_manifest
 from regrow.checkpoint.format.step_name import parse_step_name, step_folder_name
 from regrow.checkpoint.policy.lineage import Lineage, is_visible
 from regrow.checkpoint.policy.retention import RetentionRule, StoredStep, removable_steps
-from regrow.checkpoint.run.lease import Watch
+from regrow.checkpoint.run.lease import HeartbeatMonitor
 from regrow.checkpoint.run.leftovers import Leftovers
 from regrow.checkpoint.run.reader_lock import held_by_readers
 from regrow.checkpoint.storage.base import Storage
@@ -51,7 +51,7 @@ class Catalog:
     def __init__(self, folder: Storage | Path | str, reader_timeout_s: float = 60.0) -> None:
         self.folder = as_storage(folder)
         self._reader_timeout_s = reader_timeout_s
-        self._watch = Watch()
+        self._watch = HeartbeatMonitor()
         self._leftovers = Leftovers(self.folder, self._watch, reader_timeout_s)
 
     def step_place(self, step: int) -> Storage:
@@ -111,7 +111,7 @@ class Catalog:
         """Removes what killed or failed writers and readers left; returns one line for each."""
         return self._leftovers.clear()
 
-    def tidy(self, lineages: Sequence[Lineage], damaged: Mapping[int, str] | None = None) -> list[str]:
+    def clean_up(self, lineages: Sequence[Lineage], damaged: Mapping[int, str] | None = None) -> list[str]:
         """Removes what a killed writer left, and moves away what the newest lineage does not descend from.
 
         Safe to repeat and to be killed in: every action is one rename or the removal of a partial folder. What
@@ -134,7 +134,7 @@ class Catalog:
             if entry.step not in problems and not is_visible(lineages, entry.step, lineage):
                 done += _attempt(
                     f"set step {entry.step} of lineage {lineage} aside",
-                    partial(self.set_aside, entry.step, lineage),
+                    partial(self.quarantine, entry.step, lineage),
                 )
         return done
 
@@ -148,9 +148,9 @@ class Catalog:
         name = step_folder_name(step)
         if not self.folder.renames and _is_cut_save(self.step_place(step)):
             return _attempt(f"removed the incomplete {name}", partial(self.folder.remove, name))
-        return _attempt(f"set step {step} aside: {problem}", partial(self.set_aside, step, "damaged"))
+        return _attempt(f"set step {step} aside: {problem}", partial(self.quarantine, step, "damaged"))
 
-    def set_aside(self, step: int, reason: str) -> None:
+    def quarantine(self, step: int, reason: str) -> None:
         """Moves a step to `set-aside/<reason>/`, where nothing looks for it but a person."""
         target, n = f"{ASIDE}/{reason}/{step_folder_name(step)}", 1
         name = target
@@ -189,9 +189,9 @@ class Catalog:
         name = step_folder_name(step)
         if self.folder.renames:
             # Renamed first: a removal that is cut short must not leave half a step under its real name.
-            doomed = f"{name}.removing-{uuid.uuid4().hex[:8]}"
-            self.folder.move(name, doomed)
-            name = doomed
+            trash_name = f"{name}.removing-{uuid.uuid4().hex[:8]}"
+            self.folder.move(name, trash_name)
+            name = trash_name
         self.folder.remove(name)
 
 

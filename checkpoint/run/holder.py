@@ -15,7 +15,7 @@ from msgspec import Meta
 
 from regrow.checkpoint.processes import boot_id, has_ended, pid_namespace, process_stat
 
-__all__ = ["LOCK_BYTES", "Holder", "Life", "Watch", "is_no_file", "life_of", "this_process"]
+__all__ = ["LOCK_BYTES", "HeartbeatMonitor", "LeaseRecord", "Liveness", "is_no_file", "life_of", "this_process"]
 
 # What a sentence can hold: no control characters, no halves of characters.
 _LINE = r"^[^\x00-\x1f\x7f\u2028\u2029\ud800-\udfff]*\Z"
@@ -25,7 +25,7 @@ LOCK_BYTES = 1 << 16
 _NO_FILE = {errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EFBIG, errno.ENAMETOOLONG}
 
 
-class Life(Enum):
+class Liveness(Enum):
     """What can be said of a holder by looking once."""
 
     alive = "alive"
@@ -34,7 +34,7 @@ class Life(Enum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Holder:
+class LeaseRecord:
     """Who holds a lease.
 
     Attributes:
@@ -69,12 +69,12 @@ class Holder:
         return f"process {self.pid} on {self.host}" + (f" (job {self.job})" if self.job else "")
 
 
-def this_process() -> Holder:
+def this_process() -> LeaseRecord:
     """The holder that this process would be."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     job = f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
     restarts = os.environ.get("SLURM_RESTART_COUNT", "")
-    return Holder(
+    return LeaseRecord(
         token=uuid.uuid4().hex[:8],
         host=platform.node()[:255],
         boot=boot_id(),
@@ -86,31 +86,31 @@ def this_process() -> Holder:
     )
 
 
-def life_of(holder: Holder, me: Holder) -> Life:
+def life_of(holder: LeaseRecord, me: LeaseRecord) -> Liveness:
     """Whether a holder lives, as far as this process can see at once.
 
     A stopped process (SIGSTOP) may never go on: whether it does is for its counter to say.
     """
     if holder.released:
-        return Life.dead
+        return Liveness.dead
     if (holder.host, holder.boot, holder.namespace) != (me.host, me.boot, me.namespace) or not me.boot:
         # Another boot of this host would be the end of all its processes, but host names are not unique.
-        return Life.unknown
+        return Liveness.unknown
     if has_ended(holder.pid, holder.started):
-        return Life.dead
+        return Liveness.dead
     state, _ = process_stat(holder.pid)
-    return Life.unknown if not state or state in "Tt" else Life.alive
+    return Liveness.unknown if not state or state in "Tt" else Liveness.alive
 
 
 @final
-class Watch:
+class HeartbeatMonitor:
     """Sees counters stand still, on this process' own clock."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._seen: dict[str, tuple[int, float]] = {}
 
-    def still_for(self, holder: Holder) -> float:
+    def idle_seconds(self, holder: LeaseRecord) -> float:
         """Seconds since this watch first saw the counter where it is."""
         now = self._clock()
         counter, since = self._seen.get(holder.token, (-1, now))
@@ -119,7 +119,7 @@ class Watch:
         self._seen[holder.token] = (holder.counter, since)
         return now - since
 
-    def has_moved(self, holder: Holder) -> bool:
+    def has_moved(self, holder: LeaseRecord) -> bool:
         """Whether the counter is not what this watch saw last; false for one that it has not seen."""
         return holder.token in self._seen and self._seen[holder.token][0] != holder.counter
 

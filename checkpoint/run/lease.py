@@ -23,19 +23,27 @@ from typing import final
 from regrow.checkpoint.documents import DocumentError, read_document
 from regrow.checkpoint.errors import CheckpointError
 from regrow.checkpoint.format.step_name import is_leftover, parse_step_name
-from regrow.checkpoint.run.holder import LOCK_BYTES, Holder, Life, Watch, is_no_file, life_of, this_process
+from regrow.checkpoint.run.holder import (
+    LOCK_BYTES,
+    HeartbeatMonitor,
+    LeaseRecord,
+    Liveness,
+    is_no_file,
+    life_of,
+    this_process,
+)
 from regrow.checkpoint.storage.base import Storage
 
 __all__ = [
     "LONGEST_TIMEOUT_S",
-    "Holder",
+    "FencingToken",
+    "HeartbeatMonitor",
     "Lease",
     "LeaseHeldError",
     "LeaseLostError",
-    "Life",
+    "LeaseRecord",
+    "Liveness",
     "Standing",
-    "Ticket",
-    "Watch",
     "acquire_lease",
     "life_of",
     "newest_lease",
@@ -75,7 +83,7 @@ class Standing(Enum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ticket:
+class FencingToken:
     """A lease as other processes of the same run know it.
 
     Attributes:
@@ -150,7 +158,7 @@ def _numbers(folder: Storage) -> list[int]:
     return [int(m[1]) for m in map(_NAME.fullmatch, folder.names()) if m]
 
 
-def newest_lease(folder: Storage, known: int = 0) -> tuple[int, Holder | None]:
+def newest_lease(folder: Storage, known: int = 0) -> tuple[int, LeaseRecord | None]:
     """The newest lease's number and holder; (0, None) where there is none.
 
     Args:
@@ -172,7 +180,7 @@ def newest_lease(folder: Storage, known: int = 0) -> tuple[int, Holder | None]:
     return listed, _unreadable(listed)
 
 
-def _read_lease(folder: Storage, number: int) -> Holder:
+def _read_lease(folder: Storage, number: int) -> LeaseRecord:
     """A lease's holder, `_unreadable` where it is no lease: somebody's, until it has stood still for long enough.
 
     Raises:
@@ -182,7 +190,7 @@ def _read_lease(folder: Storage, number: int) -> Holder:
     for look in range(_LOOKS):
         try:
             body = folder.read(_name(number), LOCK_BYTES)
-            return read_document(body, Holder)
+            return read_document(body, LeaseRecord)
         except DocumentError:
             break
         except OSError as error:
@@ -194,8 +202,8 @@ def _read_lease(folder: Storage, number: int) -> Holder:
     return _unreadable(number, body)
 
 
-def _unreadable(number: int, body: bytes = b"") -> Holder:
-    return Holder(
+def _unreadable(number: int, body: bytes = b"") -> LeaseRecord:
+    return LeaseRecord(
         token=f"unreadable-{number}", host="", boot="", namespace="", pid=0, started=0, counter=zlib.crc32(body)
     )
 
@@ -204,7 +212,7 @@ def _name(number: int) -> str:
     return f"lease-{number}.json"
 
 
-def _encode(holder: Holder) -> bytes:
+def _encode(holder: LeaseRecord) -> bytes:
     return json.dumps(asdict(holder)).encode()
 
 
@@ -221,10 +229,10 @@ class Lease:
     """
 
     folder: Storage
-    ticket: Ticket
-    seized: Holder | None
+    ticket: FencingToken
+    seized: LeaseRecord | None
     on_lost: Callable[[], None]
-    _holder: Holder
+    _holder: LeaseRecord
     _timeout_s: float
     _done: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
@@ -289,7 +297,7 @@ def acquire_lease(
     folder: Storage,
     timeout_s: float,
     what: str,
-    me: Holder | None = None,
+    me: LeaseRecord | None = None,
     on_lost: Callable[[], None] = lambda: None,
     setting: str = "checkpoint.folder",
 ) -> Lease:
@@ -322,9 +330,11 @@ def acquire_lease(
 class _Contender:
     """Wants the lease; see `acquire_lease` for the arguments."""
 
-    def __init__(self, folder: Storage, timeout_s: float, what: str, me: Holder, on_lost: Callable[[], None]) -> None:
+    def __init__(
+        self, folder: Storage, timeout_s: float, what: str, me: LeaseRecord, on_lost: Callable[[], None]
+    ) -> None:
         self._folder, self._timeout_s, self._what, self._me, self._on_lost = folder, timeout_s, what, me, on_lost
-        self._watch, self._began = Watch(), time.monotonic()
+        self._watch, self._began = HeartbeatMonitor(), time.monotonic()
 
     def acquire(self) -> Lease:
         """Waits until the lease is this process'."""
@@ -347,7 +357,7 @@ class _Contender:
                 announced = True
             time.sleep(min(_POLL_S, self._timeout_s / _BEATS))
 
-    def _may_take(self, number: int, holder: Holder) -> bool:
+    def _may_take(self, number: int, holder: LeaseRecord) -> bool:
         """Whether the holder is gone; false while that is not yet clear; raises where it is not."""
         if number >= _LAST_NUMBER:
             raise CheckpointError(
@@ -356,17 +366,17 @@ class _Contender:
             )
         life = life_of(holder, self._me)
         requeued = holder.job is not None and holder.job == self._me.job and self._me.restart > holder.restart
-        if life is Life.dead or (requeued and life is Life.unknown):
+        if life is Liveness.dead or (requeued and life is Liveness.unknown):
             return True
-        moved, still_s = self._watch.has_moved(holder), self._watch.still_for(holder)
+        moved, still_s = self._watch.has_moved(holder), self._watch.idle_seconds(holder)
         needed_s = max(self._timeout_s, min(holder.timeout_s, LONGEST_TIMEOUT_S))
-        if life is Life.unknown and still_s >= needed_s:
+        if life is Liveness.unknown and still_s >= needed_s:
             return True
         if not requeued:
-            self._refuse(number, holder, needed_s, still_s, is_alive=life is Life.alive or moved)
+            self._refuse(number, holder, needed_s, still_s, is_alive=life is Liveness.alive or moved)
         return False
 
-    def _refuse(self, number: int, holder: Holder, needed_s: float, still_s: float, *, is_alive: bool) -> None:
+    def _refuse(self, number: int, holder: LeaseRecord, needed_s: float, still_s: float, *, is_alive: bool) -> None:
         """Raises where the holder lives, or where it would have to be waited for too long."""
         if is_alive:
             raise LeaseHeldError(
@@ -381,9 +391,9 @@ class _Contender:
                 f"or remove {_name(number)} in {self._folder.url} where that process has ended"
             )
 
-    def _taken(self, number: int, before: Holder | None) -> Lease:
+    def _taken(self, number: int, before: LeaseRecord | None) -> Lease:
         """The lease is written: now what a paused writer could still make valid goes away."""
-        folder, ticket = self._folder, Ticket(number=number, token=self._me.token)
+        folder, ticket = self._folder, FencingToken(number=number, token=self._me.token)
         lease = Lease(folder, ticket, None, self._on_lost, self._me, self._timeout_s)
         try:
             for name in folder.names():
@@ -414,14 +424,14 @@ def _remove_lease(folder: Storage, name: str) -> None:
         log.warning("%s in %s cannot be removed now: %s", name, folder.url, error)
 
 
-def _withdraw_partial(folder: Storage, name: str, me: Holder) -> None:
+def _withdraw_partial(folder: Storage, name: str, me: LeaseRecord) -> None:
     # Renamed first: half of what the old writer has open must not keep the name that it will rename.
-    doomed = f"{name.split('.')[0]}.removing-{me.token}"
+    trash_name = f"{name.split('.')[0]}.removing-{me.token}"
     try:
-        folder.move(name, doomed)
+        folder.move(name, trash_name)
     except FileNotFoundError:
         return  # its writer, still dying, has just committed or removed it
     try:
-        folder.remove(doomed)
+        folder.remove(trash_name)
     except OSError as error:
-        log.warning("%s in %s cannot be removed now (%s); the next start tries again", doomed, folder.url, error)
+        log.warning("%s in %s cannot be removed now (%s); the next start tries again", trash_name, folder.url, error)

@@ -8,7 +8,7 @@ from typing import final
 
 from regrow.checkpoint.format.step_name import is_leftover, parse_step_name
 from regrow.checkpoint.processes import tag_is_dead, tag_is_local
-from regrow.checkpoint.run.holder import Life, Watch
+from regrow.checkpoint.run.holder import HeartbeatMonitor, Liveness
 from regrow.checkpoint.run.reader_lock import is_reader_lock, life_of_reader
 from regrow.checkpoint.storage.base import Storage
 
@@ -30,7 +30,7 @@ class Leftovers:
         timeout_s: after which a reader that cannot be looked at, and whose counter stands still, is dead.
     """
 
-    def __init__(self, folder: Storage, watch: Watch, timeout_s: float) -> None:
+    def __init__(self, folder: Storage, watch: HeartbeatMonitor, timeout_s: float) -> None:
         self._folder, self._watch, self._timeout_s = folder, watch, timeout_s
         self._unclear: list[tuple[str, str]] = []
 
@@ -68,7 +68,7 @@ class Leftovers:
 
     def _clear_lock(self, step: str, name: str) -> Iterator[str]:
         place = self._folder.child(step)
-        if life_of_reader(place, name, self._watch, self._timeout_s) is not Life.dead:
+        if life_of_reader(place, name, self._watch, self._timeout_s) is not Liveness.dead:
             self._unclear.append((step, name))
         elif self._remove(place, name):
             yield f"removed {step}/{name}, which a killed process left"

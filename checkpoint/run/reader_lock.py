@@ -7,7 +7,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 
 from regrow.checkpoint.documents import DocumentError, read_document
-from regrow.checkpoint.run.holder import LOCK_BYTES, Holder, Life, Watch, is_no_file, life_of, this_process
+from regrow.checkpoint.run.holder import (
+    LOCK_BYTES,
+    HeartbeatMonitor,
+    LeaseRecord,
+    Liveness,
+    is_no_file,
+    life_of,
+    this_process,
+)
 from regrow.checkpoint.storage.base import Storage
 
 __all__ = ["held_by_readers", "is_reader_lock", "life_of_reader", "reading"]
@@ -49,7 +57,7 @@ def reading(place: Storage) -> Iterator[None]:
             place.remove(name)
 
 
-def held_by_readers(place: Storage, watch: Watch, timeout_s: float) -> bool:
+def held_by_readers(place: Storage, watch: HeartbeatMonitor, timeout_s: float) -> bool:
     """Whether somebody reads the step, by the lease's rule for who is alive.
 
     Args:
@@ -59,7 +67,7 @@ def held_by_readers(place: Storage, watch: Watch, timeout_s: float) -> bool:
     """
     # Every one is looked at, so that the watch sees all of them stand still from now on.
     lives = [life_of_reader(place, name, watch, timeout_s) for name in place.names() if is_reader_lock(name)]
-    return any(life is not Life.dead for life in lives)
+    return any(life is not Liveness.dead for life in lives)
 
 
 def is_reader_lock(name: str) -> bool:
@@ -67,17 +75,17 @@ def is_reader_lock(name: str) -> bool:
     return name.startswith(_PREFIX) and name.endswith(_SUFFIX)
 
 
-def life_of_reader(place: Storage, name: str, watch: Watch, timeout_s: float) -> Life:
+def life_of_reader(place: Storage, name: str, watch: HeartbeatMonitor, timeout_s: float) -> Liveness:
     """Whether the reader that a lock names is alive: unknown until it has stood still for `timeout_s`.
 
     What is no lock of any version's (another kind of file, another document) has no reader. One that must not be read
     may have.
     """
     try:
-        holder = read_document(place.read(name, LOCK_BYTES), Holder)
+        holder = read_document(place.read(name, LOCK_BYTES), LeaseRecord)
     except (FileNotFoundError, DocumentError):
-        return Life.dead
+        return Liveness.dead
     except OSError as error:
-        return Life.dead if is_no_file(error) else Life.unknown
-    life, still_s = life_of(holder, this_process()), watch.still_for(holder)
-    return Life.dead if life is Life.unknown and still_s >= timeout_s else life
+        return Liveness.dead if is_no_file(error) else Liveness.unknown
+    life, still_s = life_of(holder, this_process()), watch.idle_seconds(holder)
+    return Liveness.dead if life is Liveness.unknown and still_s >= timeout_s else life

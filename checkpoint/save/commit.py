@@ -12,7 +12,7 @@ from regrow.checkpoint.errors import CheckpointError
 from regrow.checkpoint.format.manifest import Manifest, write_manifest
 from regrow.checkpoint.format.rank_manifest import metadata_bytes, parse_rank_manifest, rank_manifest_name
 from regrow.checkpoint.format.step_name import METADATA, step_folder_name
-from regrow.checkpoint.run.lease import LeaseLostError, Standing, Ticket
+from regrow.checkpoint.run.lease import FencingToken, LeaseLostError, Standing
 from regrow.checkpoint.save.coordinator import Report
 from regrow.checkpoint.storage.base import Storage
 
@@ -85,7 +85,7 @@ class Committer:
         writer: see `Manifest`.
     """
 
-    def __init__(self, folder: Storage, token: str, ticket: Ticket | None) -> None:
+    def __init__(self, folder: Storage, token: str, ticket: FencingToken | None) -> None:
         self._folder, self._token, self._ticket = folder, token, ticket
         self.writer = "" if folder.renames else token
         # `.metadata` of the newest layout, which is the same for every step saved under it.

@@ -16,7 +16,7 @@ import xxhash
 from regrow.checkpoint.format.rank_manifest import rank_manifest_name
 from regrow.checkpoint.storage.base import Storage
 
-__all__ = ["Exchange", "Report", "own_store", "report_of"]
+__all__ = ["Report", "SaveCoordinator", "own_store", "report_of"]
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def own_store() -> dist.Store | None:
 
 
 @final
-class Exchange:
+class SaveCoordinator:
     """One per saver, for one save at a time.
 
     Args:
@@ -101,7 +101,7 @@ class Exchange:
         except FileNotFoundError:
             return {"error": f"did not report within {self._timeout_s:g} s"}
 
-    def announce(self, key: str, verdict: str | None) -> None:
+    def publish_result(self, key: str, verdict: str | None) -> None:
         """On rank 0: tells the others how the step ended; None is well."""
         try:
             if self._store is not None:
@@ -109,7 +109,7 @@ class Exchange:
         except RuntimeError as error:
             self._give_up_store(error)
 
-    def verdict(self, key: str, is_committed: Callable[[], bool]) -> str | None:
+    def await_result(self, key: str, is_committed: Callable[[], bool]) -> str | None:
         """On the other ranks: what rank 0 announced.
 
         Args:

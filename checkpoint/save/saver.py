@@ -27,10 +27,10 @@ from regrow.checkpoint.format.layout import LayoutKey, SavePlan, layout_key, mak
 from regrow.checkpoint.format.manifest import Manifest
 from regrow.checkpoint.format.rank_manifest import rank_manifest, rank_manifest_name
 from regrow.checkpoint.format.step_name import step_folder_name
-from regrow.checkpoint.run.lease import LeaseLostError, Ticket
+from regrow.checkpoint.run.lease import FencingToken, LeaseLostError
 from regrow.checkpoint.save.commit import Committer
-from regrow.checkpoint.save.coordinator import Exchange, Report, own_store, report_of
-from regrow.checkpoint.save.staging import FileImage
+from regrow.checkpoint.save.coordinator import Report, SaveCoordinator, own_store, report_of
+from regrow.checkpoint.save.staging import StagingBuffer
 from regrow.checkpoint.save.writer import file_name, write_image, write_tensors
 from regrow.checkpoint.storage.base import Storage
 from regrow.checkpoint.storage.opening import as_storage
@@ -72,12 +72,12 @@ class SaverOptions:
 
     files_per_rank: int = 1
     commit_timeout_s: float = 600.0
-    ticket: Ticket | None = None
+    ticket: FencingToken | None = None
     use_store: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _Work:
+class _SaveJob:
     """What the background thread is given.
 
     Attributes:
@@ -89,7 +89,7 @@ class _Work:
     """
 
     plan: SavePlan
-    image: FileImage | None
+    image: StagingBuffer | None
     tensors: Mapping[str, Tensor]
     copied: Any
     problem: str | None
@@ -123,14 +123,16 @@ class StepSaver:
         self._committer = Committer(self._folder, str(token[0]), self._options.ticket)
         store = own_store() if self._options.use_store else None
         timeout_s = self._options.commit_timeout_s
-        self._exchange = Exchange(self._rank, self._ranks, store, str(token[0]), timeout_s, self._committer.writer)
+        self._exchange = SaveCoordinator(
+            self._rank, self._ranks, store, str(token[0]), timeout_s, self._committer.writer
+        )
         self._saves = 0
         self._planned: tuple[LayoutKey, SavePlan] | None = None
-        self._image: FileImage | None = None
-        self._preparing: Future[FileImage] | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="save", initializer=_give_way)
+        self._image: StagingBuffer | None = None
+        self._preparing: Future[StagingBuffer] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="save", initializer=_lower_priority)
         # One thread: hashing then leaves the other cores to training, and is still faster than the disk.
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="hash", initializer=_give_way)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="hash", initializer=_lower_priority)
         self._running: Future[SaveResult] | None = None
         self._staged = threading.Event()
         self._staged.set()
@@ -143,30 +145,30 @@ class StepSaver:
         """Whether a save of this rank's is still being written."""
         return self._running is not None and not self._running.done()
 
-    def prepare(self, tensors: Mapping[str, Tensor], holders: Mapping[str, Sequence[int]] | None = None) -> None:
+    def prepare(self, tensors: Mapping[str, Tensor], owner_ranks: Mapping[str, Sequence[int]] | None = None) -> None:
         """Makes the snapshots' memory ahead, in the background: the first save then costs what the later ones do.
 
         Page-locking takes seconds for each 10 GiB. Where it fails, the first save tries again and tells why.
 
         Args:
             tensors: as `begin` will get them; only their layout is looked at.
-            holders: see `make_plan`.
+            owner_ranks: see `make_plan`.
         """
         if self._mode is not AsyncMode.disabled:
-            self._preparing = self._thread.submit(self._image_for, self._plan_for(dict(tensors), holders))
+            self._preparing = self._thread.submit(self._image_for, self._plan_for(dict(tensors), owner_ranks))
 
-    def begin(
+    def save(
         self,
         tensors: Mapping[str, Tensor],
         manifest: Manifest,
-        holders: Mapping[str, Sequence[int]] | None = None,
+        owner_ranks: Mapping[str, Sequence[int]] | None = None,
     ) -> list[SaveResult]:
         """Starts saving a step, after the save before it has ended.
 
         Args:
             tensors: by flat name; must not change before `wait_staged` returns.
             manifest: what to write, without `ranks`, `files` and `hashes`.
-            holders: see `make_plan`.
+            owner_ranks: see `make_plan`.
 
         Returns:
             The results that had not been asked for yet; with `disabled` this step's too.
@@ -174,7 +176,7 @@ class StepSaver:
         started = time.perf_counter()
         finished = self.wait()
         held = dict(tensors)
-        plan = self._plan_for(held, holders)
+        plan = self._plan_for(held, owner_ranks)
         self._staged.clear()
         image, problem = None, None
         try:
@@ -183,7 +185,7 @@ class StepSaver:
             # No memory, say: this rank's part of the save has failed, which it reports like any other failure.
             problem = f"copying the state failed: {error}"
         self._saves += 1
-        work = _Work(plan=plan, image=image, tensors=held, copied=self._copied, problem=problem)
+        work = _SaveJob(plan=plan, image=image, tensors=held, copied=self._copied, problem=problem)
         self._running = self._thread.submit(self._save, work, manifest, started)
         if self._mode is AsyncMode.disabled:
             finished += self.wait()
@@ -213,22 +215,22 @@ class StepSaver:
         self._thread.shutdown()
         self._pool.shutdown()
 
-    def _plan_for(self, tensors: Mapping[str, Tensor], holders: Mapping[str, Sequence[int]] | None) -> SavePlan:
+    def _plan_for(self, tensors: Mapping[str, Tensor], owner_ranks: Mapping[str, Sequence[int]] | None) -> SavePlan:
         """This rank's plan, made anew only when the layout changed."""
         key = layout_key(tensors)
         if self._planned is None or self._planned[0] != key:
-            plan = make_plan(tensors, self._rank, self._ranks, self._options.files_per_rank, holders)
+            plan = make_plan(tensors, self._rank, self._ranks, self._options.files_per_rank, owner_ranks)
             self._planned = (key, plan)
         return self._planned[1]
 
-    def _image_for(self, plan: SavePlan) -> FileImage:
+    def _image_for(self, plan: SavePlan) -> StagingBuffer:
         """The warm image of a plan."""
         if self._image is None or self._image.plan is not plan:
             self._image = None  # the old memory goes before the new is asked for
-            self._image = FileImage(plan, self._device)
+            self._image = StagingBuffer(plan, self._device)
         return self._image
 
-    def _snapshot(self, plan: SavePlan, tensors: Mapping[str, Tensor]) -> FileImage | None:
+    def _snapshot(self, plan: SavePlan, tensors: Mapping[str, Tensor]) -> StagingBuffer | None:
         """What is copied in the call; None where the tensors themselves are written."""
         if self._mode is AsyncMode.disabled:
             return None
@@ -243,7 +245,7 @@ class StepSaver:
             self._staged.set()
         return image
 
-    def _queue_copies(self, image: FileImage, tensors: Mapping[str, Tensor]) -> Any:
+    def _queue_copies(self, image: StagingBuffer, tensors: Mapping[str, Tensor]) -> Any:
         """Copies on a side stream, after what is queued already; returns the event at their end."""
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -253,7 +255,7 @@ class StepSaver:
             copied.record(stream)
         return copied
 
-    def _save(self, work: _Work, manifest: Manifest, started: float) -> SaveResult:
+    def _save(self, work: _SaveJob, manifest: Manifest, started: float) -> SaveResult:
         """The background part: stage where that is left to do, write, commit; never raises."""
         key = f"{manifest.step}-{self._saves}"
         final = False
@@ -261,9 +263,9 @@ class StepSaver:
             self._exchange.report(key, self._write_own(work, manifest.step))
             if self._rank == 0:
                 error, final = self._commit(key, manifest)
-                self._exchange.announce(key, error)
+                self._exchange.publish_result(key, error)
             else:
-                error = self._exchange.verdict(key, lambda: self._committer.is_committed(manifest.step))
+                error = self._exchange.await_result(key, lambda: self._committer.is_committed(manifest.step))
         except Exception as failure:
             log.exception("saving step %d failed", manifest.step)
             error = str(failure)
@@ -271,7 +273,7 @@ class StepSaver:
         seconds = time.perf_counter() - started
         return SaveResult(step=manifest.step, url=url, error=error, seconds=seconds, final=final)
 
-    def _write_own(self, work: _Work, step: int) -> Report:
+    def _write_own(self, work: _SaveJob, step: int) -> Report:
         """Makes this rank's files durable, its manifest last."""
         plan = work.plan
         try:
@@ -297,7 +299,7 @@ class StepSaver:
             return {"error": str(error)}
         return report_of(body)
 
-    def _stage(self, work: _Work) -> Hashes | None:
+    def _stage(self, work: _SaveJob) -> Hashes | None:
         """Completes the snapshot; the hashes, where they came with it."""
         try:
             if work.copied is not None:
@@ -334,7 +336,7 @@ class StepSaver:
         return "; ".join(errors), final
 
 
-def _give_way() -> None:
+def _lower_priority() -> None:
     """Lets training's threads go before this one; on Linux each thread has a niceness of its own."""
     with suppress(OSError, AttributeError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

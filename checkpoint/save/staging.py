@@ -16,14 +16,14 @@ from regrow.checkpoint.format.layout import SavePlan, local_tensor
 from regrow.checkpoint.format.torch_archive import frame_of
 from regrow.checkpoint.memory import lasting_memory, raw_bytes
 
-__all__ = ["FileImage"]
+__all__ = ["StagingBuffer"]
 
 # What a core's own cache holds beside its source.
 _CACHED = 1 << 19
 
 
 @final
-class FileImage:
+class StagingBuffer:
     """Memory laid out by a plan.
 
     Args:

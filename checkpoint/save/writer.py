@@ -12,7 +12,7 @@ from regrow.checkpoint.format.hashing import BlockHasher, Hashes, block_bytes_fo
 from regrow.checkpoint.format.layout import Item, SavePlan, local_tensor
 from regrow.checkpoint.format.torch_archive import frame_of
 from regrow.checkpoint.memory import lasting_memory, raw_bytes
-from regrow.checkpoint.save.staging import FileImage
+from regrow.checkpoint.save.staging import StagingBuffer
 from regrow.checkpoint.storage.base import Storage
 
 __all__ = ["file_name", "write_image", "write_tensors"]
@@ -28,7 +28,7 @@ def file_name(rank: int, index: int, writer: str = "") -> str:
 
 
 def write_image(
-    place: Storage, names: Sequence[str], image: FileImage, pool: ThreadPoolExecutor, hashes: Hashes | None
+    place: Storage, names: Sequence[str], image: StagingBuffer, pool: ThreadPoolExecutor, hashes: Hashes | None
 ) -> Hashes:
     """Writes the image's files, durable when this returns.
 
@@ -95,7 +95,7 @@ def _all_files(write: Callable[[int], None], files: int) -> None:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Piece:
+class _Segment:
     """Bytes that follow each other in the file: of a tensor, or constant ones around it."""
 
     start: int
@@ -104,18 +104,18 @@ class _Piece:
     constant: bytes = b""
 
 
-def _pieces(items: Sequence[Item], size: int) -> Iterator[_Piece]:
+def _segments(items: Sequence[Item], size: int) -> Iterator[_Segment]:
     """The whole file, without gaps."""
     position = 0
     for item in items:
         frame = frame_of(item.chunk.dtype, item.chunk.shape)
         head = bytes(item.start - position) + frame.head
-        yield _Piece(start=position, stop=item.data, item=None, constant=head)
+        yield _Segment(start=position, stop=item.data, item=None, constant=head)
         stop = item.data + item.data_bytes
-        yield _Piece(start=item.data, stop=stop, item=item)
-        yield _Piece(start=stop, stop=stop + len(frame.tail), item=None, constant=frame.tail)
+        yield _Segment(start=item.data, stop=stop, item=item)
+        yield _Segment(start=stop, stop=stop + len(frame.tail), item=None, constant=frame.tail)
         position = stop + len(frame.tail)
-    yield _Piece(start=position, stop=size, item=None, constant=bytes(size - position))
+    yield _Segment(start=position, stop=size, item=None, constant=bytes(size - position))
 
 
 def _filled_windows(
@@ -130,7 +130,7 @@ def _filled_windows(
     device = next((d for d in devices if d.type == "cuda"), torch.device("cpu"))
     buffers = [lasting_memory(min(_WINDOW, size), device) for _ in range(_WINDOWS)]
     flat: dict[str, Tensor] = {}
-    pieces = _pieces(items, size)
+    pieces = _segments(items, size)
     current = next(pieces)
 
     def fill(buffer: Tensor, start: int) -> memoryview:

@@ -10,7 +10,7 @@ from torch import Tensor
 from regrow.checkpoint.errors import CheckpointError
 from regrow.checkpoint.format.tensor_source import Box, TensorInfo, TensorSource
 
-__all__ = ["ForwardSource", "InverseSource", "Key", "halves_to_pairs", "pairs_to_halves"]
+__all__ = ["FromHfSource", "Key", "ToHfSource", "halves_to_pairs", "pairs_to_halves"]
 
 
 class Rows(Protocol):
@@ -41,12 +41,12 @@ class Key(Protocol):
     """One entry of a map; `regrow.models.hf.HfKey` is the one there is."""
 
     @property
-    def ours(self) -> str:
+    def name(self) -> str:
         """Our name."""
         ...
 
     @property
-    def theirs(self) -> str:
+    def hf_name(self) -> str:
         """The name on their disk."""
         ...
 
@@ -102,7 +102,7 @@ def _check_there(source: TensorSource, names: Sequence[str]) -> None:
 
 
 @final
-class ForwardSource(TensorSource):
+class FromHfSource(TensorSource):
     """Our tensors, read from a source that has their names.
 
     Args:
@@ -113,49 +113,49 @@ class ForwardSource(TensorSource):
 
     def __init__(self, source: TensorSource, keys: Sequence[Key], *, strict: bool = True) -> None:
         if strict:
-            _check_there(source, [k.theirs for k in keys])
+            _check_there(source, [k.hf_name for k in keys])
         self.place = source.place
         self._source = source
         self._keys: dict[str, list[Key]] = defaultdict(list)
         for key in sorted(keys, key=lambda k: k.expert or 0):
-            self._keys[key.ours].append(key)
-        complete = {n: ks for n, ks in self._keys.items() if all(k.theirs in source.infos for k in ks)}
+            self._keys[key.name].append(key)
+        complete = {n: ks for n, ks in self._keys.items() if all(k.hf_name in source.infos for k in ks)}
         self.infos: Mapping[str, TensorInfo] = {name: self._info(ks) for name, ks in complete.items()}
 
     def _info(self, keys: Sequence[Key]) -> TensorInfo:
-        key, info = keys[0], self._source.infos[keys[0].theirs]
+        key, info = keys[0], self._source.infos[keys[0].hf_name]
         if key.expert is not None:
             return TensorInfo(dtype=info.dtype, shape=(len(keys), *info.shape))
         if key.rows is None or not info.shape:
             return info
-        height = _block_height(key.rows, info.shape[0], f"{key.theirs} in {self.place}")
+        height = _block_height(key.rows, info.shape[0], f"{key.hf_name} in {self.place}")
         return TensorInfo(dtype=info.dtype, shape=(key.rows.groups * key.rows.count * height, *info.shape[1:]))
 
     @property
     def unused(self) -> list[str]:
         """Their names that the map does not have."""
-        used = {k.theirs for ks in self._keys.values() for k in ks}
+        used = {k.hf_name for ks in self._keys.values() for k in ks}
         return [n for n in self._source.infos if n not in used]
 
     def read(self, name: str, box: Box) -> Tensor:
         keys = self._keys[name]
         if keys[0].expert is not None:
-            return torch.stack([self._source.read(k.theirs, box[1:]) for k in keys[box[0][0] : box[0][1]]])
+            return torch.stack([self._source.read(k.hf_name, box[1:]) for k in keys[box[0][0] : box[0][1]]])
         (key,) = keys
         if key.rows is not None and box:
-            return torch.cat([self._source.read(key.theirs, (run, *box[1:])) for run in self._runs(key, box[0])])
+            return torch.cat([self._source.read(key.hf_name, (run, *box[1:])) for run in self._runs(key, box[0])])
         if not key.heads:
-            return self._source.read(key.theirs, box)
+            return self._source.read(key.hf_name, box)
         head_dim = self.infos[name].shape[0] // key.heads
         wide = _heads_box(box, head_dim)
-        rows = halves_to_pairs(self._source.read(key.theirs, wide), head_dim)
+        rows = halves_to_pairs(self._source.read(key.hf_name, wide), head_dim)
         return rows[box[0][0] - wide[0][0] : box[0][1] - wide[0][0]]
 
     def _runs(self, key: Key, rows: tuple[int, int]) -> list[tuple[int, int]]:
         """Theirs' rows that are some of ours, in as few runs as there are."""
         assert key.rows is not None
         groups = key.rows
-        height = self._source.infos[key.theirs].shape[0] // (groups.groups * groups.blocks)
+        height = self._source.infos[key.hf_name].shape[0] // (groups.groups * groups.blocks)
         own, period, origin = groups.count * height, groups.blocks * height, groups.first * height
         runs = []
         for group in range(rows[0] // own, -(-rows[1] // own)):
@@ -169,7 +169,7 @@ class ForwardSource(TensorSource):
 
 
 @final
-class InverseSource(TensorSource):
+class ToHfSource(TensorSource):
     """Their tensors, read from a source that has our names.
 
     Args:
@@ -178,22 +178,22 @@ class InverseSource(TensorSource):
     """
 
     def __init__(self, source: TensorSource, keys: Sequence[Key]) -> None:
-        _check_there(source, [k.ours for k in keys])
+        _check_there(source, [k.name for k in keys])
         self.place = source.place
         self._source = source
         self._keys: dict[str, list[Key]] = defaultdict(list)
         for key in sorted(keys, key=lambda k: k.rows.first if k.rows else 0):
-            self._keys[key.theirs].append(key)
+            self._keys[key.hf_name].append(key)
         # In the order of the map.
-        self.infos: Mapping[str, TensorInfo] = {k.theirs: self._info(self._keys[k.theirs]) for k in keys}
+        self.infos: Mapping[str, TensorInfo] = {k.hf_name: self._info(self._keys[k.hf_name]) for k in keys}
 
     def _info(self, keys: Sequence[Key]) -> TensorInfo:
-        info = self._source.infos[keys[0].ours]
+        info = self._source.infos[keys[0].name]
         if keys[0].expert is not None:
             return TensorInfo(dtype=info.dtype, shape=info.shape[1:])
         if keys[0].rows is None or not info.shape:
             return info
-        rows = sum(self._source.infos[k.ours].shape[0] for k in keys)
+        rows = sum(self._source.infos[k.name].shape[0] for k in keys)
         return TensorInfo(dtype=info.dtype, shape=(rows, *info.shape[1:]))
 
     def read(self, name: str, box: Box) -> Tensor:
@@ -202,12 +202,12 @@ class InverseSource(TensorSource):
         if key.rows is not None and box:
             return torch.cat([self._source.read(ours, (run, *box[1:])) for ours, run in self._runs(keys, box[0])])
         if key.expert is not None:
-            return self._source.read(key.ours, ((key.expert, key.expert + 1), *box)).squeeze(0)
+            return self._source.read(key.name, ((key.expert, key.expert + 1), *box)).squeeze(0)
         if not key.heads:
-            return self._source.read(key.ours, box)
+            return self._source.read(key.name, box)
         head_dim = self.infos[name].shape[0] // key.heads
         wide = _heads_box(box, head_dim)
-        rows = pairs_to_halves(self._source.read(key.ours, wide), head_dim)
+        rows = pairs_to_halves(self._source.read(key.name, wide), head_dim)
         return rows[box[0][0] - wide[0][0] : box[0][1] - wide[0][0]]
 
     def _runs(self, keys: Sequence[Key], rows: tuple[int, int]) -> list[tuple[str, tuple[int, int]]]:
@@ -215,7 +215,7 @@ class InverseSource(TensorSource):
         runs = []
         first = keys[0].rows
         assert first is not None
-        height = self._source.infos[keys[0].ours].shape[0] // (first.groups * first.count)
+        height = self._source.infos[keys[0].name].shape[0] // (first.groups * first.count)
         period = first.blocks * height
         for group in range(rows[0] // period, -(-rows[1] // period)):
             for key in keys:
@@ -224,7 +224,7 @@ class InverseSource(TensorSource):
                 low, high = max(rows[0], origin), min(rows[1], origin + key.rows.count * height)
                 shift = group * key.rows.count * height - origin
                 if low < high:
-                    runs.append((key.ours, (low + shift, high + shift)))
+                    runs.append((key.name, (low + shift, high + shift)))
         return runs
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from regrow.checkpoint.format.manifest import Manifest
 from regrow.checkpoint.format.tensor_source import TensorSource
 from regrow.checkpoint.load.initial_load import check_types, moments_of, plan_load, stored_step, weights_of
 from regrow.checkpoint.load.open_source import is_hf_folder
-from regrow.checkpoint.sources.hf_mapping import InverseSource
+from regrow.checkpoint.sources.hf_mapping import ToHfSource
 from regrow.checkpoint.storage.opening import as_storage, is_url
 from regrow.launch.commands.identify_model import UnknownModelError, model_of, run_folder_of, settings_of_model
 from regrow.launch.commands.torchtitan import adamw_of, beside_tensors, manifest_of
@@ -84,9 +84,9 @@ def add_conversions(command: Callable[[str, str], argparse.ArgumentParser]) -> N
     back.add_argument("--format", choices=("hf", "torch", "safetensors", "dcp"), help="of IN; found out without it")
     for parser in (out, back):
         parser.add_argument("--dtype", choices=DTYPES, help="of the floating-point weights; theirs without it")
-        parser.add_argument("--model", help="a flavour like llama3_8b, where the checkpoint does not say or is wrong")
+        parser.add_argument("--model", help="a variant like llama3_8b, where the checkpoint does not say or is wrong")
         parser.add_argument(
-            "--override", action="append", default=[], metavar="model.FIELD=VALUE", help="of that flavour; repeatable"
+            "--override", action="append", default=[], metavar="model.FIELD=VALUE", help="of that variant; repeatable"
         )
         parser.add_argument("--threads", type=int, default=2)
 
@@ -149,7 +149,7 @@ def _export_torchtitan(
     whole = names.issuperset(moments) and args.dtype is None
     step = stored_step(source)
     kept = [n for n in (*shapes, *sorted(buffers_of(config)), *(moments if whole else ())) if n in names]
-    titans = InverseSource(source, todays_keys(config, kept))
+    titans = ToHfSource(source, todays_keys(config, kept))
     place = as_storage(args.checkpoint)
     stored = manifest_of(place)
     train_state = stored.train_state if whole and stored is not None else {}

@@ -12,7 +12,7 @@ from regrow.trainer.data.cache import writing_to
 from regrow.trainer.data.config import StdlibConfig, TextConfig
 from regrow.trainer.data.prepare import complete_store, only_one
 from regrow.trainer.data.recipe import RECIPE
-from regrow.trainer.data.source import DataError, TextUnits
+from regrow.trainer.data.source import CorpusSource, DataError
 from regrow.trainer.data.stdlib import StdlibSource
 from regrow.trainer.data.text import TextSource
 from regrow.trainer.data.token_store import INDEX, TokenStore
@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _source(args: argparse.Namespace) -> TextUnits:
+def _source(args: argparse.Namespace) -> CorpusSource:
     common = {
         "tokenizer": args.tokenizer,
         "tokenizer_vocab_size": args.vocab_size,

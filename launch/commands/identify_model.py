@@ -1,4 +1,4 @@
-"""Which model a checkpoint is of: by its manifest, a `config.json`, its run's config, or a flavour's name."""
+"""Which model a checkpoint is of: by its manifest, a `config.json`, its run's config, or a variant's name."""
 
 import dataclasses
 from collections.abc import Collection, Mapping
@@ -24,7 +24,7 @@ from regrow.launch.config.target_names import canonical_target
 from regrow.launch.run.weights import model_of_folder
 from regrow.models.config import ModelConfig
 
-__all__ = ["flavour", "model_from_settings", "model_of", "run_folder_of", "section_of_run", "settings_of_model"]
+__all__ = ["model_from_settings", "model_of", "run_folder_of", "section_of_run", "settings_of_model", "variant"]
 
 
 def section_of_run(step: Storage, name: str) -> dict[str, Any]:
@@ -45,11 +45,11 @@ class UnknownModelError(CheckpointError):
     """A checkpoint does not say what it is of."""
 
 
-def flavour(name: str, overrides: Collection[str] = ()) -> ModelConfig:
-    """The config of a flavour in `conf/model`.
+def variant(name: str, overrides: Collection[str] = ()) -> ModelConfig:
+    """The config of a variant in `conf/model`.
 
     Args:
-        name: of the flavour.
+        name: of the variant.
         overrides: `model.FIELD=VALUE`.
 
     Raises:
@@ -124,8 +124,8 @@ def model_of(place: str, forced: str | None, overrides: Collection[str] = ()) ->
 
     Args:
         place: what `open_source` opens.
-        forced: a flavour's name, which is believed.
-        overrides: `model.FIELD=VALUE`, of that flavour.
+        forced: a variant's name, which is believed.
+        overrides: `model.FIELD=VALUE`, of that variant.
 
     Raises:
         ValueError: it cannot be found out.
@@ -137,7 +137,7 @@ def model_of(place: str, forced: str | None, overrides: Collection[str] = ()) ->
             "--model llama3_debug --override model.dim=256"
         )
     if forced is not None:
-        config = flavour(forced, overrides)
+        config = variant(forced, overrides)
         config.check()
         return config
     storage = as_storage(place)

@@ -19,7 +19,7 @@ _TODAY = {
     "trainer.data.token_store.TokensSource": "regrow.trainer.data.token_store.TokensSource",
     "trainer.hooks.validation.ValidationHook": "regrow.trainer.hooks.validation.ValidationHook",
     "trainer.hooks.sample.SampleHook": "regrow.trainer.hooks.sample.SampleHook",
-    "trainer.hooks.garbage.GarbageHook": "regrow.trainer.hooks.garbage.GarbageHook",
+    "trainer.hooks.garbage.GarbageHook": "regrow.trainer.hooks.garbage.GarbageCollectionHook",
     "trainer.hooks.plot.PlotHook": "regrow.trainer.hooks.plot.PlotHook",
     "checkpoint.policy.EveryMinutes": "regrow.checkpoint.policy.save.EveryMinutes",
     "checkpoint.policy.OnBest": "regrow.checkpoint.policy.save.OnBest",

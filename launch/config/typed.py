@@ -10,12 +10,12 @@ from regrow.launch.config.errors import UserError, check_no_hub_name, naming_fie
 from regrow.launch.config.schema import Config
 from regrow.models.from_hf_config import FromHfConfig
 
-__all__ = ["plain", "to_config"]
+__all__ = ["to_config", "to_dict"]
 
 
-def plain(config: DictConfig) -> dict[str, Any]:
+def to_dict(config: DictConfig) -> dict[str, Any]:
     """The config as JSON-like values, resolved."""
-    values = OmegaConf.to_container(_filled(config), resolve=True, enum_to_str=True, throw_on_missing=False)
+    values = OmegaConf.to_container(_resolve_hf(config), resolve=True, enum_to_str=True, throw_on_missing=False)
     assert isinstance(values, dict)
     return {str(k): v for k, v in values.items()}
 
@@ -27,7 +27,7 @@ def to_config(config: DictConfig) -> Config:
         UserError: a field is missing, or `+` added one that no schema has.
         ValueError: `model=from_hf` with a folder that cannot be used.
     """
-    config = _filled(config)
+    config = _resolve_hf(config)
     for name in sorted(OmegaConf.missing_keys(config)):
         raise UserError(f"{name} must be set, but is missing; add {name}=VALUE")
     try:
@@ -38,7 +38,7 @@ def to_config(config: DictConfig) -> Config:
     return typed
 
 
-def _filled(config: DictConfig) -> DictConfig:
+def _resolve_hf(config: DictConfig) -> DictConfig:
     """The config with what follows from Hugging Face folders that it names written into it."""
     if OmegaConf.get_type(config, "model") is FromHfConfig and not OmegaConf.is_missing(config.model, "path"):
         config = _with_model(config)

@@ -21,13 +21,13 @@ def newest_of(complete: Sequence[Entry]) -> Entry:
 
 
 def rebuild_record(
-    complete: Sequence[Entry], settings: Mapping[str, Any], fingerprint: str, folder: str
+    complete: Sequence[Entry], config_dict: Mapping[str, Any], fingerprint: str, folder: str
 ) -> RunRecord | None:
     """The record of the run that the steps are of; None where there are none.
 
     Args:
         complete: the steps, ascending.
-        settings: the command's config as plain values.
+        config_dict: the command's config as plain values.
         fingerprint: of the command's data.
         folder: of the steps, for messages.
 
@@ -41,7 +41,7 @@ def rebuild_record(
         return RunRecord(
             run_id=newest.run_id, lineages=list(newest.lineages), data_fingerprint=newest.data_fingerprint
         )
-    if newest.config_hash != config_hash(settings) or newest.data_fingerprint != fingerprint:
+    if newest.config_hash != config_hash(config_dict) or newest.data_fingerprint != fingerprint:
         what = "config" if newest.data_fingerprint == fingerprint else "data"
         raise UserError(
             f"run.name must not name a run whose record is gone and whose steps are of another {what}, but {folder} "

@@ -262,7 +262,7 @@ def _remedies(config: Config) -> dict[str, str]:
     if config.model.load_weights:
         # The config is the folder's.
         remedy = f"set tie_word_embeddings to {other} in its {CONFIG}"
-    return {HEAD.ours: remedy, HEAD.theirs: remedy}
+    return {HEAD.name: remedy, HEAD.hf_name: remedy}
 
 
 def prepare_data(config: Config) -> Path:

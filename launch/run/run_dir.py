@@ -31,7 +31,7 @@ from regrow.checkpoint.policy.lineage import (
     start_point,
 )
 from regrow.checkpoint.run.catalog import Catalog, Entry
-from regrow.checkpoint.run.lease import LeaseLostError, Ticket, acquire_lease
+from regrow.checkpoint.run.lease import FencingToken, LeaseLostError, acquire_lease
 from regrow.checkpoint.scratch import clear_dead_scratch
 from regrow.checkpoint.storage.base import Storage
 from regrow.checkpoint.storage.local import LocalStorage
@@ -71,7 +71,7 @@ def lease_place(config: Config, run_dir: Path) -> Storage:
 
 
 @contextmanager
-def own_run(config: Config, run_dir: Path) -> Iterator[Ticket]:
+def own_run(config: Config, run_dir: Path) -> Iterator[FencingToken]:
     """Keeps every other launcher out of the run by the lease in its checkpoint folder.
 
     A dead launcher's ranks, which end with it, are waited for.
@@ -207,7 +207,7 @@ class OpenedRun:
 
 def open_run(
     config: Config,
-    settings: dict[str, Any],
+    config_dict: dict[str, Any],
     run_dir: Path,
     store: TokenStore,
     *,
@@ -217,7 +217,7 @@ def open_run(
 
     Args:
         config: typed.
-        settings: the same as plain values.
+        config_dict: the same as plain values.
         run_dir: the run's directory.
         store: the corpus.
         overrides: the command line, for `.hydra/`.
@@ -231,10 +231,10 @@ def open_run(
     record = RunRecord.load(run_dir)
     stored = _stored_config(run_dir, record, complete)
     if record is None and config.checkpoint.enable:
-        record = rebuild_record(complete, settings, store.index.fingerprint, catalog.folder.url)
+        record = rebuild_record(complete, config_dict, store.index.fingerprint, catalog.folder.url)
         if record is not None:
             newest = newest_of(complete)
-            stored = newest.manifest.config or settings
+            stored = newest.manifest.config or config_dict
             new = "" if newest.manifest.run_id else ", whose format does not tell the run's id: it is a new one"
             log.warning("%s has no run.json: it is made anew from step %d%s", run_dir, newest.step, new)
     if record is None and config.run.resume is not Resume.never:
@@ -242,7 +242,7 @@ def open_run(
     changes: list[Difference] = []
     if record is not None:
         check_owner(record, complete, run_dir, catalog.folder.url)
-        changes = _check_same(config, settings, run_dir, store, record, stored)
+        changes = _check_same(config, config_dict, run_dir, store, record, stored)
     record = record or RunRecord(data_fingerprint=store.index.fingerprint)
     entries = [e for e in complete if is_visible(record.lineages, e.step, e.manifest.lineage)]
     if not config.checkpoint.enable and entries:
@@ -270,7 +270,7 @@ def open_run(
         # No state is loaded after which the checkpoint folder would be tidied.
         for line in catalog.clear_leftovers():
             log.info("%s", line)
-        begin_run(settings, run_dir, store, overrides, record)
+        begin_run(config_dict, run_dir, store, overrides, record)
         reached = max([record.attempts[-1].to_step, *(e.step for e in entries)])
         say_where_it_stands(config, reached, entries)
         return OpenedRun(record=record, reached=reached)
@@ -330,12 +330,12 @@ def _is_pending(run_dir: Path, environ: Mapping[str, str]) -> bool:
 
 
 def begin_run(
-    settings: dict[str, Any], run_dir: Path, store: TokenStore, overrides: Sequence[str], record: RunRecord
+    config_dict: dict[str, Any], run_dir: Path, store: TokenStore, overrides: Sequence[str], record: RunRecord
 ) -> None:
     """Writes what a start changes in the run: its config, and last its record. Safe to repeat and to be killed in.
 
     Args:
-        settings: the accepted config as plain values.
+        config_dict: the accepted config as plain values.
         run_dir: the run's directory.
         store: the corpus.
         overrides: the command line, for `.hydra/`.
@@ -349,7 +349,7 @@ def begin_run(
         record = dataclasses.replace(record, attempts=before.attempts, wandb_step=before.wandb_step)
         if before.lineages and before.lineages[-1].id != record.lineages[-1].id:
             _keep_rows(run_dir, before.lineages[-1])
-    _write_config(settings, run_dir, store, overrides)
+    _write_config(config_dict, run_dir, store, overrides)
     record.save(run_dir)
     (run_dir / _PENDING).unlink(missing_ok=True)
 
@@ -448,7 +448,7 @@ def _lineage_id(lineages: Sequence[Lineage]) -> str:
 
 def _check_same(
     config: Config,
-    settings: dict[str, Any],
+    config_dict: dict[str, Any],
     run_dir: Path,
     store: TokenStore,
     record: RunRecord,
@@ -460,7 +460,7 @@ def _check_same(
             f"the run {run_dir} must have its {CONFIG} to be continued, but has not; restore it (from "
             ".hydra/config.yaml) or choose another run.name"
         )
-    identity, hyperparameters = compare(stored, settings)
+    identity, hyperparameters = compare(stored, config_dict)
     if identity:
         more = f" ({len(identity) - 1} more: {', '.join(d.name for d in identity[1:])})" if identity[1:] else ""
         raise UserError(
@@ -493,7 +493,7 @@ def _keep_rows(run_dir: Path, lineage: Lineage) -> None:
             (target / f"{name}.tmp").rename(target / name)
 
 
-def _write_config(settings: dict[str, Any], run_dir: Path, store: TokenStore, overrides: Sequence[str]) -> None:
+def _write_config(config_dict: dict[str, Any], run_dir: Path, store: TokenStore, overrides: Sequence[str]) -> None:
     """The accepted config, the overrides as Hydra writes them, and the tokenizer."""
     tokenizer = run_dir / "tokenizer.json"
     body = store.tokenizer_file.read_bytes()
@@ -508,8 +508,8 @@ def _write_config(settings: dict[str, Any], run_dir: Path, store: TokenStore, ov
     hydra_folder.mkdir(exist_ok=True)
     for path, value in (
         (hydra_folder / "overrides.yaml", list(overrides)),
-        (hydra_folder / "config.yaml", settings),
-        (run_dir / CONFIG, settings),
+        (hydra_folder / "config.yaml", config_dict),
+        (run_dir / CONFIG, config_dict),
     ):
         temporary = path.with_name(f".{path.name}.tmp")
         with naming(path):

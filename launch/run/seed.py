@@ -97,7 +97,7 @@ def write_seed_checkpoint(spec: RankSpec) -> Outcome:
         layout={"world_size": 1},
         **run_labels(spec, store.index.fingerprint),
     )
-    begin_run(spec.settings, spec.run_dir, store, spec.overrides, record)
+    begin_run(spec.config_dict, spec.run_dir, store, spec.overrides, record)
     try:
         result = convert(
             FirstWeights(model, spec.config.seed),

@@ -18,7 +18,7 @@ from regrow.checkpoint.errors import CheckpointError
 from regrow.checkpoint.format.tensor_source import Box, TensorInfo, TensorSource
 from regrow.checkpoint.load.initial_load import RenamedSource, same_tensor, weights_of
 from regrow.checkpoint.load.open_source import open_source
-from regrow.checkpoint.sources.hf_mapping import ForwardSource
+from regrow.checkpoint.sources.hf_mapping import FromHfSource
 from regrow.checkpoint.storage.base import Storage
 from regrow.checkpoint.storage.opening import as_storage
 from regrow.launch.config.resolve import resolve_target
@@ -108,7 +108,7 @@ def open_weights(
         in_hf = has_hf_names(renamed.infos, config)
         stored: TensorSource = renamed if in_hf else RenamedSource(renamed, (), our_name)
         opened = _from_hf(place, stored, config) if in_hf else _from_ours(stored, config)
-        embedding, head = (k.theirs if in_hf else k.ours for k in (EMBEDDING, HEAD))
+        embedding, head = (k.hf_name if in_hf else k.name for k in (EMBEDDING, HEAD))
         tied = getattr(config, "tied_embeddings", False) and embedding in stored.infos and head in stored.infos
         copied = tied and find_copies and same_tensor(stored, embedding, head)
         return dataclasses.replace(opened, same=(head,) if copied else (), idle_rules=renamed.idle_rules)
@@ -126,8 +126,8 @@ def _from_hf(place: Storage, source: TensorSource, config: ModelConfig | None) -
     where = f"{place.url}/{CONFIG}"
     if place.exists(CONFIG):
         check_not_quantised(parse_config(place.read(CONFIG), where), where)
-    keys = _with_either_name(source, config, family_of(config).keys(config), EMBEDDING.theirs, HEAD.theirs)
-    mapped = ForwardSource(source, keys, strict=False)
+    keys = _with_either_name(source, config, family_of(config).keys(config), EMBEDDING.hf_name, HEAD.hf_name)
+    mapped = FromHfSource(source, keys, strict=False)
     weights = set(weights_of(source))
     return OpenedWeights(source=mapped, in_hf=True, unused=tuple(n for n in mapped.unused if n in weights))
 
@@ -136,10 +136,10 @@ def _from_ours(source: TensorSource, config: ModelConfig | None) -> OpenedWeight
     if not isinstance(config, DecoderConfig):
         return OpenedWeights(source=source, in_hf=False)
     fused = fused_keys(config, source.infos.keys())
-    taken = {key.theirs for key in fused}
-    keys = [HfKey(ours=n, theirs=n) for n in source.infos if n not in taken]
-    keys = _with_either_name(source, config, keys, EMBEDDING.ours, HEAD.ours)
-    return OpenedWeights(source=ForwardSource(source, [*keys, *fused]), in_hf=False)
+    taken = {key.hf_name for key in fused}
+    keys = [HfKey(name=n, hf_name=n) for n in source.infos if n not in taken]
+    keys = _with_either_name(source, config, keys, EMBEDDING.name, HEAD.name)
+    return OpenedWeights(source=FromHfSource(source, [*keys, *fused]), in_hf=False)
 
 
 def _with_either_name(
@@ -148,8 +148,8 @@ def _with_either_name(
     """Where a model's output layer is its embedding, the matrix may lie there under either name."""
     if not getattr(config, "tied_embeddings", False) or embedding in source.infos or head not in source.infos:
         return keys
-    others = [k for k in keys if k.ours not in (EMBEDDING.ours, HEAD.ours)]
-    return [HfKey(ours=EMBEDDING.ours, theirs=head), *others]
+    others = [k for k in keys if k.name not in (EMBEDDING.name, HEAD.name)]
+    return [HfKey(name=EMBEDDING.name, hf_name=head), *others]
 
 
 def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -197,7 +197,7 @@ def config_of_folder(folder: Path, name: str, *, weights: bool) -> ModelConfig:
 
     Args:
         folder: holds `config.json`.
-        name: for the flavour.
+        name: for the variant.
         weights: its weights are to be used: they have a say where they contradict `config.json`.
 
     Raises:
@@ -224,7 +224,7 @@ def _as_stored(storage: Storage, config: ModelConfig) -> ModelConfig:
     log.warning(
         "%s holds an %s that is not the embedding, although its %s says tie_word_embeddings; the model is untied",
         storage.url,
-        HEAD.theirs,
+        HEAD.hf_name,
         CONFIG,
     )
     return dataclasses.replace(config, tied_embeddings=False)  # type: ignore[call-arg]
@@ -234,5 +234,5 @@ def _as_stored(storage: Storage, config: ModelConfig) -> ModelConfig:
 def _has_other_head(url: str, _sizes: tuple[tuple[str, int], ...]) -> bool:
     """Asked several times of one folder; the sizes tell whether it is still the same."""
     with open_source(url) as source:
-        names = (EMBEDDING.theirs, HEAD.theirs)
+        names = (EMBEDDING.hf_name, HEAD.hf_name)
         return all(n in source.infos for n in names) and not same_tensor(source, *names)

@@ -19,7 +19,7 @@ from regrow.launch.run.signals import StopFlag
 from regrow.trainer.process import PARENT_VARIABLE, die_with_parent
 
 if TYPE_CHECKING:
-    from regrow.checkpoint.run.lease import Ticket
+    from regrow.checkpoint.run.lease import FencingToken
     from regrow.launch.config.schema import Config
     from regrow.models.base import LanguageModel
     from regrow.trainer.loop import StopReason, Trainer
@@ -41,7 +41,7 @@ class RankSpec:
 
     Attributes:
         config: typed.
-        settings: the same as plain values.
+        config_dict: the same as plain values.
         layout: the degrees.
         device_type: `cpu` or `cuda`.
         run_dir: the run's directory.
@@ -53,7 +53,7 @@ class RankSpec:
     """
 
     config: "Config"
-    settings: dict[str, Any]
+    config_dict: dict[str, Any]
     layout: "Layout"
     device_type: str
     run_dir: Path
@@ -61,7 +61,7 @@ class RankSpec:
     sweep: str | None
     overrides: list[str] = field(default_factory=list)
     record: "RunRecord | None" = None
-    ticket: "Ticket | None" = None
+    ticket: "FencingToken | None" = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -185,15 +185,15 @@ def build_trainer(spec: RankSpec, context: "ParallelContext", flag: StopFlag, th
         # cuBLAS is deterministic only with a fixed workspace, set before it starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    dims = config.model
-    assert isinstance(dims, DecoderConfig), "the launcher refuses other models"
+    model_config = config.model
+    assert isinstance(model_config, DecoderConfig), "the launcher refuses other models"
     with torch.device("meta"):
         whole = build_model(config)
     _choose_kernels(spec, whole, context)
     parallel = parallelise(
         whole,
         context,
-        dims=dims,
+        model_config=model_config,
         parallel=config.parallel,
         train=config.train,
         precision=config.precision.name,
@@ -201,7 +201,11 @@ def build_trainer(spec: RankSpec, context: "ParallelContext", flag: StopFlag, th
     )
     initialise(parallel, context.device, config.seed, data.seq_len)
     engine = Engine(
-        parallel, context, dims=dims, schedule=config.parallel.pp_schedule, precision=config.precision.name
+        parallel,
+        context,
+        model_config=model_config,
+        schedule=config.parallel.pp_schedule,
+        precision=config.precision.name,
     )
     store = TokenStore(spec.data_folder)
     train, validation = (Windows(store, data.seq_len, data.validation_fraction, validation=v) for v in (False, True))
@@ -244,7 +248,7 @@ def build_trainer(spec: RankSpec, context: "ParallelContext", flag: StopFlag, th
         make_batches=make_batches,
         hooks=_hooks(spec, context, threads, store.index.fingerprint),
         state=TrainState(schedule_total=config.scheduler.total_steps or config.train.steps),
-        stop_requested=_Wish(flag, compiles=config.train.compile),
+        stop_requested=_StopRequest(flag, compiles=config.train.compile),
     )
 
 
@@ -268,7 +272,7 @@ def _choose_kernels(spec: RankSpec, whole: "LanguageModel", context: "ParallelCo
     choose_kernels(cases_of(whole, rows, config.data.seq_len, dtype), context, spec.run_dir)
 
 
-class _Wish:
+class _StopRequest:
     """This rank's wish to stop. Before the first step nothing would be lost, so until the loop first asks a signal
     ends the rank at once, and where that step compiles, until it has.
 
@@ -316,7 +320,7 @@ def _hooks(spec: RankSpec, context: "ParallelContext", threads: int, fingerprint
     if uses_wandb(config):
         from regrow.trainer.hooks.wandb import WandbHook
 
-        hooks.append(WandbHook(config.wandb, config.run.name, spec.settings, spec.sweep))
+        hooks.append(WandbHook(config.wandb, config.run.name, spec.config_dict, spec.sweep))
     hooks.append(RecordHook(_attempt(context, threads)))
     if config.checkpoint.enable:
         hooks += _checkpoint_hooks(spec, fingerprint)
@@ -338,7 +342,7 @@ def _begin(spec: RankSpec) -> None:
     assert spec.record is not None, "the launcher opens the run before any rank starts"
     if spec.ticket is not None:
         spec.ticket.check_not_taken(lease_place(spec.config, spec.run_dir))
-    begin_run(spec.settings, spec.run_dir, TokenStore(spec.data_folder), spec.overrides, spec.record)
+    begin_run(spec.config_dict, spec.run_dir, TokenStore(spec.data_folder), spec.overrides, spec.record)
 
 
 def run_labels(spec: RankSpec, fingerprint: str) -> dict[str, Any]:
@@ -352,14 +356,14 @@ def run_labels(spec: RankSpec, fingerprint: str) -> dict[str, Any]:
 
     assert spec.record is not None, "the launcher opens the run before any rank starts"
     # Options for a storage may be credentials.
-    checkpoint = {k: v for k, v in spec.settings["checkpoint"].items() if k != "storage_options"}
+    checkpoint = {k: v for k, v in spec.config_dict["checkpoint"].items() if k != "storage_options"}
     return {
         "data_fingerprint": fingerprint,
-        "config_hash": config_hash(spec.settings),
-        "model": spec.settings["model"],
+        "config_hash": config_hash(spec.config_dict),
+        "model": spec.config_dict["model"],
         "versions": software_versions(),
         "run_id": spec.record.run_id,
-        "config": {**spec.settings, "checkpoint": checkpoint},
+        "config": {**spec.config_dict, "checkpoint": checkpoint},
         "lineages": tuple(spec.record.lineages),
     }
 

@@ -44,8 +44,8 @@ def _moe_keys(config: Qwen3MoeConfig) -> list[HfKey]:
     gate = [("moe.router.gate.weight", "mlp.gate.weight", 0)]
     experts = [
         HfKey(
-            ours=f"layers.{n}.moe.experts.{ours}",
-            theirs=f"model.layers.{n}.mlp.experts.{e}.{theirs}.weight",
+            name=f"layers.{n}.moe.experts.{ours}",
+            hf_name=f"model.layers.{n}.mlp.experts.{e}.{theirs}.weight",
             expert=e,
         )
         for n in range(config.n_layers)

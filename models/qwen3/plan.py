@@ -7,9 +7,9 @@ __all__ = ["QWEN3_PLAN"]
 
 QWEN3_PLAN: ShardingPlan = {
     **LLAMA3_PLAN,
-    "layers.*.attention.q_norm": Style.heads,
-    "layers.*.attention.k_norm": Style.heads,
-    "layers.*.moe": Style.tokens,
+    "layers.*.attention.q_norm": Style.per_head,
+    "layers.*.attention.k_norm": Style.per_head,
+    "layers.*.moe": Style.split_tokens,
     "layers.*.moe.router.gate": Style.sequence,
-    "layers.*.moe.experts": Style.experts,
+    "layers.*.moe.experts": Style.expert,
 }

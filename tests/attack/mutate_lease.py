@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from regrow.checkpoint.errors import CheckpointError
-from regrow.checkpoint.run.holder import Holder, Watch, this_process
+from regrow.checkpoint.run.holder import HeartbeatMonitor, LeaseRecord, this_process
 from regrow.checkpoint.run.lease import acquire_lease
 from regrow.checkpoint.run.leftovers import Leftovers
 from regrow.checkpoint.run.reader_lock import held_by_readers
@@ -32,7 +32,7 @@ _SCALARS: list[Any] = [
 ]  # fmt: skip
 
 
-def _valid(rng: random.Random) -> Holder:
+def _valid(rng: random.Random) -> LeaseRecord:
     """A holder that lives, that is gone, or that nobody can look at."""
     me = this_process()
     gone = replace(me, pid=2**22 - 1)
@@ -112,7 +112,7 @@ def _beat_on(rng: random.Random, folder: Path) -> None:
 
 
 def _read_locks(folder: Path) -> None:
-    place, watch = LocalStorage(folder).child("step-1"), Watch()
+    place, watch = LocalStorage(folder).child("step-1"), HeartbeatMonitor()
     held_by_readers(place, watch, TIMEOUT_S)
     Leftovers(LocalStorage(folder), watch, TIMEOUT_S).clear()
     time.sleep(2 * TIMEOUT_S)

@@ -141,7 +141,7 @@ def _read_step(folder: Path) -> str:
     try:
         care.list_steps(LocalStorage(folder))
         found += [p for r in care.verify(LocalStorage(folder)) for p in r["problems"]]
-        found += Catalog(folder).tidy(_LINE)
+        found += Catalog(folder).clean_up(_LINE)
     except CheckpointError as error:
         found.append(_line(error))
     return "; ".join(found)

@@ -58,10 +58,10 @@ def _pass_on(spec: RankSpec, source: Path | None, target: Path) -> int:
     if source is None:
         trainer.fit()
     else:
-        load_tensors(source, tensors, context.save_group)
-    saver = StepSaver(target, AsyncMode["async"], context.device, context.save_group)
-    holders = trainer.engine.holders(list(tensors))
-    results = [*saver.begin(tensors, Manifest(step=1, lineage="a"), holders), *saver.wait()]
+        load_tensors(source, tensors, context.cpu_group)
+    saver = StepSaver(target, AsyncMode["async"], context.device, context.cpu_group)
+    owner_ranks = trainer.engine.owner_ranks(list(tensors))
+    results = [*saver.save(tensors, Manifest(step=1, lineage="a"), owner_ranks), *saver.wait()]
     assert [r.error for r in results] == [None]
     saver.close()
     dist.barrier()

@@ -53,7 +53,7 @@ def shapes_of_rank(world: int, rank: int) -> tuple[dict[str, tuple[tuple[int, ..
         layout=layout,
         meshes=make_meshes(layout, "cpu"),
         device=torch.device("cpu"),
-        save_group=world_group,
+        cpu_group=world_group,
         rank=rank,
     )
     assert isinstance(config.model, DecoderConfig)
@@ -62,7 +62,7 @@ def shapes_of_rank(world: int, rank: int) -> tuple[dict[str, tuple[tuple[int, ..
     parallel = parallelise(
         whole,
         context,
-        dims=config.model,
+        model_config=config.model,
         parallel=config.parallel,
         train=config.train,
         precision=config.precision.name,

@@ -99,12 +99,12 @@ def save_with_a_crash(folder: Path, victim: int, at: int, crash: str) -> tuple[s
 
     options = SaverOptions(commit_timeout_s=0.5)
     saver = StepSaver(folder, AsyncMode["disabled"], torch.device("cpu"), group, options)
-    (first,) = saver.begin(make(1.0, ranks), Manifest(step=1, lineage="a"))
+    (first,) = saver.save(make(1.0, ranks), Manifest(step=1, lineage="a"))
     assert first.error is None
     dist.barrier(group)
     tensors = make(2.0, ranks)
     seen = count_operations(act, at if rank == victim else -1)
-    (second,) = saver.begin(tensors, Manifest(step=2, lineage="a"))
+    (second,) = saver.save(tensors, Manifest(step=2, lineage="a"))
     return second.error, len(seen)
 
 
@@ -151,7 +151,7 @@ def mount_image(image: Path, mount: Path) -> None:
 def check(folder: Path) -> list[int]:
     """What the next run finds: every step that is listed loads, and holds its own values alone."""
     catalog = Catalog(folder)
-    catalog.tidy(LINE)
+    catalog.clean_up(LINE)
     entries = catalog.entries(LINE)
     for entry in entries:
         items = read_items(entry.place, entry.manifest)
@@ -214,7 +214,7 @@ def save_and_lose_power(folder: Path, flushes: bool) -> None:
     group = dist.new_group(backend="gloo")
     assert group is not None
     saver = StepSaver(folder, AsyncMode["disabled"], torch.device("cpu"), group)
-    (result,) = saver.begin(make(1.0, dist.get_world_size()), Manifest(step=1, lineage="a"))
+    (result,) = saver.save(make(1.0, dist.get_world_size()), Manifest(step=1, lineage="a"))
     assert result.error is None
     dist.barrier(group)
     if dist.get_rank() == 0:

@@ -64,7 +64,7 @@ def test_stretching_is_bitwise_wherever_it_is_killed(corpus: Path, run: Path, tm
     spec = spec_of([*command, "run.extend=stretch"], killed, 1)
     opened = _open(spec)
     assert opened.reached is None
-    begin_run(spec.settings, killed, TokenStore(spec.data_folder), spec.overrides, opened.record)
+    begin_run(spec.config_dict, killed, TokenStore(spec.data_folder), spec.overrides, opened.record)
     train(command, killed)
     assert [(r["loss"], r["lr"]) for r in metrics(killed)] == [(r["loss"], r["lr"]) for r in metrics(run)]
     # Killed after step 9: the same command, answer included, does not stretch again.

@@ -112,7 +112,7 @@ def test_save_load_and_retention(place: Storage, group: dist.ProcessGroup, mode:
     saver, catalog = StepSaver(place, mode, torch.device("cpu"), group), Catalog(place)
     for step in (1, 2, 3):
         tensors["w"] += 1
-        assert [r.error for r in [*saver.begin(tensors, Manifest(step=step, lineage="a")), *saver.wait()]] == [None]
+        assert [r.error for r in [*saver.save(tensors, Manifest(step=step, lineage="a")), *saver.wait()]] == [None]
     saver.close()
     assert catalog.prune([KeepLatest(2)], LINE) == [1]
     assert [e.step for e in catalog.entries(LINE)] == [2, 3]
@@ -127,7 +127,7 @@ def test_a_rank_that_wakes_up_late_replaces_nothing(place: Storage, group: dist.
     tensors = {"w": torch.randn(300, 70)}
     paused = Committer(place, "paused", None)
     saver = StepSaver(place, AsyncMode.disabled, torch.device("cpu"), group)
-    assert [r.error for r in saver.begin(tensors, Manifest(step=1, lineage="a"))] == [None]
+    assert [r.error for r in saver.save(tensors, Manifest(step=1, lineage="a"))] == [None]
     saver.close()
     late = paused.working_place(1)
     plan = make_plan({"w": torch.zeros(300, 70)}, 0, 1)
@@ -152,7 +152,7 @@ def test_a_part_that_fails_now_and_then_is_sent_again(proxy: BreakingProxy, grou
     tensors = {"w": torch.randn(6000, 1000)}
     saver = StepSaver(place, AsyncMode["async"], torch.device("cpu"), group)
     proxy.break_next(r"PUT .*distcp\?.*partNumber=2", 2)
-    results = [*saver.begin(tensors, Manifest(step=1, lineage="a")), *saver.wait()]
+    results = [*saver.save(tensors, Manifest(step=1, lineage="a")), *saver.wait()]
     assert [r.error for r in results] == [None]
     assert proxy.broken == 2
     saver.close()
@@ -171,11 +171,11 @@ def test_a_store_that_keeps_failing_costs_one_save(
     catalog = Catalog(place)
     tensors = {"w": torch.randn(6000, 1000)}
     saver = StepSaver(place, AsyncMode["async"], torch.device("cpu"), group)
-    saver.begin(tensors, Manifest(step=1, lineage="a"))
+    saver.save(tensors, Manifest(step=1, lineage="a"))
     assert [r.error for r in saver.wait()] == [None]
     proxy.break_next(r"PUT .*distcp\?.*partNumber=2", 1000)
     tensors["w"] += 1
-    saver.begin(tensors, Manifest(step=2, lineage="a"))
+    saver.save(tensors, Manifest(step=2, lineage="a"))
     (failed,) = saver.wait()
     assert failed.error is not None
     assert "__0_0-" in failed.error
@@ -183,7 +183,7 @@ def test_a_store_that_keeps_failing_costs_one_save(
     assert [e.step for e in catalog.entries(LINE)] == [1]
     assert catalog.candidates() == [1]
     proxy.break_next("nothing", 0)
-    saver.begin(tensors, Manifest(step=3, lineage="a"))
+    saver.save(tensors, Manifest(step=3, lineage="a"))
     assert [r.error for r in saver.wait()] == [None]
     assert [e.step for e in catalog.entries(LINE)] == [1, 3]
     saver.close()
@@ -194,13 +194,13 @@ def test_a_save_that_was_cut_short_is_no_step(proxy: BreakingProxy, group: dist.
     place = open_storage("s3://bucket/short", options(proxy.port))
     saver = StepSaver(place, AsyncMode["async"], torch.device("cpu"), group)
     for step in (1, 2):
-        saver.begin({"w": torch.randn(10)}, Manifest(step=step, lineage="a"))
+        saver.save({"w": torch.randn(10)}, Manifest(step=step, lineage="a"))
         saver.wait()
     saver.close()
     place.child("step-2").remove("manifest.json")
     catalog = Catalog(place)
     assert [e.step for e in catalog.entries(LINE)] == [1]
-    assert catalog.tidy(LINE) == ["removed the incomplete step-2"]
+    assert catalog.clean_up(LINE) == ["removed the incomplete step-2"]
     assert catalog.candidates() == [1]
 
 
@@ -210,7 +210,7 @@ def test_listings_that_are_late_stop_no_run(proxy: BreakingProxy, group: dist.Pr
     lost = threading.Event()
     lease = acquire_lease(place, 1.5, "the run", on_lost=lost.set)
     saver = StepSaver(place, AsyncMode["async"], torch.device("cpu"), group, SaverOptions(ticket=lease.ticket))
-    saver.begin({"w": torch.randn(10)}, Manifest(step=1, lineage="a"))
+    saver.save({"w": torch.randn(10)}, Manifest(step=1, lineage="a"))
     assert place.names() == []
     assert [r.error for r in saver.wait()] == [None]
     with pytest.raises(LeaseHeldError):
@@ -227,11 +227,11 @@ def test_a_removed_folder_or_lease_ends_saving_by_its_name(
 ) -> None:
     lease = acquire_lease(place, 60.0, "the run")
     saver = StepSaver(place, AsyncMode.disabled, torch.device("cpu"), group, SaverOptions(ticket=lease.ticket))
-    assert [r.error for r in saver.begin({"w": torch.randn(10)}, Manifest(step=1, lineage="a"))] == [None]
+    assert [r.error for r in saver.save({"w": torch.randn(10)}, Manifest(step=1, lineage="a"))] == [None]
     for name in place.names():
         if what == "folder" or name.startswith("lease"):
             place.remove(name)
-    (result,) = saver.begin({"w": torch.randn(10)}, Manifest(step=2, lineage="a"))
+    (result,) = saver.save({"w": torch.randn(10)}, Manifest(step=2, lineage="a"))
     assert result.final
     assert result.error is not None
     assert "nothing more is saved" in result.error

@@ -206,7 +206,7 @@ def test_a_restart_before_the_record_is_written_chooses_the_same_again(
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restart)
         opened = _open(spec)
         assert [x.origin for x in opened.record.lineages] == [StartKind.fresh, StartKind.fresh]
-    begin_run(spec.settings, run, TokenStore(spec.data_folder), spec.overrides, opened.record)
+    begin_run(spec.config_dict, run, TokenStore(spec.data_folder), spec.overrides, opened.record)
     # From now on a restart goes on with it.
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
     assert [x.id for x in _open(spec).record.lineages] == [x.id for x in opened.record.lineages]
@@ -222,7 +222,7 @@ def test_a_paused_start_does_not_write_over_the_record_of_a_later_one(run: Path,
     train(overrides(corpus, "train.steps=15", "checkpoint.load_step=6"), run)
     before = contents(run)
     with pytest.raises(LeaseLostError, match="another start has begun"):
-        begin_run(spec.settings, run, TokenStore(spec.data_folder), spec.overrides, paused)
+        begin_run(spec.config_dict, run, TokenStore(spec.data_folder), spec.overrides, paused)
     assert contents(run) == before
 
 

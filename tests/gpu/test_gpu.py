@@ -41,7 +41,7 @@ def test_a_snapshot_from_the_device_is_never_torn(tmp_path: Path, group: dist.Pr
     copies: dict[int, dict[str, torch.Tensor]] = {}
     for step in range(1, 51):
         copies[step] = {n: t.clone() for n, t in tensors.items()}
-        results = saver.begin(tensors, Manifest(step=step, lineage="a"))
+        results = saver.save(tensors, Manifest(step=step, lineage="a"))
         saver.wait_staged()
         for tensor in tensors.values():
             tensor.add_(1.0)

@@ -135,7 +135,7 @@ def wrong_inputs(folder: Path) -> dict[str, tuple[list[object], str]]:
         "not empty": (["export", step, folder], "OUT must be new or an empty folder, but .* is not; choose another"),
         "nothing there": (["export", folder / "nowhere", out], "nowhere must be a checkpoint, but does not exist"),
         "no model": (["export", folder / "plain.pt", out], "--model must be given, because .* does not say"),
-        "flavour": (["export", step, out, "--model", "llama3_9b"], "model must be one of .*; did you mean"),
+        "variant": (["export", step, out, "--model", "llama3_9b"], "model must be one of .*; did you mean"),
         "format": (["import", hf, out, "--format", "torch"], "--format must be hf for .*, but is torch; leave it out"),
         "shard size": (["export", step, out, "--max-shard-size", "0"], "--max-shard-size must be a size like 5GB"),
         "assets": (["export", step, out, "--hf-assets-path", step], "--hf-assets-path must .* config.json, but"),

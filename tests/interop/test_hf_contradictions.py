@@ -95,7 +95,7 @@ def start(folder: Path, **changes: Any) -> StartPoint:
     return StartPoint(**{**values, **changes})
 
 
-FLAVOUR = [
+VARIANT = [
     "model.dim=64", "model.n_layers=3", "model.n_heads=4", "model.n_kv_heads=2", "model.ffn_dim=96",
     "model.vocab_size=320",
 ]  # fmt: skip
@@ -108,11 +108,11 @@ def test_a_flavour_that_is_tied_otherwise_names_the_field(tmp_path: Path) -> Non
         other = "false" if given == "true" else "true"
         tied = f"model.tied_embeddings={given}"
         with pytest.raises(CheckpointError, match=f"use model.tied_embeddings={other}, or checkpoint.load_strict"):
-            check_initial_load(typed_config([*FLAVOUR, tied]), start(tmp_path / kind))
-        remedied = typed_config([*FLAVOUR, f"model.tied_embeddings={other}"])
+            check_initial_load(typed_config([*VARIANT, tied]), start(tmp_path / kind))
+        remedied = typed_config([*VARIANT, f"model.tied_embeddings={other}"])
         assert check_initial_load(remedied, start(tmp_path / kind)).lines() == []
         left_out = check_initial_load(
-            typed_config([*FLAVOUR, tied, "checkpoint.load_strict=false"]), start(tmp_path / kind)
+            typed_config([*VARIANT, tied, "checkpoint.load_strict=false"]), start(tmp_path / kind)
         )
         assert left_out.unused == (("lm_head.weight",) if given == "true" else ())
         assert left_out.missing == (() if given == "true" else ("output.weight",))
@@ -122,10 +122,10 @@ def test_a_flavour_of_other_numbers_and_the_same_shapes_is_warned_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     make("llama3_tied", tmp_path / "hf")
-    flavour = [*FLAVOUR, "model.tied_embeddings=true", "model.norm_eps=1e-6"]
-    check_initial_load(typed_config([*flavour, "model.rope_theta=10000"]), start(tmp_path / "hf"))
+    variant = [*VARIANT, "model.tied_embeddings=true", "model.norm_eps=1e-6"]
+    check_initial_load(typed_config([*variant, "model.rope_theta=10000"]), start(tmp_path / "hf"))
     assert not caplog.records
-    check_initial_load(typed_config([*flavour, "model.rope_theta=20000"]), start(tmp_path / "hf"))
+    check_initial_load(typed_config([*variant, "model.rope_theta=20000"]), start(tmp_path / "hf"))
     (record,) = caplog.records
     assert "rope_parameters in" in record.getMessage()
     assert "'rope_theta': 10000.0" in record.getMessage()
@@ -148,9 +148,9 @@ def test_a_quantised_folder_is_refused(field: str, value: Any, tmp_path: Path) -
     message = f"{field} in .* must not be set, .* use the folder of the model in bfloat16"
     with pytest.raises(ValueError, match=message):
         model_of(str(tmp_path / "hf"), None)
-    # Also where the model is a flavour of ours and config.json is not needed.
+    # Also where the model is a variant of ours and config.json is not needed.
     with pytest.raises(ValueError, match=message):
-        check_initial_load(typed_config(FLAVOUR), start(tmp_path / "hf"))
+        check_initial_load(typed_config(VARIANT), start(tmp_path / "hf"))
     rewrite(tmp_path / "hf", one_file(tmp_path / "hf"), **{field: None})
     assert model_of(str(tmp_path / "hf"), None).vocab_size == 320
 
@@ -164,7 +164,7 @@ def test_weights_that_are_codes_are_refused_without_a_config_that_says_so(
     weights = one_file(tmp_path / "hf")
     name = "model.layers.1.mlp.up_proj.weight"
     rewrite(tmp_path / "hf", {**weights, name: weights[name].to(dtype)})
-    config = typed_config([*FLAVOUR, f"checkpoint.load_strict={strict}"])
+    config = typed_config([*VARIANT, f"checkpoint.load_strict={strict}"])
     with pytest.raises(
         CheckpointError, match=r"layers.1.feed_forward.w3.weight in .* quantised weights are not supp"
     ):

@@ -16,7 +16,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from regrow.checkpoint.format.tensor_source import Box, TensorInfo, TensorSource
 from regrow.checkpoint.load.open_source import open_source, read_whole
-from regrow.checkpoint.sources.hf_mapping import ForwardSource, InverseSource
+from regrow.checkpoint.sources.hf_mapping import FromHfSource, ToHfSource
 from regrow.checkpoint.storage.opening import as_storage
 from regrow.launch.run.weights import open_weights
 from regrow.models.llama3.config import Llama3Config
@@ -61,8 +61,8 @@ def test_any_rows_of_a_fused_matrix_are_read_and_written(
     name = "optimizer.state.layers.0.attention.qkv_linear.wqkv.weight.exp_avg"
     stored = Held({name: fused.wqkv.weight.detach(), name.replace("exp_avg", "step"): torch.tensor(3.0)})
     keys = fused_keys(config, stored.infos.keys())
-    ours = ForwardSource(stored, keys)
-    back = InverseSource(ours, todays_keys(config, ours.infos))
+    ours = FromHfSource(stored, keys)
+    back = ToHfSource(ours, todays_keys(config, ours.infos))
     assert back.infos == stored.infos
     parts = dict(zip(("wq", "wk", "wv"), fused.split(fused.wqkv.weight.detach()), strict=True))
     whole: dict[str, tuple[TensorSource, Tensor]]

@@ -13,40 +13,40 @@ from regrow.checkpoint.convert.conversion_plan import plan_safetensors, plan_ste
 from regrow.checkpoint.convert.convert import convert
 from regrow.checkpoint.format.manifest import Manifest
 from regrow.checkpoint.load.open_source import open_source, read_whole
-from regrow.checkpoint.sources.hf_mapping import ForwardSource, InverseSource
+from regrow.checkpoint.sources.hf_mapping import FromHfSource, ToHfSource
 from regrow.models.hf import families, family_of, from_folder
 from regrow.models.llama3.config import Llama3Config
 from tests.configs.test_configs import CHOICES
 from tests.interop.hf_models import KINDS, make, ours, tokens
 from tests.support import typed_config
 
-FLAVOURS = [c for c in CHOICES if c.startswith("model=") and c != "model=from_hf"]
+VARIANTS = [c for c in CHOICES if c.startswith("model=") and c != "model=from_hf"]
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS)
-def test_the_map_is_a_bijection(flavour: str) -> None:
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_map_is_a_bijection(variant: str) -> None:
     """Every parameter of ours is filled once, and every tensor of theirs read once, with shapes that fit."""
     from regrow.launch.config.resolve import resolve_target
 
-    config = typed_config([flavour]).model
+    config = typed_config([variant]).model
     with torch.device("meta"):
         model = resolve_target(config._target_, "model")(config)
     parameters = dict(model.named_parameters())
     keys = family_of(config).keys(config)
-    assert len({k.theirs for k in keys}) == len(keys)
-    assert len({(k.ours, k.expert) for k in keys}) == len(keys)
-    assert {k.ours for k in keys} == parameters.keys()
+    assert len({k.hf_name for k in keys}) == len(keys)
+    assert len({(k.name, k.expert) for k in keys}) == len(keys)
+    assert {k.name for k in keys} == parameters.keys()
     for key in keys:
         if key.expert is not None:
-            slices = [k.expert for k in keys if k.ours == key.ours] if key.expert == 0 else []
-            assert slices in ([], list(range(parameters[key.ours].shape[0])))
+            slices = [k.expert for k in keys if k.name == key.name] if key.expert == 0 else []
+            assert slices in ([], list(range(parameters[key.name].shape[0])))
         if key.heads:
-            assert parameters[key.ours].shape[0] % (2 * key.heads) == 0
+            assert parameters[key.name].shape[0] % (2 * key.heads) == 0
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS)
-def test_config_json_and_back(flavour: str) -> None:
-    config = typed_config([flavour]).model
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_config_json_and_back(variant: str) -> None:
+    config = typed_config([variant]).model
     family = family_of(config)
     again = family.read(family.describe(config), config.name)
     assert dataclasses.asdict(again) == dataclasses.asdict(config)
@@ -66,7 +66,7 @@ def test_in_and_out_again(kind: str, tmp_path: Path) -> None:
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 3
     family, config = from_folder(tmp_path / "hf")
     keys = family.keys(config)
-    with ForwardSource(open_source(tmp_path / "hf"), keys) as source:
+    with FromHfSource(open_source(tmp_path / "hf"), keys) as source:
         assert source.unused == []
         convert(
             source,
@@ -80,7 +80,7 @@ def test_in_and_out_again(kind: str, tmp_path: Path) -> None:
         assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
         small = {"config.json": (tmp_path / "hf/config.json").read_bytes()}
         convert(
-            InverseSource(step, keys),
+            ToHfSource(step, keys),
             lambda infos, _work: plan_safetensors(infos, max_shard_bytes=80_000, small=small),
             tmp_path / "out",
             identity={},
@@ -110,8 +110,8 @@ def test_kl_in_fp64_and_that_it_sees_a_missing_permutation(tmp_path: Path) -> No
     expected = theirs.model(tokens()).logits
     assert expected.dtype == torch.float64
     with open_source(tmp_path / "hf") as raw:
-        right = ours(config, ForwardSource(raw, keys), torch.float64)(tokens())
+        right = ours(config, FromHfSource(raw, keys), torch.float64)(tokens())
         assert _kl(expected, right) < 1e-12
         unpermuted = [dataclasses.replace(k, heads=0) for k in keys]
-        wrong = ours(config, ForwardSource(raw, unpermuted), torch.float64)(tokens())
+        wrong = ours(config, FromHfSource(raw, unpermuted), torch.float64)(tokens())
         assert _kl(expected, wrong) > 1e-6

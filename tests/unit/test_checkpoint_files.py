@@ -53,7 +53,7 @@ def test_another_format_is_refused_not_set_aside(tmp_path: Path) -> None:
     path = make_step(tmp_path, 7)
     (path / MANIFEST).write_text(json.dumps({"format": 99, "checksum": checksum({"format": 99})}))
     with pytest.raises(CheckpointError, match="has format 99"):
-        Catalog(tmp_path).tidy(LINE)
+        Catalog(tmp_path).clean_up(LINE)
     assert path.exists()
 
 
@@ -75,10 +75,10 @@ def test_tidy_removes_partials_and_sets_the_rest_aside(tmp_path: Path) -> None:
     (tmp_path / "step-50.partial-abc").mkdir()
     (tmp_path / "step-5.removing-0").mkdir()
     catalog = Catalog(tmp_path)
-    assert len(catalog.tidy(LINE)) == 4
+    assert len(catalog.clean_up(LINE)) == 4
     assert sorted(p.name for p in tmp_path.iterdir()) == ["set-aside", "step-10"]
     assert (tmp_path / "set-aside" / "old" / "step-30" / MANIFEST).exists()
-    assert catalog.tidy(LINE) == []
+    assert catalog.clean_up(LINE) == []
 
 
 def test_a_step_under_another_name_is_damage(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_a_step_under_another_name_is_damage(tmp_path: Path) -> None:
 def test_two_steps_of_one_number_are_set_aside_side_by_side(tmp_path: Path) -> None:
     for _ in range(2):
         make_step(tmp_path, 30, lineage="old")
-        Catalog(tmp_path).tidy(LINE)
+        Catalog(tmp_path).clean_up(LINE)
     assert sorted(p.name for p in (tmp_path / "set-aside" / "old").iterdir()) == ["step-30", "step-30.2"]
 
 
@@ -114,7 +114,7 @@ def test_prune_keeps_the_newest_and_pinned(tmp_path: Path) -> None:
 def test_an_empty_folder_has_nothing(tmp_path: Path) -> None:
     catalog = Catalog(tmp_path / "none")
     assert catalog.entries(LINE) == []
-    assert catalog.tidy(LINE) == []
+    assert catalog.clean_up(LINE) == []
 
 
 def test_json_is_replaced_whole(tmp_path: Path) -> None:

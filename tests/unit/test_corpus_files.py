@@ -20,7 +20,7 @@ import zstandard
 from hypothesis import given, settings
 
 from regrow.trainer.data.config import TextConfig
-from regrow.trainer.data.source import DataError, Unit
+from regrow.trainer.data.source import CorpusPart, DataError
 from regrow.trainer.data.text import TextSource
 
 TEXTS = [f"document {i} with ünïcode 你好 🙂" for i in range(40)]
@@ -116,7 +116,7 @@ def test_a_line_is_counted_from_the_files_beginning_in_every_part(tmp_path: Path
     text = source(path)
     for start in (1, 500, len(BODY) - 1, len(BODY)):
         with pytest.raises(DataError, match="line 41 of"):
-            list(text.read(Unit(str(path), start, path.stat().st_size)))
+            list(text.read(CorpusPart(str(path), start, path.stat().st_size)))
 
 
 def test_half_a_surrogate_pair_is_replaced_and_counted(tmp_path: Path) -> None:

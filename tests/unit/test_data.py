@@ -20,7 +20,7 @@ from regrow.trainer.data.config import StdlibConfig, TextConfig
 from regrow.trainer.data.loader import IGNORE, Prefetcher, step_batch
 from regrow.trainer.data.order import permute, rank_rows, window_ids
 from regrow.trainer.data.prepare import prepare, tokenize
-from regrow.trainer.data.source import Unit
+from regrow.trainer.data.source import CorpusPart
 from regrow.trainer.data.stdlib import StdlibSource
 from regrow.trainer.data.text import TextSource
 from regrow.trainer.data.token_store import TOKENIZER, TokenStore, shard_is_complete, write_index, write_shard
@@ -200,7 +200,7 @@ def test_any_cut_of_a_file_reads_each_line_once(tmp_path_factory: pytest.TempPat
     path = write_sources(tmp_path_factory.mktemp("cut"))[".jsonl"]
     source = TextSource(TextConfig(files=[str(path)]))
     edges = sorted({0, *cuts, path.stat().st_size + 1})
-    documents = [d for a, b in itertools.pairwise(edges) for d in source.read(Unit(str(path), a, b))]
+    documents = [d for a, b in itertools.pairwise(edges) for d in source.read(CorpusPart(str(path), a, b))]
     assert documents == [f"document {i} in english" for i in range(30)]
 
 

@@ -20,7 +20,7 @@ from regrow.checkpoint.errors import CheckpointError, DamagedStepError
 from regrow.checkpoint.format.hashing import BlockHasher, block_bytes_for, block_hashes, item_hash
 from regrow.checkpoint.format.layout import Chunk, make_plan
 from regrow.checkpoint.format.manifest import Manifest, read_manifest
-from regrow.checkpoint.format.rank_manifest import StoredItem
+from regrow.checkpoint.format.rank_manifest import StoredChunk
 from regrow.checkpoint.format.torch_archive import frame_of
 from regrow.checkpoint.load.loading import load_tensors, read_items
 from regrow.checkpoint.load.read_plan import bytes_to_read, plan_reads
@@ -58,7 +58,7 @@ def state(seed: int = 0) -> dict[str, torch.Tensor]:
 def save(folder: Path, group: dist.ProcessGroup, tensors: dict[str, torch.Tensor], step: int = 1) -> Path:
     folder.mkdir(exist_ok=True)
     saver = StepSaver(folder, AsyncMode["disabled"], torch.device("cpu"), group)
-    (result,) = saver.begin(tensors, Manifest(step=step, lineage="a"))
+    (result,) = saver.save(tensors, Manifest(step=step, lineage="a"))
     saver.close()
     assert result.error is None
     assert result.url is not None
@@ -133,7 +133,7 @@ def test_a_snapshot_is_never_torn(tmp_path: Path, group: dist.ProcessGroup, mode
     committed = {}
     for step in range(1, rounds + 1):
         copies[step] = {n: t.clone() for n, t in tensors.items()}
-        results = saver.begin(tensors, Manifest(step=step, lineage="a"))
+        results = saver.save(tensors, Manifest(step=step, lineage="a"))
         saver.wait_staged()
         for tensor in tensors.values():
             tensor.add_(1.0)
@@ -150,11 +150,11 @@ def test_a_snapshot_is_never_torn(tmp_path: Path, group: dist.ProcessGroup, mode
 
 def test_the_image_is_kept_while_the_layout_is(tmp_path: Path, group: dist.ProcessGroup) -> None:
     saver = StepSaver(tmp_path, AsyncMode["async"], torch.device("cpu"), group)
-    saver.begin(state(), Manifest(step=1, lineage="a"))
+    saver.save(state(), Manifest(step=1, lineage="a"))
     image = saver._image
-    saver.begin(state(1), Manifest(step=2, lineage="a"))
+    saver.save(state(1), Manifest(step=2, lineage="a"))
     assert saver._image is image
-    saver.begin({"other": torch.zeros(3)}, Manifest(step=3, lineage="a"))
+    saver.save({"other": torch.zeros(3)}, Manifest(step=3, lineage="a"))
     assert saver._image is not image
     assert [r.step for r in saver.wait()] == [3]
     saver.close()
@@ -187,7 +187,7 @@ def test_any_box_is_read_from_any_shards(tmp_path_factory: pytest.TempPathFactor
             raw = chunk.contiguous().numpy().tobytes()
             blocks = block_hashes(memoryview(raw), 32)
             items.append(
-                StoredItem(
+                StoredChunk(
                     name="t", dtype="float32", global_shape=shape, offset=offset, shape=tuple(chunk.shape), file="f",
                     start=position, size=len(raw), data=position, data_bytes=len(raw), hash=item_hash(blocks),
                     block_bytes=32, blocks=blocks,
@@ -299,15 +299,15 @@ def test_planted_pickles_do_not_run(tmp_path: Path, group: dist.ProcessGroup, ou
 def test_a_writer_that_fails_leaves_nothing(tmp_path: Path, group: dist.ProcessGroup) -> None:
     """A full disk: the error names the cause, the step before is intact, the next save works."""
     saver = StepSaver(tmp_path, AsyncMode["async"], torch.device("cpu"), group)
-    saver.begin(state(), Manifest(step=1, lineage="a"))
+    saver.save(state(), Manifest(step=1, lineage="a"))
     assert [r.error for r in saver.wait()] == [None]
     blocker = tmp_path / saver._committer.working_name(2)
     blocker.write_text("in the way")
-    saver.begin(state(), Manifest(step=2, lineage="a"))
+    saver.save(state(), Manifest(step=2, lineage="a"))
     (result,) = saver.wait()
     assert result.url is None
     assert "rank 0: File exists" in str(result.error)
-    saver.begin(state(), Manifest(step=3, lineage="a"))
+    saver.save(state(), Manifest(step=3, lineage="a"))
     assert [r.error for r in saver.wait()] == [None]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-1", "step-3"]
     saver.close()
@@ -339,7 +339,7 @@ def test_several_files_a_rank(tmp_path: Path, group: dist.ProcessGroup, files: i
     """Whether streamed or imaged, in one file or several: the same tensors, for ours and for stock readers."""
     saver = StepSaver(tmp_path, mode, torch.device("cpu"), group, SaverOptions(files_per_rank=files))
     tensors = {**state(), **{f"more{i}": torch.randn(300 + i, 1000) for i in range(5)}}
-    results = [*saver.begin(tensors, Manifest(step=1, lineage="a")), *saver.wait()]
+    results = [*saver.save(tensors, Manifest(step=1, lineage="a")), *saver.wait()]
     assert [r.error for r in results] == [None]
     assert len(list((tmp_path / "step-1").glob("*.distcp"))) == files
     loaded, stock = empty_like(tensors), empty_like(tensors)
@@ -365,9 +365,9 @@ def test_a_thread_that_dies_is_a_failed_save(tmp_path: Path, group: dist.Process
     """Whatever ends the background work is told with its cause, and the next save works."""
     saver = StepSaver(tmp_path, AsyncMode[mode], torch.device("cpu"), group)
     broken = {"w": torch.randn(10).as_subclass(_Broken)}
-    results = [*saver.begin(broken, Manifest(step=1, lineage="a")), *saver.wait()]
+    results = [*saver.save(broken, Manifest(step=1, lineage="a")), *saver.wait()]
     assert ["no such memory" in str(r.error) for r in results] == [True]
-    results = [*saver.begin(state(), Manifest(step=2, lineage="a")), *saver.wait()]
+    results = [*saver.save(state(), Manifest(step=2, lineage="a")), *saver.wait()]
     assert [r.error for r in results] == [None]
     assert [p.name for p in tmp_path.iterdir()] == ["step-2"]
     saver.close()
@@ -378,7 +378,7 @@ def test_a_disk_without_room_is_not_written_to(
 ) -> None:
     saver = StepSaver(tmp_path, AsyncMode["async"], torch.device("cpu"), group)
     monkeypatch.setattr("regrow.checkpoint.storage.local.LocalStorage.free_bytes", lambda self: 1000)
-    results = [*saver.begin(state(), Manifest(step=1, lineage="a")), *saver.wait()]
+    results = [*saver.save(state(), Manifest(step=1, lineage="a")), *saver.wait()]
     assert ["No space left on device" in str(r.error) for r in results] == [True]
     assert list(tmp_path.iterdir()) == []
     saver.close()
@@ -400,7 +400,7 @@ def _save_without_a_store(folder: Path, breaks: bool) -> list[str | None]:
     for step in (1, 2, 3):
         if breaks and step == 2:
             cast(Any, saver._exchange)._store = _GoneStore()
-        results = [*saver.begin({"a": torch.ones(5) * step}, Manifest(step=step, lineage="a")), *saver.wait()]
+        results = [*saver.save({"a": torch.ones(5) * step}, Manifest(step=step, lineage="a")), *saver.wait()]
         errors += [r.error for r in results]
         dist.barrier(made)
     return errors

@@ -70,7 +70,7 @@ def test_a_forged_manifest_is_damage_and_nothing_leaves_the_folder(tmp_path: Pat
     with pytest.raises(DamagedStepError) as caught:
         Catalog(folder).open(8)
     assert "\n" not in str(caught.value)
-    assert len(Catalog(folder).tidy(LINE)) == 1
+    assert len(Catalog(folder).clean_up(LINE)) == 1
     assert sorted(p.name for p in tmp_path.rglob("step-*")) == ["step-8"]
     assert (folder / "set-aside/damaged/step-8").is_dir()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
@@ -243,7 +243,7 @@ def test_names_that_only_look_like_steps_are_none(tmp_path: Path, name: str) -> 
     sound_step(tmp_path)
     (tmp_path / name).mkdir()
     assert Catalog(tmp_path).candidates() == [8]
-    assert Catalog(tmp_path).tidy(LINE) == []
+    assert Catalog(tmp_path).clean_up(LINE) == []
     assert (tmp_path / name).is_dir()
 
 
@@ -257,7 +257,7 @@ def test_what_cannot_be_looked_at_is_damage_and_gets_out_of_the_way(tmp_path: Pa
     complete, damaged = Catalog(tmp_path).scan()
     assert [e.step for e in complete] == [8]
     assert sorted(damaged) == [9, 10, 11, 12]
-    assert len(Catalog(tmp_path).tidy(LINE)) == 4
+    assert len(Catalog(tmp_path).clean_up(LINE)) == 4
     assert Catalog(tmp_path).candidates() == [8]
 
 

@@ -22,12 +22,12 @@ from regrow.checkpoint.format.manifest import Manifest
 from regrow.checkpoint.format.rank_manifest import rank_manifest_name
 from regrow.checkpoint.run.lease import (
     LONGEST_TIMEOUT_S,
-    Holder,
+    HeartbeatMonitor,
     LeaseHeldError,
     LeaseLostError,
-    Life,
+    LeaseRecord,
+    Liveness,
     Standing,
-    Watch,
     acquire_lease,
     life_of,
     newest_lease,
@@ -53,40 +53,42 @@ ELSEWHERE = dataclasses.replace(this_process(), host="elsewhere", boot="another"
 
 def test_this_process_is_alive_and_a_finished_one_is_dead() -> None:
     me = this_process()
-    assert life_of(me, me) is Life.alive
+    assert life_of(me, me) is Liveness.alive
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     started = int(Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[19])
     other = dataclasses.replace(me, pid=child.pid, started=started)
-    assert life_of(other, me) is Life.alive
-    assert life_of(dataclasses.replace(other, started=started - 1), me) is Life.dead, "the pid was used again"
+    assert life_of(other, me) is Liveness.alive
+    assert life_of(dataclasses.replace(other, started=started - 1), me) is Liveness.dead, "the pid was used again"
     child.send_signal(signal.SIGSTOP)
-    wait_until(lambda: life_of(other, me) is not Life.alive)
-    assert life_of(other, me) is Life.unknown, "a stopped process may never go on"
+    wait_until(lambda: life_of(other, me) is not Liveness.alive)
+    assert life_of(other, me) is Liveness.unknown, "a stopped process may never go on"
     child.kill()
     child.wait()
-    assert life_of(other, me) is Life.dead
-    assert life_of(dataclasses.replace(me, released=True), me) is Life.dead
+    assert life_of(other, me) is Liveness.dead
+    assert life_of(dataclasses.replace(me, released=True), me) is Liveness.dead
 
 
 def test_other_hosts_and_namespaces_cannot_be_looked_into() -> None:
     me = this_process()
-    assert life_of(ELSEWHERE, me) is Life.unknown
-    assert life_of(dataclasses.replace(me, namespace="pid:[1]"), me) is Life.unknown
-    assert life_of(dataclasses.replace(me, boot="before"), me) is Life.unknown, "another host may have the same name"
+    assert life_of(ELSEWHERE, me) is Liveness.unknown
+    assert life_of(dataclasses.replace(me, namespace="pid:[1]"), me) is Liveness.unknown
+    assert life_of(dataclasses.replace(me, boot="before"), me) is Liveness.unknown, (
+        "another host may have the same name"
+    )
 
 
 @given(steps=st.lists(st.tuples(st.floats(0.1, 5), st.booleans()), max_size=20))
 def test_a_counter_stands_still_on_the_watchers_own_clock(steps: list[tuple[float, bool]]) -> None:
     now = [0.0]
-    watch, holder, since = Watch(lambda: now[0]), ELSEWHERE, 0.0
-    assert watch.still_for(holder) == 0.0
+    watch, holder, since = HeartbeatMonitor(lambda: now[0]), ELSEWHERE, 0.0
+    assert watch.idle_seconds(holder) == 0.0
     for seconds, moves in steps:
         now[0] += seconds
         if moves:
             holder = dataclasses.replace(holder, counter=holder.counter + 1)
             assert watch.has_moved(holder)
             since = now[0]
-        assert watch.still_for(holder) == now[0] - since
+        assert watch.idle_seconds(holder) == now[0] - since
         assert not watch.has_moved(holder)
 
 
@@ -179,7 +181,7 @@ def test_of_many_that_try_one_wins(folder: Storage) -> None:
 
 
 def test_a_step_that_is_read_is_held(folder: Storage) -> None:
-    place, watch = folder.child("step-3"), Watch()
+    place, watch = folder.child("step-3"), HeartbeatMonitor()
     place.make()
     with reading(place):
         assert held_by_readers(place, watch, 60.0)
@@ -190,12 +192,12 @@ def test_a_dead_reader_holds_nothing(folder: Storage) -> None:
     place = folder.child("step-3")
     place.make()
     now = [0.0]
-    watch = Watch(lambda: now[0])
+    watch = HeartbeatMonitor(lambda: now[0])
     place.write("reader-x.json", json.dumps(dataclasses.asdict(ELSEWHERE)).encode())
     assert held_by_readers(place, watch, 60.0), "not seen long enough to say"
     now[0] = 61.0
     assert not held_by_readers(place, watch, 60.0)
-    dead: Holder = dataclasses.replace(this_process(), pid=2**22 - 1)
+    dead: LeaseRecord = dataclasses.replace(this_process(), pid=2**22 - 1)
     place.write("reader-x.json", json.dumps(dataclasses.asdict(dead)).encode())
     assert not held_by_readers(place, watch, 60.0)
 
@@ -205,7 +207,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=5,
 )
-FIELDS = [f.name for f in dataclasses.fields(Holder)]
+FIELDS = [f.name for f in dataclasses.fields(LeaseRecord)]
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -221,14 +223,14 @@ def test_whatever_a_lease_says_is_a_holder_within_bounds(
     assert "\n" not in str(holder)
     assert len(str(holder)) < 600
     assert holder.timeout_s >= 0
-    assert life_of(holder, this_process()) in Life
+    assert life_of(holder, this_process()) in Liveness
     if cut >= 200 and set(changed) <= {"later"}:
         assert holder == ELSEWHERE, "a field of a later version is passed over"
 
 
 def test_a_lease_is_read_as_it_was_written() -> None:
     me = dataclasses.replace(this_process(), job="7_1", restart=3, timeout_s=60, counter=9, released=True)
-    assert read_document(json.dumps(dataclasses.asdict(me)).encode(), Holder) == me
+    assert read_document(json.dumps(dataclasses.asdict(me)).encode(), LeaseRecord) == me
 
 
 def make_fifo(path: Path) -> None:
@@ -455,7 +457,7 @@ def test_a_writer_whose_temporary_file_is_cleared_away_writes_again(
 @pytest.mark.parametrize("kind", IN_A_LEASES_PLACE)
 def test_what_is_no_readers_lock_holds_nothing(tmp_path: Path, kind: str) -> None:
     IN_A_LEASES_PLACE[kind](tmp_path / "reader-x.json")
-    assert not held_by_readers(LocalStorage(tmp_path), Watch(), 60.0)
+    assert not held_by_readers(LocalStorage(tmp_path), HeartbeatMonitor(), 60.0)
 
 
 def test_a_lock_that_may_not_be_read_may_have_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -465,5 +467,5 @@ def test_a_lock_that_may_not_be_read_may_have_a_reader(tmp_path: Path, monkeypat
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), name)
 
     monkeypatch.setattr(LocalStorage, "read", deny)
-    assert life_of_reader(LocalStorage(tmp_path), "reader-x.json", Watch(), 0.0) is Life.unknown
-    assert held_by_readers(LocalStorage(tmp_path), Watch(), 0.0)
+    assert life_of_reader(LocalStorage(tmp_path), "reader-x.json", HeartbeatMonitor(), 0.0) is Liveness.unknown
+    assert held_by_readers(LocalStorage(tmp_path), HeartbeatMonitor(), 0.0)

@@ -19,7 +19,7 @@ import pytest
 from regrow.checkpoint.inspect.maintenance import repair
 from regrow.checkpoint.processes import process_tag, tag_is_dead
 from regrow.checkpoint.run.catalog import Catalog
-from regrow.checkpoint.run.holder import Watch, this_process
+from regrow.checkpoint.run.holder import HeartbeatMonitor, this_process
 from regrow.checkpoint.run.leftovers import Leftovers
 from regrow.checkpoint.run.reader_lock import reading
 from regrow.checkpoint.scratch import clear_dead_scratch, scratch_folder, tag_semaphores
@@ -119,7 +119,7 @@ def test_what_a_killed_launcher_leaves_goes_and_what_a_living_one_has_stays(
         process.wait()
         assert len(semaphores_of(process.pid)) == 1
         with own_run(config, run_dir):
-            Catalog(checkpoints).tidy([])
+            Catalog(checkpoints).clean_up([])
         assert lock.name not in [p.name for p in tmp_path.rglob("*")]
         # The first is of this process, which lives.
         assert sorted(p.name for p in tmp_path.rglob("*") if "0badc0de" in p.name or p.suffix == ".tmp") == [
@@ -175,7 +175,7 @@ def elsewhere() -> bytes:
 def test_a_reader_on_another_host_is_cleared_when_it_has_stood_still(tmp_path: Path) -> None:
     now = [0.0]
     folder = LocalStorage(tmp_path)
-    leftovers = Leftovers(folder, Watch(lambda: now[0]), 60.0)
+    leftovers = Leftovers(folder, HeartbeatMonitor(lambda: now[0]), 60.0)
     place = folder.child("step-3")
     place.make()
     place.write("reader-a.json", elsewhere())
@@ -204,9 +204,9 @@ def test_a_removal_that_fails_is_tried_again_at_the_next_start(
 
     with monkeypatch.context() as patched:
         patched.setattr(LocalStorage, "remove", fail)
-        assert Catalog(tmp_path).tidy([]) == ["removed the incomplete step-6.partial-0badc0de"]
+        assert Catalog(tmp_path).clean_up([]) == ["removed the incomplete step-6.partial-0badc0de"]
         assert "the next start tries again" in caplog.text
-    assert Catalog(tmp_path).tidy([]) == ["removed the incomplete step-5.removing-0badc0de"]
+    assert Catalog(tmp_path).clean_up([]) == ["removed the incomplete step-5.removing-0badc0de"]
 
 
 def test_a_temporary_file_is_cleared_unless_its_process_lives_here(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_a_temporary_file_is_cleared_unless_its_process_lives_here(tmp_path: Pat
     other = f"{int(here, 16) ^ 1:08x}"
     for tag in (f"{here}-{pid}-{started}", f"{here}-{2**22 - 1}-1", f"{other}-{pid}-{started}"):
         (tmp_path / f".lease-7.json.{tag}.00000000.tmp").touch()
-    Leftovers(LocalStorage(tmp_path), Watch(), 60.0).clear()
+    Leftovers(LocalStorage(tmp_path), HeartbeatMonitor(), 60.0).clear()
     assert [p.name for p in tmp_path.iterdir()] == [f".lease-7.json.{process_tag()}.00000000.tmp"]
 
 

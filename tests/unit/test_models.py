@@ -48,9 +48,9 @@ def tiny_model() -> Llama3:
     return model
 
 
-@pytest.mark.parametrize(("flavour", "count"), PUBLISHED.items())
-def test_published_parameter_counts(flavour: str, count: int) -> None:
-    config = typed_config([f"model={flavour}"]).model
+@pytest.mark.parametrize(("variant", "count"), PUBLISHED.items())
+def test_published_parameter_counts(variant: str, count: int) -> None:
+    config = typed_config([f"model={variant}"]).model
     assert isinstance(config, Llama3Config)
     with torch.device("meta"):
         model = Llama3(config)

@@ -15,8 +15,8 @@ from regrow.models.config import DecoderConfig
 from regrow.models.qwen3.config import Qwen3Config, Qwen3MoeConfig
 from regrow.trainer.config import ContextMethod, ParallelConfig, PipelineSchedule, TrainConfig
 from regrow.trainer.parallel.layout import Layout, resolve_layout
-from regrow.trainer.parallel.pieces import pieces, positions_of
 from regrow.trainer.parallel.rules import Batch, check_layout
+from regrow.trainer.parallel.sequence_chunks import positions_of, sequence_chunks
 from regrow.trainer.parallel.stages import plan_stages, split_layers, stages_per_rank
 from tests.support import TINY_MODEL, typed_config
 
@@ -194,4 +194,4 @@ def test_ranks_share_a_sequence_evenly(ranks: int, size: int, balance: bool) -> 
     if balance:
         # Causal attention costs a position as many keys as come before it: each rank the same.
         assert len({sum(h) for h in held}) == 1
-    assert all(len(pieces(r, ranks, balance=balance)) == (2 if balance else 1) for r in range(ranks))
+    assert all(len(sequence_chunks(r, ranks, balance=balance)) == (2 if balance else 1) for r in range(ranks))

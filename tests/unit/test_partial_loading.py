@@ -10,7 +10,7 @@ from torch import Tensor
 
 from regrow.checkpoint.config import CheckpointConfig
 from regrow.checkpoint.errors import CheckpointError
-from regrow.checkpoint.format.tensor_source import pieces_of, whole
+from regrow.checkpoint.format.tensor_source import segments, whole
 from regrow.checkpoint.load.initial_load import LoadRules, RenamedSource, check_load, load_from
 from regrow.checkpoint.load.open_source import open_source
 
@@ -110,8 +110,8 @@ def test_types_are_cast(tmp_path: Path) -> None:
 def test_pieces_are_the_box_in_order(shape: tuple[int, ...], limit: int) -> None:
     tensor = torch.arange(torch.Size(shape).numel()).view(shape)
     box = tuple((n // 3, n) for n in shape)
-    pieces = list(pieces_of(box, 4, limit))
+    pieces = list(segments(box, 4, limit))
     found = torch.cat([tensor[tuple(slice(*d) for d in p)].reshape(-1) for p in pieces])
     assert torch.equal(found, tensor[tuple(slice(*d) for d in box)].reshape(-1))
     assert all(torch.Size([b - a for a, b in p]).numel() * 4 <= max(limit, 4) for p in pieces)
-    assert list(pieces_of(whole(shape), 4, 1 << 30)) == [whole(shape)]
+    assert list(segments(whole(shape), 4, 1 << 30)) == [whole(shape)]

@@ -44,18 +44,18 @@ def tiny_moe(*overrides: str) -> Qwen3Moe:
     return model
 
 
-@pytest.mark.parametrize(("flavour", "count"), PUBLISHED.items())
-def test_published_parameter_counts(flavour: str, count: int) -> None:
+@pytest.mark.parametrize(("variant", "count"), PUBLISHED.items())
+def test_published_parameter_counts(variant: str, count: int) -> None:
     with torch.device("meta"):
-        model = build_model(typed_config([f"model={flavour}"]))
+        model = build_model(typed_config([f"model={variant}"]))
     assert sum(p.numel() for p in model.parameters()) == count
 
 
 def test_active_weights_of_the_published_mixtures() -> None:
     """A3B and A22B: the weights that a token meets, the embedding aside."""
-    for flavour, active in {"qwen3_moe_30b_a3b": 3.0e9, "qwen3_moe_235b_a22b": 21.6e9}.items():
+    for variant, active in {"qwen3_moe_30b_a3b": 3.0e9, "qwen3_moe_235b_a22b": 21.6e9}.items():
         with torch.device("meta"):
-            assert build_model(typed_config([f"model={flavour}"])).flops_per_token(0) / 6 == pytest.approx(
+            assert build_model(typed_config([f"model={variant}"])).flops_per_token(0) / 6 == pytest.approx(
                 active, rel=0.02
             )
 

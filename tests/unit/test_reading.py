@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from regrow.checkpoint.errors import DamagedStepError
 from regrow.checkpoint.format.hashing import block_hashes, item_hash
 from regrow.checkpoint.format.layout import Chunk, place_chunks
-from regrow.checkpoint.format.rank_manifest import StoredItem
-from regrow.checkpoint.load.read_ops import Fill, parts_of, requests_of
+from regrow.checkpoint.format.rank_manifest import StoredChunk
+from regrow.checkpoint.load.read_ops import ReadOp, requests_of, split_blocks
 from regrow.checkpoint.load.read_plan import plan_reads
 from regrow.checkpoint.load.reader import _shares
 from regrow.checkpoint.memory import lasting_memory, raw_bytes
 from regrow.checkpoint.storage.base import RangeReader, RemoteFile
 from regrow.checkpoint.storage.local import LocalStorage
 
-Stored = list[tuple[StoredItem, Chunk, torch.Tensor]]
+Stored = list[tuple[StoredChunk, Chunk, torch.Tensor]]
 
 
 def stored(sizes: list[int]) -> tuple[bytes, Stored]:
@@ -35,7 +35,7 @@ def stored(sizes: list[int]) -> tuple[bytes, Stored]:
         raw = value.numpy().tobytes()
         blob[item.data : item.data + item.data_bytes] = raw
         blocks = block_hashes(memoryview(raw), 64)
-        stored_item = StoredItem(
+        stored_item = StoredChunk(
             name=item.chunk.name, dtype="uint8", global_shape=(len(raw),), offset=(0,), shape=(len(raw),), file="f",
             start=item.start, size=item.size, data=item.data, data_bytes=len(raw), hash=item_hash(blocks),
             block_bytes=64, blocks=blocks,
@@ -44,12 +44,12 @@ def stored(sizes: list[int]) -> tuple[bytes, Stored]:
     return bytes(blob), found
 
 
-def requests(found: Stored, request_bytes: int) -> tuple[list[Fill], list[torch.Tensor]]:
+def requests(found: Stored, request_bytes: int) -> tuple[list[ReadOp], list[torch.Tensor]]:
     targets = [torch.zeros(len(value), dtype=torch.uint8) for _, _, value in found]
     parts = []
     for (item, chunk, _), target in zip(found, targets, strict=True):
         (piece,) = plan_reads([item], chunk)
-        parts += parts_of("place", piece, chunk, target) or []
+        parts += split_blocks("place", piece, chunk, target) or []
     return list(requests_of("place", parts, request_bytes)), targets
 
 
@@ -89,7 +89,7 @@ def test_a_file_that_ends_early_is_damage(tmp_path: Path, missing: int) -> None:
         fill.run(here)
 
 
-class Sized(Fill):
+class Sized(ReadOp):
     """Bytes that nobody reads."""
 
     def run(self, file: RangeReader) -> int:

@@ -6,8 +6,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from regrow.trainer.parallel.pieces import positions_of
 from regrow.trainer.parallel.ring import block_attention, block_gradients, ring_attention
+from regrow.trainer.parallel.sequence_chunks import positions_of
 from tests.pool import run_distributed
 
 

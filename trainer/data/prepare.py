@@ -27,7 +27,7 @@ from regrow.checkpoint.scratch import tag_semaphores
 from regrow.trainer.data.cache import cache_folder, writing_to
 from regrow.trainer.data.config import DataConfig
 from regrow.trainer.data.recipe import check_recipe, recipe_key, recipe_of
-from regrow.trainer.data.source import DataError, Source, TextUnits, Unit
+from regrow.trainer.data.source import CorpusPart, CorpusSource, DataError, Source
 from regrow.trainer.data.token_store import (
     INDEX,
     TOKENIZER,
@@ -87,7 +87,7 @@ def prepare(source: Source, check_vocabulary: Callable[[int], None] = lambda _si
     ready = source.prepared()
     if ready is not None:
         return ready
-    assert isinstance(source, TextUnits)
+    assert isinstance(source, CorpusSource)
     folder = store_folder(source)
     if not _is_complete(folder):
         with writing_to(folder, "data.cache"), only_one(folder):
@@ -95,7 +95,7 @@ def prepare(source: Source, check_vocabulary: Callable[[int], None] = lambda _si
     return folder
 
 
-def store_folder(source: TextUnits) -> Path:
+def store_folder(source: CorpusSource) -> Path:
     """Where the cache holds the source's token store, made or not.
 
     Raises:
@@ -107,7 +107,7 @@ def store_folder(source: TextUnits) -> Path:
 
 
 def complete_store(
-    source: TextUnits, folder: Path, check_vocabulary: Callable[[int], None] = lambda _size: None
+    source: CorpusSource, folder: Path, check_vocabulary: Callable[[int], None] = lambda _size: None
 ) -> None:
     """Makes the source's token store, or what is missing of it; a damaged one is made again.
 
@@ -171,7 +171,9 @@ class Encoding:
         return token_dtype(self.vocab_size)
 
 
-def _place_tokenizer(source: TextUnits, given: TokenizerFiles | None, units: list[Unit], folder: Path) -> Encoding:
+def _place_tokenizer(
+    source: CorpusSource, given: TokenizerFiles | None, units: list[CorpusPart], folder: Path
+) -> Encoding:
     """Copies or trains the tokenizer into the store."""
     placed = folder / TOKENIZER
     if given is not None:
@@ -215,7 +217,9 @@ def _write(path: Path, body: bytes) -> None:
     temporary.rename(path)
 
 
-def tokenize(source: TextUnits, folder: Path, check_vocabulary: Callable[[int], None] = lambda _size: None) -> None:
+def tokenize(
+    source: CorpusSource, folder: Path, check_vocabulary: Callable[[int], None] = lambda _size: None
+) -> None:
     """Writes the source's token store into `folder`; shards that are there already are kept.
 
     Raises:
@@ -242,13 +246,13 @@ def tokenize(source: TextUnits, folder: Path, check_vocabulary: Callable[[int], 
     _report(source, index)
 
 
-def _report(source: TextUnits, index: Index) -> None:
+def _report(source: CorpusSource, index: Index) -> None:
     log.info("tokenised %d documents, %d tokens", index.documents, index.tokens)
     for what, (count, where) in source.notes.counts.items():
         log.warning("%d x %s; the first is %s", count, what, where)
 
 
-def _write_shards(source: TextUnits, units: list[Unit], encoding: Encoding, folder: Path) -> None:
+def _write_shards(source: CorpusSource, units: list[CorpusPart], encoding: Encoding, folder: Path) -> None:
     """Tokenises the parts that are not there yet, several at a time."""
     todo = [i for i in range(len(units)) if not shard_is_complete(folder, i, encoding.dtype)]
     workers = min(source.config.workers or os.cpu_count() or 1, max(1, len(todo)))
@@ -290,7 +294,7 @@ def _progress(total: int) -> Progress:
 
 
 def tokenize_unit(
-    kind: type[TextUnits], config: DataConfig, unit: Unit, shard: int, folder: Path, encoding: Encoding
+    kind: type[CorpusSource], config: DataConfig, unit: CorpusPart, shard: int, folder: Path, encoding: Encoding
 ) -> dict[str, tuple[int, str]]:
     """Writes one shard; runs in a process of its own. Returns what was noted of the documents."""
     # One process per core already: the library's own threads would only be in each other's way.

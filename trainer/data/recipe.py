@@ -8,7 +8,7 @@ from msgspec import Meta
 
 from regrow.checkpoint.documents import DocumentError, read_document
 from regrow.checkpoint.files import read_regular
-from regrow.trainer.data.source import DataError, TextUnits, digest, shown
+from regrow.trainer.data.source import CorpusSource, DataError, digest, shown
 from regrow.trainer.data.tokenizer import TokenizerFiles, tokenizer_hash
 
 __all__ = ["RECIPE", "Recipe", "check_recipe", "recipe_key", "recipe_of"]
@@ -23,7 +23,7 @@ _Text = Annotated[str, Meta(max_length=1 << 16)]
 Recipe = Annotated[dict[_Text, _Text], Meta(max_length=100)]
 
 
-def recipe_of(source: TextUnits, given: TokenizerFiles | None) -> dict[str, str]:
+def recipe_of(source: CorpusSource, given: TokenizerFiles | None) -> dict[str, str]:
     """What decides the tokens of a source.
 
     Args:

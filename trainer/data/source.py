@@ -9,7 +9,7 @@ from typing import final
 
 from regrow.trainer.data.config import DataConfig
 
-__all__ = ["DataError", "Notes", "Source", "TextUnits", "Unit", "digest", "shown"]
+__all__ = ["CorpusPart", "CorpusSource", "DataError", "Notes", "Source", "digest", "shown"]
 
 
 class DataError(ValueError):
@@ -17,7 +17,7 @@ class DataError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class CorpusPart:
     """A part of a corpus that one process tokenises at a time; becomes one shard.
 
     Attributes:
@@ -66,15 +66,15 @@ class Source(ABC):
         """Raises DataError or FileNotFoundError, in one sentence, for what can be told without reading."""
 
     def prepared(self) -> Path | None:
-        """A token store that exists already; None: `TextUnits` have to be tokenised."""
+        """A token store that exists already; None: a `CorpusSource` has to be tokenised."""
         return None
 
 
-class TextUnits(Source):
+class CorpusSource(Source):
     """A source of text."""
 
     @abstractmethod
-    def units(self) -> list[Unit]:
+    def units(self) -> list[CorpusPart]:
         """The corpus in parts, in a fixed order.
 
         Raises:
@@ -82,7 +82,7 @@ class TextUnits(Source):
         """
 
     @abstractmethod
-    def read(self, unit: Unit) -> Iterator[str]:
+    def read(self, unit: CorpusPart) -> Iterator[str]:
         """The documents of one part, in a fixed order; what is not taken as it stands goes to `self.notes`.
 
         Raises:

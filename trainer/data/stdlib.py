@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import final
 
 from regrow.trainer.data.cache import cache_folder, content_digest
-from regrow.trainer.data.source import DataError, TextUnits, Unit, digest
+from regrow.trainer.data.source import CorpusPart, CorpusSource, DataError, digest
 
 __all__ = ["StdlibSource"]
 
@@ -30,7 +30,7 @@ _TOPICS = "pydoc_data.topics"
 
 
 @final
-class StdlibSource(TextUnits):
+class StdlibSource(CorpusSource):
     """Documents: each help topic of `pydoc_data.topics`, each module's docstrings, each module's source."""
 
     def check(self) -> None:
@@ -44,15 +44,15 @@ class StdlibSource(TextUnits):
         content = content_digest(modules, remembered)
         return {"the text": digest("stdlib", sys.version, str(_UNITS), content, *(p.name for p in modules))}
 
-    def units(self) -> list[Unit]:
+    def units(self) -> list[CorpusPart]:
         count = len(_modules())
         bounds = [i * count // _UNITS for i in range(_UNITS + 1)]
         return [
-            Unit(_TOPICS),
-            *(Unit("modules", a, b) for a, b in itertools.pairwise(bounds)),
+            CorpusPart(_TOPICS),
+            *(CorpusPart("modules", a, b) for a, b in itertools.pairwise(bounds)),
         ]
 
-    def read(self, unit: Unit) -> Iterator[str]:
+    def read(self, unit: CorpusPart) -> Iterator[str]:
         if unit.path == _TOPICS:
             from pydoc_data.topics import topics
 

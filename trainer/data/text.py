@@ -10,7 +10,7 @@ from typing import final
 from regrow.trainer.data.cache import cache_folder, content_digest
 from regrow.trainer.data.config import TextConfig
 from regrow.trainer.data.corpus_files import check_regular, read_json_lines, read_text, reading
-from regrow.trainer.data.source import DataError, Notes, TextUnits, Unit, digest
+from regrow.trainer.data.source import CorpusPart, CorpusSource, DataError, Notes, digest
 
 __all__ = ["TextSource"]
 
@@ -19,7 +19,7 @@ _ENDINGS = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
 
 @final
-class TextSource(TextUnits):
+class TextSource(CorpusSource):
     """See `TextConfig`."""
 
     config: TextConfig
@@ -62,21 +62,21 @@ class TextSource(TextUnits):
         found = [path for pattern in self.config.files for path in _matches(pattern)]
         return list(dict.fromkeys(found))
 
-    def units(self) -> list[Unit]:
-        units: list[Unit] = []
+    def units(self) -> list[CorpusPart]:
+        units: list[CorpusPart] = []
         for path in self._paths():
             if path.suffix == ".parquet":
                 from regrow.trainer.data.parquet import row_groups
 
-                units += [Unit(str(path), g, g + 1) for g in range(row_groups(path, self.config.field))]
+                units += [CorpusPart(str(path), g, g + 1) for g in range(row_groups(path, self.config.field))]
                 continue
             self._check_beginning(path)
             if path.name.endswith((".txt", ".jsonl")):
                 size = path.stat().st_size
                 starts = range(0, size, _UNIT_BYTES) if path.suffix == ".jsonl" else range(min(size, 1))
-                units += [Unit(str(path), s, s + _UNIT_BYTES) for s in starts]
+                units += [CorpusPart(str(path), s, s + _UNIT_BYTES) for s in starts]
             else:
-                units.append(Unit(str(path)))
+                units.append(CorpusPart(str(path)))
         return units
 
     def _check_beginning(self, path: Path) -> None:
@@ -86,7 +86,7 @@ class TextSource(TextUnits):
         else:
             next(read_json_lines(path, self.config.field, Notes()), None)
 
-    def read(self, unit: Unit) -> Iterator[str]:
+    def read(self, unit: CorpusPart) -> Iterator[str]:
         path = Path(unit.path)
         if path.suffix == ".txt":
             yield from read_text(path, self.config.txt_document_bytes)

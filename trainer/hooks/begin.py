@@ -12,7 +12,7 @@ __all__ = ["BeginHook"]
 
 @final
 class BeginHook(Hook):
-    """Placed first: the others' `fit_start` finds the run as this start has made it.
+    """TensorPlacement first: the others' `fit_start` finds the run as this start has made it.
 
     A start that is refused while the state is loaded has then changed nothing.
 

@@ -114,7 +114,7 @@ class CheckpointHook(Hook):
     def restore(self, trainer: Trainer) -> None:
         context = trainer.context
         self._saver = StepSaver(
-            self._plan.folder, self._plan.mode, context.device, context.save_group, self._plan.saver
+            self._plan.folder, self._plan.mode, context.device, context.cpu_group, self._plan.saver
         )
         tried = self._damaged
         while True:
@@ -122,7 +122,7 @@ class CheckpointHook(Hook):
             source, state, error = self._try_start(trainer, start)
             # Loading is verifying: all ranks go on with a step, or none does.
             answers: list[CheckpointError | None] = [None] * context.world_size
-            dist.all_gather_object(answers, error, group=context.save_group)
+            dist.all_gather_object(answers, error, group=context.cpu_group)
             problem = next((a for a in answers if a is not None), None)
             if problem is None:
                 break
@@ -150,7 +150,7 @@ class CheckpointHook(Hook):
                 choice[0] = error
             except OSError as error:
                 choice[0] = CheckpointError(f"{self._plan.folder.url} cannot be read: {error}; check the storage")
-        dist.broadcast_object_list(choice, group=trainer.context.save_group, group_src=0)
+        dist.broadcast_object_list(choice, group=trainer.context.cpu_group, group_src=0)
         if isinstance(choice[0], CheckpointError):
             raise choice[0]
         assert choice[0] is not None
@@ -189,7 +189,7 @@ class CheckpointHook(Hook):
         """
         if self._plan.saver.ticket is not None:
             self._plan.saver.ticket.check_not_taken(self._plan.folder)
-        for line in self._catalog.tidy(self._plan.lineages, self._damaged):
+        for line in self._catalog.clean_up(self._plan.lineages, self._damaged):
             log.warning("%s", line)
         entries = self._catalog.entries(self._plan.lineages)
         self._leave_weights(self._start, [e.step for e in entries if not e.resumable])
@@ -206,7 +206,7 @@ class CheckpointHook(Hook):
             )
         for step in weights_only:
             if step > start.step:
-                self._catalog.set_aside(step, "model-only")
+                self._catalog.quarantine(step, "model-only")
                 log.info(
                     "step %d holds the weights alone and was set aside; the last full checkpoint is of step %d",
                     step,
@@ -311,7 +311,7 @@ class CheckpointHook(Hook):
             if trainer.context.is_main and manifest.train_state:
                 counters = {n: torch.zeros_like(t) for n, t in _state_tensors(saved).items()}
         # A run's own step holds what its model has; other starts say themselves what they leave out.
-        load_tensors(place, tensors | counters, trainer.context.save_group, trainer.engine.names)
+        load_tensors(place, tensors | counters, trainer.context.cpu_group, trainer.engine.names)
         if saved is None:
             return None
         _check_counters(place, saved, counters)
@@ -342,7 +342,7 @@ class CheckpointHook(Hook):
 
     def step_end(self, trainer: Trainer) -> None:
         assert self._saver is not None
-        self._settle(trainer, self._saver.poll())
+        self._handle_results(trainer, self._saver.poll())
         state, best = trainer.state, dict(trainer.state.best)
         self._track(state, trainer.measured)
         context = SaveContext(
@@ -364,7 +364,7 @@ class CheckpointHook(Hook):
             self._save(trainer, self._saver, reasons)
         trainer.saving = self._saver.is_busy
         if ending:
-            self._settle(trainer, self._saver.wait())
+            self._handle_results(trainer, self._saver.wait())
             self._check_last_save(trainer)
 
     def _check_last_save(self, trainer: Trainer) -> None:
@@ -378,7 +378,7 @@ class CheckpointHook(Hook):
             return
         # Rank 0 commits, so its word counts.
         known: list[Any] = [(self._durable_step, self._save_error)]
-        dist.broadcast_object_list(known, group=trainer.context.save_group, group_src=0)
+        dist.broadcast_object_list(known, group=trainer.context.cpu_group, group_src=0)
         durable, problem = known[0]
         if durable >= trainer.state.step:
             return
@@ -397,7 +397,7 @@ class CheckpointHook(Hook):
         if trainer.state.step > self._saved_from:
             self.step_end(trainer)
         else:
-            self._settle(trainer, self._saver.wait())
+            self._handle_results(trainer, self._saver.wait())
             self._check_last_save(trainer)
 
     def fit_end(self, trainer: Trainer) -> None:
@@ -417,14 +417,14 @@ class CheckpointHook(Hook):
         if not self._rows_are_durable(trainer, step):
             return
         manifest = self._manifest(trainer)
-        tensors, holders = _full_state(trainer)
+        tensors, owner_ranks = _full_state(trainer)
         started = time.perf_counter()
-        results = saver.begin(tensors, manifest, holders)
+        results = saver.save(tensors, manifest, owner_ranks)
         if trainer.context.is_main:
             log.info("saving step %d (%s): %.1f ms", step, ", ".join(reasons), (time.perf_counter() - started) * 1e3)
         trainer.last_save_clock, trainer.seconds_since_save = time.monotonic(), 0.0
         self._saved_from = step
-        self._settle(trainer, results)
+        self._handle_results(trainer, results)
 
     def on_metrics(self, trainer: Trainer, row: Mapping[str, Any]) -> None:
         self._step_s = float(row.get("step_time_s", 0.0))
@@ -457,7 +457,7 @@ class CheckpointHook(Hook):
     def _save_last(self, trainer: Trainer, saver: StepSaver, last: LastSave) -> None:
         """The weights alone; in full where that would lose a value, which ends the run with an error."""
         trainer.flush()
-        self._settle(trainer, saver.wait())
+        self._handle_results(trainer, saver.wait())
         if not self._rows_are_durable(trainer, trainer.state.step):
             return
         self._saved_from = trainer.state.step
@@ -466,12 +466,12 @@ class CheckpointHook(Hook):
             tensors = cast_weights(model_tensors(trainer), last.dtype, trainer.context)
         except CheckpointError as error:
             self._save(trainer, saver, ["in full"])
-            self._settle(trainer, saver.wait())
+            self._handle_results(trainer, saver.wait())
             raise CheckpointError(f"{error} (step {trainer.state.step} was saved in full)") from error
-        holders = trainer.engine.holders(list(tensors))
+        owner_ranks = trainer.engine.owner_ranks(list(tensors))
         if last.export is not None:
             try:
-                save_in_hf(tensors, manifest, last, last.export, trainer.context, holders)
+                save_in_hf(tensors, manifest, last, last.export, trainer.context, owner_ranks)
             except OSError as error:
                 self._save_error = f"{error.strerror or error} ({last.folder})"
                 raise LastSaveError(
@@ -480,7 +480,7 @@ class CheckpointHook(Hook):
                 ) from error
             self._durable_step = trainer.state.step
             return
-        self._settle(trainer, saver.begin(tensors, manifest, holders))
+        self._handle_results(trainer, saver.save(tensors, manifest, owner_ranks))
         saver.wait_staged()
 
     def _rows_are_durable(self, trainer: Trainer, step: int) -> bool:
@@ -492,19 +492,19 @@ class CheckpointHook(Hook):
         except OSError as error:
             problem = f"its rows cannot be written ({error.strerror or error})"
         problems: list[str | None] = [None] * trainer.context.world_size
-        dist.all_gather_object(problems, problem, group=trainer.context.save_group)
+        dist.all_gather_object(problems, problem, group=trainer.context.cpu_group)
         found = next((p for p in problems if p is not None), None)
         if found is not None:
-            self._settle(trainer, [SaveResult(step=step, url=None, error=found, seconds=0.0)])
+            self._handle_results(trainer, [SaveResult(step=step, url=None, error=found, seconds=0.0)])
         return found is None
 
-    def _settle(self, trainer: Trainer, results: Sequence[SaveResult]) -> None:
+    def _handle_results(self, trainer: Trainer, results: Sequence[SaveResult]) -> None:
         """Tells of saves that have ended; all ranks see the same ends, though not at the same step."""
         for result in results:
             if result.error is not None:
                 self._failures += 1
                 self._save_error = result.error
-                self._complain(trainer, result)
+                self._report_failure(trainer, result)
                 continue
             self._failures = 0
             self._durable_step = result.step
@@ -525,7 +525,7 @@ class CheckpointHook(Hook):
         if removed:
             log.info("removed steps %s", ", ".join(str(s) for s in removed))
 
-    def _complain(self, trainer: Trainer, result: SaveResult) -> None:
+    def _report_failure(self, trainer: Trainer, result: SaveResult) -> None:
         message = f"step {result.step} was not saved: {result.error}"
         if result.final:
             raise LeaseLostError(message)
@@ -560,7 +560,7 @@ def optimizer_tensors(trainer: Trainer) -> dict[str, Tensor]:
 def _full_state(trainer: Trainer) -> tuple[dict[str, Tensor], Mapping[str, Sequence[int]]]:
     """What a full step holds, and the ranks that have each of it where not all do."""
     tensors = model_tensors(trainer) | optimizer_tensors(trainer) | _state_tensors(trainer.state)
-    return tensors, trainer.engine.holders([n for n in tensors if not n.startswith("train_state.")])
+    return tensors, trainer.engine.owner_ranks([n for n in tensors if not n.startswith("train_state.")])
 
 
 def _state_tensors(state: TrainState) -> dict[str, Tensor]:

@@ -49,7 +49,7 @@ class GarbageConfig(HookConfig):
     """
 
     SCHEMA: ClassVar[tuple[str, str]] = ("hook", "garbage_schema")
-    _target_: str = "regrow.trainer.hooks.garbage.GarbageHook"
+    _target_: str = "regrow.trainer.hooks.garbage.GarbageCollectionHook"
     every: int = 50
 
 

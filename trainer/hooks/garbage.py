@@ -7,11 +7,11 @@ from regrow.trainer.hook import Hook
 from regrow.trainer.hooks.config import GarbageConfig
 from regrow.trainer.loop import Trainer
 
-__all__ = ["GarbageHook"]
+__all__ = ["GarbageCollectionHook"]
 
 
 @final
-class GarbageHook(Hook):
+class GarbageCollectionHook(Hook):
     """See `GarbageConfig`."""
 
     def __init__(self, config: GarbageConfig) -> None:

@@ -58,7 +58,7 @@ def cast_weights(tensors: Mapping[str, Tensor], dtype: torch.dtype, context: Par
     except CheckpointError as error:
         problem = str(error)
     problems: list[str | None] = [None] * context.world_size
-    dist.all_gather_object(problems, problem, group=context.save_group)
+    dist.all_gather_object(problems, problem, group=context.cpu_group)
     found = next((p for p in problems if p is not None), None)
     if found is not None:
         raise CheckpointError(found)
@@ -84,7 +84,7 @@ def save_in_hf(
     last: LastSave,
     export: HfExport,
     context: ParallelContext,
-    holders: Mapping[str, Sequence[int]],
+    owner_ranks: Mapping[str, Sequence[int]],
 ) -> None:
     """All ranks write their shards aside; rank 0 makes the folder of them, and all learn how it ended.
 
@@ -95,9 +95,9 @@ def save_in_hf(
     if context.is_main:
         remove_leftovers(last.folder)
         work.mkdir(parents=True)
-    dist.barrier(group=context.save_group)
-    saver = StepSaver(work, AsyncMode.disabled, context.device, context.save_group)
-    (result,) = saver.begin(tensors, manifest, holders)
+    dist.barrier(group=context.cpu_group)
+    saver = StepSaver(work, AsyncMode.disabled, context.device, context.cpu_group)
+    (result,) = saver.save(tensors, manifest, owner_ranks)
     saver.close()
     problem = [result.error]
     if context.is_main and result.url is not None:
@@ -106,6 +106,6 @@ def save_in_hf(
         except (ValueError, OSError) as error:
             problem = [str(error)]
         remove_leftovers(last.folder)
-    dist.broadcast_object_list(problem, group=context.save_group, group_src=0)
+    dist.broadcast_object_list(problem, group=context.cpu_group, group_src=0)
     if problem[0] is not None:
         raise CheckpointError(f"step {manifest.step} was not saved as a Hugging Face folder: {problem[0]}")

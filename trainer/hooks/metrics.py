@@ -58,7 +58,7 @@ class SamplesHook(Hook):
         parts: list[Any] | None = [None] * context.world_size if context.is_main else None
         # Ranks that share their data with others report it once.
         own = trainer.batch.ids if context.reads_first else trainer.batch.ids[:0]
-        dist.gather_object(own, parts, group=context.save_group, group_dst=0)
+        dist.gather_object(own, parts, group=context.cpu_group, group_dst=0)
         if self._log is not None and parts is not None:
             self._log.append({"step": trainer.state.step, "ids": np.concatenate(parts).tolist()})
 

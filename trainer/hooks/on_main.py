@@ -34,7 +34,7 @@ def run_on_main(context: ParallelContext, act: Callable[[], None]) -> None:
                 f"({reason}); mend it and give the same command again",
             )
     if context.world_size > 1:
-        dist.broadcast_object_list(failed, group=context.save_group, group_src=0)
+        dist.broadcast_object_list(failed, group=context.cpu_group, group_src=0)
     if failed[0] is not None:
         lost, message = failed[0]
         raise (LeaseLostError if lost else CheckpointError)(message)

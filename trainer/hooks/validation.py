@@ -58,7 +58,7 @@ class ValidationHook(Hook):
         path, step, context = trainer.resources.run_dir / METRICS, trainer.state.step, trainer.context
         rows = [r for r in read_rows(path) if r["step"] <= step] if context.is_main else []
         wanted = [bool(rows) and rows[-1]["step"] == step and "val_loss" not in rows[-1]]
-        dist.broadcast_object_list(wanted, group=context.save_group, group_src=0)
+        dist.broadcast_object_list(wanted, group=context.cpu_group, group_src=0)
         if not wanted[0]:
             return
         with trainer.evaluating():

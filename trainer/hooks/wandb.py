@@ -32,14 +32,14 @@ class WandbHook(Hook):
     Args:
         config: see `WandbConfig`.
         name: the run's name.
-        settings: the whole config as plain values.
+        config_dict: the whole config as plain values.
         group: the sweep, if any.
     """
 
-    def __init__(self, config: WandbConfig, name: str, settings: dict[str, Any], group: str | None) -> None:
+    def __init__(self, config: WandbConfig, name: str, config_dict: dict[str, Any], group: str | None) -> None:
         self._config = config
         self._name = name
-        self._settings = settings
+        self._config_dict = config_dict
         self._group = config.group or group
         self._queue: queue.SimpleQueue[Mapping[str, Any] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -107,7 +107,7 @@ class WandbHook(Hook):
                 mode=self._config.mode.value,
                 id=run_id,
                 name=self._name,
-                config=self._settings,
+                config=self._config_dict,
                 dir=str(run_dir),
                 resume="allow",
                 settings=wandb.Settings(console="off", silent=True),

@@ -56,7 +56,7 @@ def parallelise(
     whole: LanguageModel,
     context: ParallelContext,
     *,
-    dims: DecoderConfig,
+    model_config: DecoderConfig,
     parallel: ParallelConfig,
     train: TrainConfig,
     precision: PrecisionName,
@@ -67,7 +67,7 @@ def parallelise(
     Args:
         whole: the model.
         context: this rank's place.
-        dims: the model's.
+        model_config: the model's.
         parallel: options of the degrees.
         train: activation checkpointing and compilation.
         precision: of the computation.
@@ -77,7 +77,7 @@ def parallelise(
     if precision is PrecisionName.fp64:
         whole.to(torch.float64)
     names = frozenset(n for n, _ in whole.named_parameters()) | _stored_buffers(whole)
-    stages = plan_stages(parallel, layout.pp, dims.n_layers, context.place("pp"))
+    stages = plan_stages(parallel, layout.pp, model_config.n_layers, context.coordinate("pp"))
     model, parts = _take_stages(whole, stages)
     tensor = sequence = None
     if layout.tp > 1:
@@ -85,11 +85,11 @@ def parallelise(
     if layout.cp > 1:
         sequence = ContextGroup(
             name=context.group_name("cp"),
-            rank=context.place("cp"),
+            rank=context.coordinate("cp"),
             ranks=layout.cp,
             balance=parallel.cp_balance,
         )
-        apply_context_parallel(model, sequence, context_method(parallel, dims, layout.tp, layout.cp))
+        apply_context_parallel(model, sequence, context_method(parallel, model_config, layout.tp, layout.cp))
     if layout.ep > 1:
         apply_expert_parallel(model, context.meshes.experts["ep"])
     data = context.meshes.data
@@ -111,11 +111,11 @@ def _stored_buffers(model: nn.Module) -> frozenset[str]:
     return frozenset(n for n, _ in model.named_buffers()) & frozenset(model.state_dict())
 
 
-def context_method(parallel: ParallelConfig, dims: DecoderConfig, tp: int, cp: int) -> ContextMethod:
+def context_method(parallel: ParallelConfig, model_config: DecoderConfig, tp: int, cp: int) -> ContextMethod:
     """What `auto` stands for."""
     if parallel.cp_method is not ContextMethod.auto:
         return parallel.cp_method
-    divides = dims.n_heads // tp % cp == 0 and dims.n_kv_heads // tp % cp == 0
+    divides = model_config.n_heads // tp % cp == 0 and model_config.n_kv_heads // tp % cp == 0
     return ContextMethod.ulysses if divides else ContextMethod.gather
 
 

@@ -11,17 +11,17 @@ import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 
 __all__ = [
+    "all_gather_slice_grad",
+    "all_gather_sum_grad",
+    "all_reduce_no_grad",
     "all_to_all",
-    "begin_shift",
+    "all_to_all_no_grad",
     "copy_to",
-    "end_shift",
-    "exchange_now",
-    "gather",
-    "join",
     "reduce_from",
-    "reduce_now",
-    "scatter",
-    "split",
+    "reduce_scatter",
+    "ring_send_recv_start",
+    "ring_send_recv_wait",
+    "shard",
 ]
 
 
@@ -31,23 +31,23 @@ _reduce_scatter: Any = getattr(funcol, "reduce_scatter_single", None) or funcol.
 _f: Any = funcol
 
 
-def reduce_now(x: Tensor, operation: str, group: str) -> Tensor:
+def all_reduce_no_grad(x: Tensor, operation: str, group: str) -> Tensor:
     """`sum` or `max` over the group; autograd does not see it."""
     out: Tensor = _f.wait_tensor(_f.all_reduce(x.contiguous(), operation, group))
     return out
 
 
-def exchange_now(x: Tensor, received: list[int] | None, sent: list[int] | None, group: str) -> Tensor:
+def all_to_all_no_grad(x: Tensor, received: list[int] | None, sent: list[int] | None, group: str) -> Tensor:
     """Rows to ranks and from them, as many each way where no numbers are given; autograd does not see it."""
     out: Tensor = _f.wait_tensor(_f.all_to_all_single(x.contiguous(), received, sent, group))
     return out
 
 
-def begin_shift(x: Tensor, rank: int, ranks: int, group: str) -> Tensor:
+def ring_send_recv_start(x: Tensor, rank: int, ranks: int, group: str) -> Tensor:
     """Starts sending `x` to the next rank of a ring; autograd does not see it.
 
     Returns:
-        What `end_shift` waits for.
+        What `ring_send_recv_wait` waits for.
     """
     count = x.numel()
     sent = [count if r == (rank + 1) % ranks else 0 for r in range(ranks)]
@@ -56,7 +56,7 @@ def begin_shift(x: Tensor, rank: int, ranks: int, group: str) -> Tensor:
     return out
 
 
-def end_shift(coming: Tensor, like: Tensor) -> Tensor:
+def ring_send_recv_wait(coming: Tensor, like: Tensor) -> Tensor:
     """What the rank before has sent, once it is here, in the shape of `like`."""
     out: Tensor = _f.wait_tensor(coming).view(like.shape)
     return out
@@ -81,20 +81,20 @@ class _CopyTo(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return reduce_now(grad, "sum", ctx.group), None
+        return all_reduce_no_grad(grad, "sum", ctx.group), None
 
 
 class _ReduceFrom(torch.autograd.Function):
     @staticmethod
     def forward(_ctx: Any, x: Tensor, group: str) -> Tensor:
-        return reduce_now(x, "sum", group)
+        return all_reduce_no_grad(x, "sum", group)
 
     @staticmethod
     def backward(_ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
-class _Gather(torch.autograd.Function):
+class _AllGatherSumGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, group: str) -> Tensor:
         ctx.dim, ctx.group = dim, group
@@ -105,7 +105,7 @@ class _Gather(torch.autograd.Function):
         return _scatter(grad, ctx.dim, ctx.group), None, None
 
 
-class _Scatter(torch.autograd.Function):
+class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, group: str) -> Tensor:
         ctx.dim, ctx.group = dim, group
@@ -116,7 +116,7 @@ class _Scatter(torch.autograd.Function):
         return _gather(grad, ctx.dim, ctx.group), None, None
 
 
-class _Split(torch.autograd.Function):
+class _Shard(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, rank: int, ranks: int, group: str) -> Tensor:
         ctx.dim, ctx.group = dim, group
@@ -128,7 +128,7 @@ class _Split(torch.autograd.Function):
         return _gather(grad, ctx.dim, ctx.group), None, None, None, None
 
 
-class _Join(torch.autograd.Function):
+class _AllGatherSliceGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, rank: int, group: str) -> Tensor:
         ctx.dim, ctx.rank, ctx.size = dim, rank, x.shape[dim]
@@ -143,11 +143,11 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, received: list[int], sent: list[int], group: str) -> Tensor:
         ctx.received, ctx.sent, ctx.group = received, sent, group
-        return exchange_now(x, received, sent, group)
+        return all_to_all_no_grad(x, received, sent, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return exchange_now(grad, ctx.sent, ctx.received, ctx.group), None, None, None
+        return all_to_all_no_grad(grad, ctx.sent, ctx.received, ctx.group), None, None, None
 
 
 def copy_to(x: Tensor, group: str) -> Tensor:
@@ -162,27 +162,27 @@ def reduce_from(x: Tensor, group: str) -> Tensor:
     return out
 
 
-def gather(x: Tensor, dim: int, group: str) -> Tensor:
+def all_gather_sum_grad(x: Tensor, dim: int, group: str) -> Tensor:
     """The ranks' parts joined along `dim`, used for different things; gradients are summed and cut again."""
-    out: Tensor = _Gather.apply(x, dim, group)  # type: ignore[no-untyped-call]
+    out: Tensor = _AllGatherSumGrad.apply(x, dim, group)  # type: ignore[no-untyped-call]
     return out
 
 
-def scatter(x: Tensor, dim: int, group: str) -> Tensor:
+def reduce_scatter(x: Tensor, dim: int, group: str) -> Tensor:
     """This rank's part, along `dim`, of the sum over the group."""
-    out: Tensor = _Scatter.apply(x, dim, group)  # type: ignore[no-untyped-call]
+    out: Tensor = _ReduceScatter.apply(x, dim, group)  # type: ignore[no-untyped-call]
     return out
 
 
-def split(x: Tensor, dim: int, rank: int, ranks: int, group: str) -> Tensor:
+def shard(x: Tensor, dim: int, rank: int, ranks: int, group: str) -> Tensor:
     """This rank's part, along `dim`, of what all ranks have; gradients are joined."""
-    out: Tensor = _Split.apply(x, dim, rank, ranks, group)  # type: ignore[no-untyped-call]
+    out: Tensor = _Shard.apply(x, dim, rank, ranks, group)  # type: ignore[no-untyped-call]
     return out
 
 
-def join(x: Tensor, dim: int, rank: int, group: str) -> Tensor:
+def all_gather_slice_grad(x: Tensor, dim: int, rank: int, group: str) -> Tensor:
     """The ranks' parts joined along `dim`, used for the same thing; each rank takes its part of the gradient."""
-    out: Tensor = _Join.apply(x, dim, rank, group)  # type: ignore[no-untyped-call]
+    out: Tensor = _AllGatherSliceGrad.apply(x, dim, rank, group)  # type: ignore[no-untyped-call]
     return out
 
 

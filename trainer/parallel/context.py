@@ -23,14 +23,14 @@ class ParallelContext:
         layout: the degrees.
         meshes: see `Meshes`.
         device: where this rank computes.
-        save_group: gloo, over all ranks, apart from the training's traffic.
+        cpu_group: gloo, over all ranks, apart from the training's traffic.
         rank: among all.
     """
 
     layout: Layout
     meshes: Meshes
     device: torch.device
-    save_group: dist.ProcessGroup
+    cpu_group: dist.ProcessGroup
     rank: int
 
     @property
@@ -41,14 +41,14 @@ class ParallelContext:
     @property
     def data_rank(self) -> int:
         """This rank among those that read different data."""
-        return self.place("dp_replicate") * self.layout.dp_shard + self.place("dp_shard")
+        return self.coordinate("dp_replicate") * self.layout.dp_shard + self.coordinate("dp_shard")
 
     @property
     def reads_first(self) -> bool:
         """Whether this rank stands for those that read the same data."""
-        return self.place("pp") == self.place("cp") == self.place("tp") == 0
+        return self.coordinate("pp") == self.coordinate("cp") == self.coordinate("tp") == 0
 
-    def place(self, axis: str) -> int:
+    def coordinate(self, axis: str) -> int:
         """This rank's place along an axis of the data mesh."""
         return self.meshes.data.get_local_rank(axis)
 
@@ -94,8 +94,8 @@ def open_parallel(layout: Layout, device_type: str, timeout_s: float) -> Paralle
         store = dist.PrefixStore(f"attempt-{attempt}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     meshes = make_meshes(layout, device.type)
-    save_group = dist.new_group(backend="gloo", timeout=timeout)
-    return ParallelContext(layout=layout, meshes=meshes, device=device, save_group=save_group, rank=rank)
+    cpu_group = dist.new_group(backend="gloo", timeout=timeout)
+    return ParallelContext(layout=layout, meshes=meshes, device=device, cpu_group=cpu_group, rank=rank)
 
 
 def close_parallel() -> None:

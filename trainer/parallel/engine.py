@@ -17,8 +17,8 @@ from regrow.trainer.loss import attention_mask, summed_cross_entropy
 from regrow.trainer.optimizer import global_grad_norm
 from regrow.trainer.parallel.apply import ParallelModel, reshard
 from regrow.trainer.parallel.context import ParallelContext
-from regrow.trainer.parallel.pieces import positions_of
 from regrow.trainer.parallel.pipeline import Pipeline, StageInput
+from regrow.trainer.parallel.sequence_chunks import positions_of
 from regrow.trainer.parallel.vocabulary import summed_vocabulary_cross_entropy
 
 __all__ = ["Engine"]
@@ -38,7 +38,7 @@ class Engine:
     Args:
         parallel: this rank's part of the model, initialised.
         context: this rank's place.
-        dims: the model's dimensions.
+        model_config: the model's dimensions.
         schedule: of the pipeline.
         precision: of the computation.
     """
@@ -48,11 +48,11 @@ class Engine:
         parallel: ParallelModel,
         context: ParallelContext,
         *,
-        dims: DecoderConfig,
+        model_config: DecoderConfig,
         schedule: PipelineSchedule,
         precision: PrecisionName,
     ) -> None:
-        self._parallel, self._context, self._dims = parallel, context, dims
+        self._parallel, self._context, self._model_config = parallel, context, model_config
         self.model, self.names = parallel.model, parallel.names
         self._parameters = dict(parallel.model.named_parameters())
         self._mixtures = [m for m in parallel.model.modules() if isinstance(m, MixtureOfExperts)]
@@ -60,7 +60,7 @@ class Engine:
         self._tokens = 1
         last = parallel.stages.count - 1 in parallel.stages.mine
         # One of the ranks with the same loss reports it.
-        self._reports = last and context.place("tp") == 0
+        self._reports = last and context.coordinate("tp") == 0
         self._vocabulary = self._own_vocabulary()
         self._pipeline: Pipeline | None = None
         if context.layout.pp > 1:
@@ -77,7 +77,7 @@ class Engine:
 
     def _own_vocabulary(self) -> tuple[int, int]:
         """First token and number of tokens of this rank's logits."""
-        size, tensor = self._dims.vocab_size, self._parallel.tensor
+        size, tensor = self._model_config.vocab_size, self._parallel.tensor
         if tensor is None:
             return 0, size
         piece = -(-size // tensor.ranks)
@@ -90,7 +90,7 @@ class Engine:
             return rows, length, self._vocabulary[1]
         tensor = self._parallel.tensor
         parts = tensor.ranks if tensor is not None and tensor.sequence else 1
-        return rows, length // parts, self._dims.dim
+        return rows, length // parts, self._model_config.dim
 
     def forward_backward(
         self, micro_batches: Sequence[MicroBatch], tokens: int, seed: Callable[[int], None]
@@ -155,7 +155,7 @@ class Engine:
         micro_batch = MicroBatch(tokens=padded, labels=padded, documents=None)
         given, options, _ = self._inputs(micro_batch)
         logits = self._forward(given, options)
-        out = torch.zeros(self._dims.vocab_size, dtype=torch.float32, device=device)
+        out = torch.zeros(self._model_config.vocab_size, dtype=torch.float32, device=device)
         places = options.get("positions", torch.arange(padded.shape[1], device=device))
         here = (places == at).nonzero().flatten().tolist()
         if logits is not None and here:
@@ -209,7 +209,7 @@ class Engine:
 
     @property
     def _tied_apart(self) -> bool:
-        return self._dims.tied_embeddings and self._context.layout.pp > 1
+        return self._model_config.tied_embeddings and self._context.layout.pp > 1
 
     def _add_tied_gradients(self) -> None:
         """Where embedding and output are one matrix on two ranks, both get the sum of their gradients."""
@@ -221,7 +221,7 @@ class Engine:
         own, other = own.contiguous(), torch.empty_like(own)
         stages = self._parallel.stages
         group, peer = self._context.meshes.data.get_group("pp"), stages.ranks[0]
-        if peer == self._context.place("pp"):
+        if peer == self._context.coordinate("pp"):
             peer = stages.ranks[-1]
         works = [
             dist.P2POp(dist.isend, own, group=group, group_peer=peer),
@@ -262,10 +262,10 @@ class Engine:
             dist.all_reduce(busiest, dist.ReduceOp.MAX, group=self._context.meshes.data.get_group("pp"))
         return busiest
 
-    def holders(self, names: Sequence[str]) -> dict[str, list[int]]:
+    def owner_ranks(self, names: Sequence[str]) -> dict[str, list[int]]:
         """The ranks that hold tensors which not all ranks hold, for the checkpoint."""
         if self._context.layout.pp == 1:
             return {}
-        mine = self._context.stage_ranks(self._context.place("pp"))
+        mine = self._context.stage_ranks(self._context.coordinate("pp"))
         first = self._context.stage_ranks(self._parallel.stages.ranks[0])
         return {n: first if self._tied_apart and _TIED in n else mine for n in names}

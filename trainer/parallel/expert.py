@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
 from regrow.models.moe import Experts, MixtureOfExperts, run_experts
-from regrow.trainer.parallel.collectives import all_to_all, exchange_now
-from regrow.trainer.parallel.tensor import become, local, place
+from regrow.trainer.parallel.collectives import all_to_all, all_to_all_no_grad
+from regrow.trainer.parallel.tensor import distribute_parameters, local, mix_in
 
 __all__ = ["apply_expert_parallel", "set_auxiliary_loss"]
 
@@ -34,12 +34,12 @@ def experts_of(experts: nn.Module) -> int:
     return int(experts.get_parameter("w1").shape[0])
 
 
-def _travel(group: str, ranks: int, x_SD: Tensor, expert_S: Tensor, experts: nn.Module) -> Tensor:
+def _dispatch_and_combine(group: str, ranks: int, x_SD: Tensor, expert_S: Tensor, experts: nn.Module) -> Tensor:
     """Rows to the ranks of their experts, the experts' results back to the rows."""
     own = experts_of(experts) // ranks
     order_S = expert_S.argsort(stable=True)
     counts_RE = torch.bincount(expert_S, minlength=own * ranks).view(ranks, own)
-    given_RE = exchange_now(counts_RE, None, None, group)
+    given_RE = all_to_all_no_grad(counts_RE, None, None, group)
     sent, received = counts_RE.sum(1).tolist(), given_RE.sum(1).tolist()
     rows_SD = all_to_all(x_SD[order_S], received, sent, group)
     # Rows come sorted by rank, then expert; the experts want them by expert.
@@ -53,12 +53,12 @@ def _travel(group: str, ranks: int, x_SD: Tensor, expert_S: Tensor, experts: nn.
 def apply_expert_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
     """Cuts the experts by number over the `ep` axis; a model without experts stays as it is."""
     group = mesh.get_group()
-    way = functools.partial(_travel, str(group.group_name), dist.get_world_size(group))
+    dispatch = functools.partial(_dispatch_and_combine, str(group.group_name), dist.get_world_size(group))
     for module in model.modules():
         if isinstance(module, MixtureOfExperts):
-            place(module.experts, mesh, Shard(0))
-            become(module.experts, _LocalExperts)
-            module.run_experts = way
+            distribute_parameters(module.experts, mesh, Shard(0))
+            mix_in(module.experts, _LocalExperts)
+            module.run_experts = dispatch
 
 
 def set_auxiliary_loss(model: nn.Module, groups: list[dist.ProcessGroup], sequences: int) -> None:

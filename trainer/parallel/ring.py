@@ -5,7 +5,7 @@ what it finds by the logarithm of the sum of exponents (as FlashAttention does, 
 the backward pass the gradients of keys and values travel along, and are home after a round.
 
 With balance a rank has a piece from the front of the sequence and one from its back: of a rank before it only the
-front piece is in sight, of a rank behind it only its own back piece has sight. Every step is then half of the work.
+front piece is visible, of a rank behind it only its own back piece sees any. Every step is then half of the work.
 
 Shapes: B batch, T positions of a rank, S positions of the sequence, N query heads, K key/value heads, H head width;
 I query and J key positions of a block.
@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regrow.trainer.parallel.collectives import begin_shift, end_shift
-from regrow.trainer.parallel.pieces import pieces
+from regrow.trainer.parallel.collectives import ring_send_recv_start, ring_send_recv_wait
+from regrow.trainer.parallel.sequence_chunks import sequence_chunks
 
 __all__ = ["block_attention", "block_gradients", "ring_attention"]
 
@@ -122,7 +122,7 @@ def _bias(q_BNIH: Tensor, k_BNJH: Tensor, mask: Tensor | None) -> Tensor | None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Sight:
+class _VisibleRange:
     """What a rank's queries see of another rank's keys.
 
     Attributes:
@@ -136,31 +136,31 @@ class _Sight:
     causal: bool
 
 
-def _sight(rank: int, source: int, length: int, *, balance: bool) -> _Sight | None:
+def _visible_range(rank: int, source: int, length: int, *, balance: bool) -> _VisibleRange | None:
     """What is seen of the keys of `source`; None where it is nothing."""
     if source == rank:
-        return _Sight(0, length, causal=True)
+        return _VisibleRange(0, length, causal=True)
     if source < rank:
-        return _Sight(0, length // 2 if balance else length, causal=False)
-    return _Sight(length // 2, length, causal=False) if balance else None
+        return _VisibleRange(0, length // 2 if balance else length, causal=False)
+    return _VisibleRange(length // 2, length, causal=False) if balance else None
 
 
 def _positions(rank: int, ranks: int, length: int, *, balance: bool) -> list[slice]:
     """Where a rank's positions lie in the sequence."""
-    held = pieces(rank, ranks, balance=balance)
+    held = sequence_chunks(rank, ranks, balance=balance)
     size = length // len(held)
     return [slice(p * size, (p + 1) * size) for p in held]
 
 
 def _mask_of(
-    mask: Tensor | None, rank: int, source: int, ranks: int, length: int, sight: _Sight, *, balance: bool
+    mask: Tensor | None, rank: int, source: int, ranks: int, length: int, visible: _VisibleRange, *, balance: bool
 ) -> Tensor | None:
     """The part of a mask `(B, 1, S, S)` between a rank's queries and another's keys."""
     if mask is None:
         return None
     rows = torch.cat([mask[:, :, s] for s in _positions(rank, ranks, length, balance=balance)], dim=2)
     keys = _positions(source, ranks, length, balance=balance)
-    return torch.cat([rows[..., s] for s in keys], dim=3)[:, :, sight.queries :, : sight.keys]
+    return torch.cat([rows[..., s] for s in keys], dim=3)[:, :, visible.queries :, : visible.keys]
 
 
 def _widen(x_BKTH: Tensor, groups: int) -> Tensor:
@@ -193,16 +193,16 @@ class _Ring(torch.autograd.Function):
         travelling = torch.stack([k_BKTH, v_BKTH])
         for step in range(ranks):
             source = (rank - step) % ranks
-            sight = _sight(rank, source, length, balance=balance)
-            coming = None if step == ranks - 1 else begin_shift(travelling, rank, ranks, group)
-            if sight is not None:
-                k, v = (_widen(x[:, :, : sight.keys], groups) for x in travelling.unbind())
-                seen = _mask_of(mask, rank, source, ranks, length, sight, balance=balance)
-                causal = sight.causal and mask is None
-                found, found_lse = block_attention(q_BNTH[:, :, sight.queries :], k, v, seen, causal=causal)
+            visible = _visible_range(rank, source, length, balance=balance)
+            coming = None if step == ranks - 1 else ring_send_recv_start(travelling, rank, ranks, group)
+            if visible is not None:
+                k, v = (_widen(x[:, :, : visible.keys], groups) for x in travelling.unbind())
+                seen = _mask_of(mask, rank, source, ranks, length, visible, balance=balance)
+                causal = visible.causal and mask is None
+                found, found_lse = block_attention(q_BNTH[:, :, visible.queries :], k, v, seen, causal=causal)
                 out, lse = _merged(out, lse, found, found_lse)
             if coming is not None:
-                travelling = end_shift(coming, travelling)
+                travelling = ring_send_recv_wait(coming, travelling)
         # A `to` that changes nothing is another name of the same tensor, whose gradient torch 2.11's compiler loses.
         result = out if out.dtype == q_BNTH.dtype else out.to(q_BNTH.dtype)
         ctx.save_for_backward(q_BNTH, k_BKTH, v_BKTH, mask, result, lse)
@@ -221,26 +221,26 @@ class _Ring(torch.autograd.Function):
         on_the_way = None
         for step in range(ranks):
             source = (rank - step) % ranks
-            sight = _sight(rank, source, length, balance=balance)
-            coming = None if step == ranks - 1 else begin_shift(travelling, rank, ranks, group)
+            visible = _visible_range(rank, source, length, balance=balance)
+            coming = None if step == ranks - 1 else ring_send_recv_start(travelling, rank, ranks, group)
             block = None
-            if sight is not None:
-                k, v = (_widen(x[:, :, : sight.keys], groups) for x in travelling.unbind())
-                seen = _mask_of(mask, rank, source, ranks, length, sight, balance=balance)
-                mine = [x[:, :, sight.queries :].contiguous() for x in (grad_BNTH, q, out, lse)]
-                causal = sight.causal and mask is None
+            if visible is not None:
+                k, v = (_widen(x[:, :, : visible.keys], groups) for x in travelling.unbind())
+                seen = _mask_of(mask, rank, source, ranks, length, visible, balance=balance)
+                mine = [x[:, :, visible.queries :].contiguous() for x in (grad_BNTH, q, out, lse)]
+                causal = visible.causal and mask is None
                 block = block_gradients(mine[0], mine[1], k, v, mine[2], mine[3], seen, causal=causal)
             if on_the_way is not None:
-                sums = end_shift(on_the_way, sums)
-            if block is not None and sight is not None:
-                grad_q = grad_q + F.pad(block[0].to(lse.dtype), (0, 0, sight.queries, 0))
+                sums = ring_send_recv_wait(on_the_way, sums)
+            if block is not None and visible is not None:
+                grad_q = grad_q + F.pad(block[0].to(lse.dtype), (0, 0, visible.queries, 0))
                 mine_KV = torch.stack([_narrow(part.to(lse.dtype), groups) for part in block[1:]])
-                sums = sums + F.pad(mine_KV, (0, 0, 0, length - sight.keys))
-            on_the_way = begin_shift(sums, rank, ranks, group)
+                sums = sums + F.pad(mine_KV, (0, 0, 0, length - visible.keys))
+            on_the_way = ring_send_recv_start(sums, rank, ranks, group)
             if coming is not None:
-                travelling = end_shift(coming, travelling)
+                travelling = ring_send_recv_wait(coming, travelling)
         if on_the_way is not None:
-            sums = end_shift(on_the_way, sums)
+            sums = ring_send_recv_wait(on_the_way, sums)
         grads = (grad_q.to(q.dtype), sums[0].to(q.dtype), sums[1].to(q.dtype))
         return (*grads, None, None, None, None, None)
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from regrow.models.layers import Attention, attend
 from regrow.trainer.config import ContextMethod
-from regrow.trainer.parallel.collectives import all_to_all, gather
-from regrow.trainer.parallel.pieces import pieces, positions_of
+from regrow.trainer.parallel.collectives import all_gather_sum_grad, all_to_all
 from regrow.trainer.parallel.ring import ring_attention
+from regrow.trainer.parallel.sequence_chunks import positions_of, sequence_chunks
 
 __all__ = ["ContextGroup", "apply_context_parallel"]
 
@@ -68,11 +68,11 @@ def _sequence_for_heads(g: ContextGroup, x_BSNH: Tensor) -> Tensor:
     return torch.cat(all_to_all(parts, ones, ones, g.name).unbind(), dim=2)
 
 
-def _joined(g: ContextGroup, q_BTNH: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def _all_gather_kv(g: ContextGroup, q_BTNH: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     length = q_BTNH.shape[1] * g.ranks
     order_S = _order(g, length, q_BTNH.device)
-    k_BSKH, v_BSKH = (gather(x, 1, g.name)[:, order_S] for x in (k, v))
-    held = pieces(g.rank, g.ranks, balance=g.balance)
+    k_BSKH, v_BSKH = (all_gather_sum_grad(x, 1, g.name)[:, order_S] for x in (k, v))
+    held = sequence_chunks(g.rank, g.ranks, balance=g.balance)
     size = q_BTNH.shape[1] // len(held)
     out = [
         # A piece sees nothing behind its own end.
@@ -110,15 +110,15 @@ def _ring(g: ContextGroup, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None)
     return ring_attention(q, k, v, mask, rank=g.rank, ranks=g.ranks, balance=g.balance, group=g.name)
 
 
-_WAYS = {ContextMethod.ulysses: _ulysses, ContextMethod.gather: _joined, ContextMethod.ring: _ring}
+_METHODS = {ContextMethod.ulysses: _ulysses, ContextMethod.gather: _all_gather_kv, ContextMethod.ring: _ring}
 
 
 def apply_context_parallel(model: nn.Module, group: ContextGroup, method: ContextMethod) -> None:
     """Gives every attention the way to see the whole sequence; masks then cover `(S, S)`."""
-    way = _WAYS[method]
+    attend_with = _METHODS[method]
 
     def attend_across(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, mask: Tensor | None) -> Tensor:
-        return way(group, q_BTNH, k_BTKH, v_BTKH, mask)
+        return attend_with(group, q_BTNH, k_BTKH, v_BTKH, mask)
 
     for module in model.modules():
         if isinstance(module, Attention):

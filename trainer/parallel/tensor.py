@@ -19,9 +19,16 @@ from torch.distributed.tensor.placement_types import Placement
 
 from regrow.models.base import LanguageModel
 from regrow.models.plan import Style
-from regrow.trainer.parallel.collectives import copy_to, gather, join, reduce_from, scatter, split
+from regrow.trainer.parallel.collectives import (
+    all_gather_slice_grad,
+    all_gather_sum_grad,
+    copy_to,
+    reduce_from,
+    reduce_scatter,
+    shard,
+)
 
-__all__ = ["TensorGroup", "apply_tensor_parallel", "become", "local", "place"]
+__all__ = ["TensorGroup", "apply_tensor_parallel", "distribute_parameters", "local", "mix_in"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,28 +63,28 @@ def _joined_class(behaviour: type, kind: type) -> type:
     return _JOINED[behaviour, kind]
 
 
-def become(module: nn.Module, behaviour: type, **attributes: Any) -> None:
+def mix_in(module: nn.Module, behaviour: type, **attributes: Any) -> None:
     """Puts `behaviour` before the module's own class; it stays the same object with the same parameters."""
     module.__class__ = _joined_class(behaviour, type(module))
     for name, value in attributes.items():
         setattr(module, name, value)
 
 
-class _Enter(nn.Module):
+class _GatherInput(nn.Module):
     tensor_group: TensorGroup
 
     def forward(self, x: Tensor, *args: Any) -> Any:
         return super().forward(_enter(x, self.tensor_group), *args)
 
 
-class _Columns(nn.Module):
+class _ColwiseLinear(nn.Module):
     weight: nn.Parameter
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, local(self.weight))
 
 
-class _Rows(nn.Module):
+class _RowwiseLinear(nn.Module):
     weight: nn.Parameter
     tensor_group: TensorGroup
 
@@ -85,7 +92,7 @@ class _Rows(nn.Module):
         return _leave(F.linear(x, local(self.weight)), self.tensor_group)
 
 
-class _Output(nn.Module):
+class _GatherInputColwiseLinear(nn.Module):
     weight: nn.Parameter
     tensor_group: TensorGroup
 
@@ -110,7 +117,7 @@ class _Vocabulary(nn.Module):
         return _leave(rows, self.tensor_group)
 
 
-class _Shared(nn.Module):
+class _ReplicatedWeight(nn.Module):
     """The same weight for what the ranks have different parts of: the weight's gradients are summed."""
 
     weight: nn.Parameter
@@ -124,7 +131,7 @@ class _Shared(nn.Module):
         return F.linear(x, weight)
 
 
-class _Whole(nn.Module):
+class _ReplicatedModule(nn.Module):
     """The same weight for what all ranks have alike."""
 
     weight: nn.Parameter
@@ -134,7 +141,7 @@ class _Whole(nn.Module):
         return F.rms_norm(x, (x.shape[-1],), local(self.weight), self.eps)
 
 
-class _Tokens(nn.Module):
+class _SplitTokens(nn.Module):
     """Each rank takes its part of the tokens, which with sequence parallelism it has already."""
 
     tensor_group: TensorGroup
@@ -145,19 +152,19 @@ class _Tokens(nn.Module):
             valid_BT = valid_BT.tensor_split(g.ranks, dim=1)[g.rank]
         if g.sequence:
             return super().forward(x_BTD, valid_BT)
-        out_BTD = super().forward(split(x_BTD, 1, g.rank, g.ranks, g.name), valid_BT)
-        return join(out_BTD, 1, g.rank, g.name)
+        out_BTD = super().forward(shard(x_BTD, 1, g.rank, g.ranks, g.name), valid_BT)
+        return all_gather_slice_grad(out_BTD, 1, g.rank, g.name)
 
 
 def _enter(x_BTD: Tensor, g: TensorGroup) -> Tensor:
-    return gather(x_BTD, 1, g.name) if g.sequence else copy_to(x_BTD, g.name)
+    return all_gather_sum_grad(x_BTD, 1, g.name) if g.sequence else copy_to(x_BTD, g.name)
 
 
 def _leave(x_BTD: Tensor, g: TensorGroup) -> Tensor:
-    return scatter(x_BTD, 1, g.name) if g.sequence else reduce_from(x_BTD, g.name)
+    return reduce_scatter(x_BTD, 1, g.name) if g.sequence else reduce_from(x_BTD, g.name)
 
 
-def place(module: nn.Module, mesh: DeviceMesh, placement: Placement) -> None:
+def distribute_parameters(module: nn.Module, mesh: DeviceMesh, placement: Placement) -> None:
     """Makes a module's own parameters DTensors; they are still on the meta device."""
     for name, parameter in module.named_parameters(recurse=False):
         if isinstance(parameter, DTensor):
@@ -201,31 +208,35 @@ def _apply_style(module: nn.Module, style: Style, mesh: DeviceMesh, member: Tens
     match style:
         case Style.vocabulary:
             rows = module.get_parameter("weight").shape[0]
-            place(module, mesh, Shard(0))
-            become(
+            distribute_parameters(module, mesh, Shard(0))
+            mix_in(
                 module, _Vocabulary, tensor_group=member, first_row=min(member.rank * -(-rows // member.ranks), rows)
             )
-        case Style.enter:
-            become(module, _Enter, tensor_group=member)
-        case Style.columns:
-            place(module, mesh, Shard(0))
-            become(module, _Columns)
-        case Style.rows:
-            place(module, mesh, Shard(1))
-            become(module, _Rows, tensor_group=member)
+        case Style.gather_input:
+            mix_in(module, _GatherInput, tensor_group=member)
+        case Style.colwise:
+            distribute_parameters(module, mesh, Shard(0))
+            mix_in(module, _ColwiseLinear)
+        case Style.rowwise:
+            distribute_parameters(module, mesh, Shard(1))
+            mix_in(module, _RowwiseLinear, tensor_group=member)
         case Style.output:
-            place(module, mesh, Shard(0))
-            become(module, _Output, tensor_group=member)
-        case Style.heads:
-            place(module, mesh, Replicate())
-            become(module, _Shared, tensor_group=member)
+            distribute_parameters(module, mesh, Shard(0))
+            mix_in(module, _GatherInputColwiseLinear, tensor_group=member)
+        case Style.per_head:
+            distribute_parameters(module, mesh, Replicate())
+            mix_in(module, _ReplicatedWeight, tensor_group=member)
         case Style.sequence:
-            place(module, mesh, Replicate())
+            distribute_parameters(module, mesh, Replicate())
             # A router sees different tokens on each rank in any case.
             parts = member.sequence or isinstance(module, nn.Linear)
-            become(module, _Shared if parts else _Whole, **({"tensor_group": member} if parts else {}))
-        case Style.tokens:
-            become(module, _Tokens, tensor_group=member)
-        case Style.experts:
+            mix_in(
+                module,
+                _ReplicatedWeight if parts else _ReplicatedModule,
+                **({"tensor_group": member} if parts else {}),
+            )
+        case Style.split_tokens:
+            mix_in(module, _SplitTokens, tensor_group=member)
+        case Style.expert:
             # Experts see different tokens on every rank; they are cut by the expert mesh alone.
             pass

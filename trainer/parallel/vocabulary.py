@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from regrow.trainer.data.loader import IGNORE
-from regrow.trainer.parallel.collectives import reduce_now
+from regrow.trainer.parallel.collectives import all_reduce_no_grad
 
 __all__ = ["summed_vocabulary_cross_entropy"]
 
@@ -16,7 +16,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits_SV: Tensor, labels_S: Tensor, first: int, group: str) -> Tensor:
         rows, width = logits_SV.shape
         highest = logits_SV.new_full((rows,), -torch.inf) if width == 0 else logits_SV.amax(-1)
-        highest = reduce_now(highest, "max", group)
+        highest = all_reduce_no_grad(highest, "max", group)
         exponents = (logits_SV - highest[:, None]).exp()
         places = labels_S - first
         here = (places >= 0) & (places < width)
@@ -25,7 +25,7 @@ class _CrossEntropy(torch.autograd.Function):
         if width:
             target = logits_SV.gather(1, places[:, None])[:, 0].masked_fill(~here, 0.0)
         parts = torch.stack([exponents.sum(-1), target]).to(torch.float64)
-        sums, target = reduce_now(parts, "sum", group).unbind()
+        sums, target = all_reduce_no_grad(parts, "sum", group).unbind()
         counts = labels_S != IGNORE
         shares = exponents / sums[:, None].to(exponents.dtype)
         ctx.save_for_backward(shares, places, here & counts, counts)

@@ -3,16 +3,16 @@
 import torch
 from torch import Tensor
 
-__all__ = ["pieces", "positions_of"]
+__all__ = ["positions_of", "sequence_chunks"]
 
 
-def pieces(rank: int, ranks: int, *, balance: bool) -> list[int]:
+def sequence_chunks(rank: int, ranks: int, *, balance: bool) -> list[int]:
     """The pieces of the sequence that a rank holds: of `2 · ranks` with balance, else of `ranks`."""
     return [rank, 2 * ranks - 1 - rank] if balance else [rank]
 
 
 def positions_of(rank: int, ranks: int, length: int, *, balance: bool) -> Tensor:
     """The places in the sequence of a rank's tokens, int64 `(length / ranks,)`."""
-    held = pieces(rank, ranks, balance=balance)
+    held = sequence_chunks(rank, ranks, balance=balance)
     size = length // (ranks * len(held))
     return torch.cat([torch.arange(p * size, (p + 1) * size) for p in held])
