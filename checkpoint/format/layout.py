@@ -11,9 +11,9 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
 
 from regrow.checkpoint.format.torch_archive import frame_of
+from regrow.checkpoint.storage.base import PAGE
 
 __all__ = [
-    "PAGE",
     "Chunk",
     "Item",
     "LayoutKey",
@@ -29,7 +29,6 @@ __all__ = [
 ]
 
 _ALIGN = 64
-PAGE = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

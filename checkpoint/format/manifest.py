@@ -19,7 +19,7 @@ from msgspec import Meta
 from regrow.checkpoint.documents import Count, DocumentError, FileName, Token, convert_document, parse_json
 from regrow.checkpoint.errors import DamagedStepError, OtherFormatError
 from regrow.checkpoint.policy.lineage import Lineage, check_lineages
-from regrow.checkpoint.storage.base import Storage
+from regrow.checkpoint.storage.base import COMMIT_FILE, Storage
 from regrow.checkpoint.storage.opening import as_storage
 
 __all__ = ["FORMAT", "MANIFEST", "Manifest", "checksum", "read_manifest", "write_manifest"]
@@ -27,7 +27,7 @@ __all__ = ["FORMAT", "MANIFEST", "Manifest", "checksum", "read_manifest", "write
 FORMAT = 4
 # Format 3 has neither the run's id nor its config and lineages.
 _READABLE = (3, FORMAT)
-MANIFEST = "manifest.json"
+MANIFEST = COMMIT_FILE
 # A rank is named in it twice, a config is some thousand bytes.
 _LIMIT_BYTES = 64 << 20
 

@@ -15,11 +15,10 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from regrow.checkpoint.documents import DocumentError
+from regrow.checkpoint.documents import LONGEST_FLAT_NAME, DocumentError
 from regrow.checkpoint.files import SMALL_FILE_BYTES
 from regrow.checkpoint.format.inert_pickle import Global, Pairs, PickleReader, Record, Reference, describe, shortened
-from regrow.checkpoint.format.tensor_source import LONGEST_FLAT_NAME, MOST_DIMS, Box, TensorInfo
-from regrow.checkpoint.sources.safetensors import rows_of
+from regrow.checkpoint.format.tensor_source import MOST_DIMS, Box, TensorInfo, rows_of
 from regrow.checkpoint.storage.base import RangeReader
 
 __all__ = [

@@ -1,6 +1,5 @@
 """Looking after the steps of a folder: listing, verifying, pinning, pruning, repairing. No run is needed for it."""
 
-import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,18 +10,20 @@ from typing import Any
 from regrow.checkpoint.config import KeepEveryNConfig
 from regrow.checkpoint.errors import CheckpointError, OtherFormatError
 from regrow.checkpoint.format.archive_check import stream_problems
-from regrow.checkpoint.format.manifest import Manifest, read_manifest
+from regrow.checkpoint.format.manifest import MANIFEST, Manifest, read_manifest
 from regrow.checkpoint.format.objects import read_object, read_objects
 from regrow.checkpoint.format.step_name import (
     METADATA,
     is_leftover,
     parse_leftover,
+    parse_set_aside,
     parse_step_name,
     step_folder_name,
 )
 from regrow.checkpoint.format.tensor_source import TensorSource, segments, whole
 from regrow.checkpoint.load.loading import is_incomplete, is_verified, read_items
 from regrow.checkpoint.load.open_source import DcpSource, StepSource, open_source
+from regrow.checkpoint.policy.best import BestMetric
 from regrow.checkpoint.policy.retention import KeepEveryN, KeepLatest, RetentionRule, StoredStep, removable_steps
 from regrow.checkpoint.run.catalog import ASIDE, PIN, Catalog
 from regrow.checkpoint.run.lease import HeartbeatMonitor, acquire_lease
@@ -32,11 +33,10 @@ from regrow.checkpoint.storage.local import LocalStorage
 
 __all__ = ["Row", "folder_of", "list_steps", "pin", "prune", "repair", "show", "tree", "unpin", "verify"]
 
-_ASIDE_STEP = re.compile(r"step-([0-9]{1,18})(\.[0-9]+)?")
 _PIECE_BYTES = 32 << 20
 _LEASE_S = 60.0
-# The metric that `ls` calls best by, as retention does.
-_METRIC = "val_loss"
+# What `ls` calls best, as retention does unless it is told otherwise.
+_BEST = BestMetric()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,19 +97,18 @@ def list_steps(place: Storage) -> list[Row]:
     names = [n for n in folder.names() if parse_step_name(n) is not None or is_leftover(n)]
     rows = [_row(folder, n, now=time.time()) for n in names]
     rows.sort(key=lambda r: (r.step, r.name))
-    measured = [r for r in rows if r.state == "complete" and r.metrics.get(_METRIC) is not None]
-    best = min(measured, key=lambda r: (r.metrics[_METRIC], r.step), default=None)
-    rows = [r if r is not best else replace(r, best=True) for r in rows]
+    best = _BEST.best_step((r.step, r.metrics) for r in rows if r.state == "complete")
+    rows = [replace(r, best=r.state == "complete" and r.step == best) for r in rows]
     aside = folder.child(ASIDE)
     for reason in aside.names():
         for name in aside.child(reason).names():
-            found = _ASIDE_STEP.fullmatch(name)
-            if found:
+            step = parse_set_aside(name)
+            if step is not None:
                 size = sum(aside.child(reason).child(name).sizes().values())
                 rows.append(
                     Row(
                         name=f"{ASIDE}/{reason}/{name}",
-                        step=int(found[1]),
+                        step=step,
                         state="set aside",
                         problem=reason,
                         nbytes=size,
@@ -136,7 +135,7 @@ def _row(folder: Storage, name: str, now: float) -> Row:
         state = _state_without_manifest(place) if isinstance(error.__cause__, FileNotFoundError) else "damaged"
         problem = "no manifest" if state != "damaged" else str(error)
         return Row(name=name, step=step, state=state, problem=problem, nbytes=nbytes, pinned=pinned)
-    age = now - (place.path / "manifest.json").stat().st_mtime if isinstance(place, LocalStorage) else None
+    age = now - (place.path / MANIFEST).stat().st_mtime if isinstance(place, LocalStorage) else None
     return Row(
         name=name,
         step=step,

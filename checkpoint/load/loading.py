@@ -257,7 +257,7 @@ def resolve_foreign(place: Place) -> Storage:
         )
     raise CheckpointError(
         f"checkpoint.initial_load_path must be a checkpoint, or a folder with steps, but {storage.url} holds no "
-        ".metadata; check the path"
+        f"{METADATA}; check the path"
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import final
 
 from regrow.checkpoint.config import KeepBestConfig, KeepEveryNConfig
+from regrow.checkpoint.policy.best import BestMetric
 
 __all__ = ["KeepBest", "KeepEveryN", "KeepLatest", "RetentionRule", "StoredStep", "removable_steps"]
 
@@ -62,19 +63,11 @@ class KeepBest(RetentionRule):
     """The step with the best value of a metric; the earlier one of two equals."""
 
     def __init__(self, config: KeepBestConfig) -> None:
-        self.best = config.best
+        self.best = BestMetric.from_config(config.best)
 
     def protects(self, steps: Sequence[StoredStep]) -> set[int]:
-        measured = [
-            (s.metrics[self.best.metric], s.step)
-            for s in steps
-            # NaN is unequal to itself, and is never best.
-            if self.best.metric in s.metrics and s.metrics[self.best.metric] == s.metrics[self.best.metric]
-        ]
-        if not measured:
-            return set()
-        sign = 1.0 if self.best.lower_is_better else -1.0
-        return {min(measured, key=lambda pair: (sign * pair[0], pair[1]))[1]}
+        best = self.best.best_step((s.step, s.metrics) for s in steps)
+        return set() if best is None else {best}
 
 
 def removable_steps(rules: Sequence[RetentionRule], steps: Sequence[StoredStep]) -> list[int]:

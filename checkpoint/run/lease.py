@@ -32,7 +32,7 @@ from regrow.checkpoint.run.holder import (
     life_of,
     this_process,
 )
-from regrow.checkpoint.storage.base import Storage
+from regrow.checkpoint.storage.base import COMMIT_FILE, Storage
 
 __all__ = [
     "LONGEST_TIMEOUT_S",
@@ -148,7 +148,7 @@ def _holds_more_than_a_save(folder: Storage) -> bool:
     """Whether anything is there but a save that is under way, which makes a removed folder again."""
     try:
         names = [name for name in folder.names() if not is_leftover(name)]
-        return any(parse_step_name(name) is None or folder.exists(f"{name}/manifest.json") for name in names)
+        return any(parse_step_name(name) is None or folder.exists(f"{name}/{COMMIT_FILE}") for name in names)
     except OSError:
         return False
 

@@ -9,7 +9,7 @@ from typing import final
 import xxhash
 
 from regrow.checkpoint.errors import CheckpointError
-from regrow.checkpoint.format.manifest import Manifest, write_manifest
+from regrow.checkpoint.format.manifest import MANIFEST, Manifest, write_manifest
 from regrow.checkpoint.format.rank_manifest import metadata_bytes, parse_rank_manifest, rank_manifest_name
 from regrow.checkpoint.format.step_name import METADATA, step_folder_name
 from regrow.checkpoint.run.lease import FencingToken, LeaseLostError, Standing
@@ -140,7 +140,7 @@ class Committer:
         name = step_folder_name(step)
         if self._folder.renames:
             return self._folder.exists(name) and not self._folder.exists(self.working_name(step))
-        return self._folder.exists(f"{name}/manifest.json")
+        return self._folder.exists(f"{name}/{MANIFEST}")
 
     def discard(self, step: int) -> None:
         """Removes what was written of a step that did not become valid."""
