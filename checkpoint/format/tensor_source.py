@@ -26,6 +26,8 @@ __all__ = [
 
 # What a file that is read may say of a tensor: torch takes no more dimensions.
 MOST_DIMS = 64
+# What a thread holds of a tensor while it copies it.
+_PIECE_BYTES = 32 << 20
 
 # For each dimension (start, stop).
 Box = tuple[tuple[int, int], ...]
@@ -63,8 +65,20 @@ class TensorSource(ABC):
             CheckpointError: the bytes are not there, or not those that were written.
         """
 
+    def read_into(self, name: str, box: Box, target: Tensor) -> None:
+        """Copies a box into memory of its shape, cast to its type, in pieces that bound what is held beside it.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        for piece in segments(box, self.infos[name].dtype.itemsize, _PIECE_BYTES):
+            part = target
+            for dim, ((start, stop), (origin, _)) in enumerate(zip(piece, box, strict=True)):
+                part = part.narrow(dim, start - origin, stop - start)
+            part.copy_(self.read(name, piece))
+
     def close(self) -> None:
-        """Gives back what is open."""
+        """Closes open files."""
         return
 
     def __enter__(self) -> Self:

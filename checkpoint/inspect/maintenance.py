@@ -10,8 +10,7 @@ from typing import Any
 from regrow.checkpoint.config import KeepEveryNConfig
 from regrow.checkpoint.errors import CheckpointError, OtherFormatError
 from regrow.checkpoint.format.archive_check import stream_problems
-from regrow.checkpoint.format.manifest import MANIFEST, Manifest, read_manifest
-from regrow.checkpoint.format.objects import read_object, read_objects
+from regrow.checkpoint.format.manifest import MANIFEST
 from regrow.checkpoint.format.step_name import (
     METADATA,
     is_leftover,
@@ -20,11 +19,12 @@ from regrow.checkpoint.format.step_name import (
     parse_step_name,
     step_folder_name,
 )
+from regrow.checkpoint.format.stored_step import StoredStep, is_verified
 from regrow.checkpoint.format.tensor_source import TensorSource, segments, whole
-from regrow.checkpoint.load.loading import is_incomplete, is_verified, read_items
+from regrow.checkpoint.load.locate import is_incomplete
 from regrow.checkpoint.load.open_source import DcpSource, StepSource, open_source
 from regrow.checkpoint.policy.best import BestMetric
-from regrow.checkpoint.policy.retention import KeepEveryN, KeepLatest, RetentionRule, StoredStep, removable_steps
+from regrow.checkpoint.policy.retention import KeepEveryN, KeepLatest, RetainableStep, RetentionRule, removable_steps
 from regrow.checkpoint.run.catalog import ASIDE, PIN, Catalog
 from regrow.checkpoint.run.lease import HeartbeatMonitor, acquire_lease
 from regrow.checkpoint.run.leftovers import Leftovers
@@ -233,12 +233,10 @@ def _verify_one(place: Storage, threads: int) -> dict[str, Any]:
                 answers = list(pool.map(lambda name: _verify_tensor(source, name), source.infos))
             report["problems"] += [a for a in answers if a is not None]
             if isinstance(source, StepSource):
-                m = source.manifest
-                report["problems"] += stream_problems(
-                    place, read_items(place, m), m.files, m.versions.get("torch", "")
-                )
-                for stored in read_objects(place, m).values():
-                    read_object(place, stored)
+                opened, m = source.step, source.manifest
+                report["problems"] += stream_problems(place, opened.items(), m.files, m.versions.get("torch", ""))
+                for stored in opened.objects().values():
+                    opened.read_object(stored)
     except FileNotFoundError as error:
         report["problems"].append(f"{error.filename or error} is missing")
     except (CheckpointError, OSError) as error:
@@ -272,9 +270,9 @@ def unpin(place: Storage) -> None:
     place.remove(PIN)
 
 
-def _complete(place: Storage) -> Manifest:
+def _complete(place: Storage) -> StoredStep:
     try:
-        return read_manifest(place)
+        return StoredStep.open(place)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"STEP must be a complete step, but {place.url} has no manifest; give the folder of a step"
@@ -307,7 +305,7 @@ def prune(place: Storage, keep_latest: int, keep_every: int | None, *, dry_run: 
         rules.append(KeepEveryN(KeepEveryNConfig(n=keep_every)))
     complete = [r for r in list_steps(folder) if r.state == "complete"]
     full = max((r.step for r in complete if r.kind == "full"), default=-1)
-    stored = [StoredStep(step=r.step, pinned=r.pinned or r.step == full, metrics=r.metrics) for r in complete]
+    stored = [RetainableStep(step=r.step, pinned=r.pinned or r.step == full, metrics=r.metrics) for r in complete]
     if dry_run:
         return removable_steps(rules, stored)
     with _owned(folder):

@@ -16,7 +16,7 @@ from regrow.checkpoint.errors import CheckpointError
 from regrow.checkpoint.format.layout import chunk_of, local_tensor
 from regrow.checkpoint.format.manifest import MANIFEST
 from regrow.checkpoint.format.tensor_source import Box, TensorInfo, TensorSource, segments, whole
-from regrow.checkpoint.load.loading import resolve_foreign
+from regrow.checkpoint.load.locate import resolve_foreign
 from regrow.checkpoint.storage.base import Storage
 from regrow.checkpoint.storage.opening import as_storage
 
@@ -463,8 +463,6 @@ def _fill(source: TensorSource, name: str, tensor: Tensor, rules: LoadRules) -> 
     )
     if any(start == stop for start, stop in box):
         return
-    for piece in segments(box, info.dtype.itemsize, _PIECE_BYTES):
-        target = local
-        for dim, ((start, stop), origin) in enumerate(zip(piece, chunk.offset, strict=True)):
-            target = target.narrow(dim, start - origin, stop - start)
-        target.copy_(source.read(name, piece))
+    for dim, (start, stop) in enumerate(box):
+        local = local.narrow(dim, 0, stop - start)
+    source.read_into(name, box, local)

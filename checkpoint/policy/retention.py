@@ -8,11 +8,11 @@ from typing import final
 from regrow.checkpoint.config import KeepBestConfig, KeepEveryNConfig
 from regrow.checkpoint.policy.best import BestMetric
 
-__all__ = ["KeepBest", "KeepEveryN", "KeepLatest", "RetentionRule", "StoredStep", "removable_steps"]
+__all__ = ["KeepBest", "KeepEveryN", "KeepLatest", "RetainableStep", "RetentionRule", "removable_steps"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StoredStep:
+class RetainableStep:
     """A committed step as retention sees it.
 
     Attributes:
@@ -30,7 +30,7 @@ class RetentionRule(ABC):
     """One reason to keep steps."""
 
     @abstractmethod
-    def protects(self, steps: Sequence[StoredStep]) -> set[int]:
+    def protects(self, steps: Sequence[RetainableStep]) -> set[int]:
         """The numbers of the steps that must stay; `steps` are ascending."""
 
 
@@ -41,7 +41,7 @@ class KeepLatest(RetentionRule):
     def __init__(self, k: int) -> None:
         self.k = k
 
-    def protects(self, steps: Sequence[StoredStep]) -> set[int]:
+    def protects(self, steps: Sequence[RetainableStep]) -> set[int]:
         return {s.step for s in (steps[-self.k :] if self.k else steps)}
 
 
@@ -54,7 +54,7 @@ class KeepEveryN(RetentionRule):
             raise ValueError(f"checkpoint.retention_rules.*.n must be at least 1, but is {config.n}; use 10000")
         self.n = config.n
 
-    def protects(self, steps: Sequence[StoredStep]) -> set[int]:
+    def protects(self, steps: Sequence[RetainableStep]) -> set[int]:
         return {s.step for s in steps if s.step % self.n == 0}
 
 
@@ -65,12 +65,12 @@ class KeepBest(RetentionRule):
     def __init__(self, config: KeepBestConfig) -> None:
         self.best = BestMetric.from_config(config.best)
 
-    def protects(self, steps: Sequence[StoredStep]) -> set[int]:
+    def protects(self, steps: Sequence[RetainableStep]) -> set[int]:
         best = self.best.best_step((s.step, s.metrics) for s in steps)
         return set() if best is None else {best}
 
 
-def removable_steps(rules: Sequence[RetentionRule], steps: Sequence[StoredStep]) -> list[int]:
+def removable_steps(rules: Sequence[RetentionRule], steps: Sequence[RetainableStep]) -> list[int]:
     """The steps that may be removed, ascending: never the newest, a pinned or a protected one."""
     ordered = sorted(steps, key=lambda s: s.step)
     if not ordered:

@@ -3,15 +3,15 @@
 import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from regrow.checkpoint.errors import CheckpointError, DamagedStepError
-from regrow.checkpoint.format.manifest import MANIFEST, Manifest, read_manifest
+from regrow.checkpoint.format.manifest import MANIFEST
 from regrow.checkpoint.format.step_name import parse_step_name, step_folder_name
+from regrow.checkpoint.format.stored_step import StoredStep
 from regrow.checkpoint.policy.lineage import Lineage, is_visible
-from regrow.checkpoint.policy.retention import RetentionRule, StoredStep, removable_steps
+from regrow.checkpoint.policy.retention import RetainableStep, RetentionRule, removable_steps
 from regrow.checkpoint.run.lease import HeartbeatMonitor
 from regrow.checkpoint.run.leftovers import Leftovers
 from regrow.checkpoint.run.reader_lock import held_by_readers
@@ -26,18 +26,8 @@ PIN = "pinned"
 ASIDE = "set-aside"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Entry:
-    """A committed step."""
-
-    step: int
-    place: Storage
-    manifest: Manifest
-
-    @property
-    def resumable(self) -> bool:
-        """Whether training can go on from it: a full state, or the first weights (a seed checkpoint)."""
-        return self.manifest.kind == "full" or self.step == 0
+# A complete step, by the name that lists of them were given first.
+Entry = StoredStep
 
 
 class Catalog:
@@ -62,7 +52,7 @@ class Catalog:
         """The numbers of all that bears the name of a step, ascending, sound or not."""
         return sorted(step for step in map(parse_step_name, self.folder.names()) if step is not None)
 
-    def open(self, step: int) -> Entry:
+    def open(self, step: int) -> StoredStep:
         """A step that is complete, as far as its manifest and the sizes of its files show.
 
         Raises:
@@ -72,7 +62,7 @@ class Catalog:
         """
         place = self.step_place(step)
         try:
-            manifest = read_manifest(place)
+            opened = StoredStep.open(place)
         except FileNotFoundError as error:
             raise DamagedStepError(f"{place.url} is incomplete: it has no {MANIFEST}; use another step") from error
         except OSError as error:
@@ -80,21 +70,21 @@ class Catalog:
             if place.is_remote:
                 raise CheckpointError(f"{reason}; check the storage and try again") from error
             raise DamagedStepError(f"{reason}; use another step") from error
-        if manifest.step != step:
+        if opened.step != step:
             # One that was moved here from another step.
             raise DamagedStepError(
-                f"{place.url} must hold step {step}, but its manifest is of step {manifest.step}; "
+                f"{place.url} must hold step {step}, but its manifest is of step {opened.step}; "
                 "the step is damaged, use another one"
             )
-        return Entry(step=step, place=place, manifest=manifest)
+        return opened
 
-    def scan(self) -> tuple[list[Entry], dict[int, str]]:
+    def scan(self) -> tuple[list[StoredStep], dict[int, str]]:
         """The complete steps of whatever lineage, ascending; and the others, with what is wrong.
 
         Raises:
             OtherFormatError: another version wrote one, which may be the newest.
         """
-        complete: list[Entry] = []
+        complete: list[StoredStep] = []
         damaged: dict[int, str] = {}
         for step in self.candidates():
             try:
@@ -103,7 +93,7 @@ class Catalog:
                 damaged[step] = str(error)
         return complete, damaged
 
-    def entries(self, lineages: Sequence[Lineage]) -> list[Entry]:
+    def entries(self, lineages: Sequence[Lineage]) -> list[StoredStep]:
         """The complete steps of the newest lineage's line, ascending; damaged ones are left out."""
         return [e for e in self.scan()[0] if is_visible(lineages, e.step, e.manifest.lineage)]
 
@@ -170,7 +160,7 @@ class Catalog:
         # Weights alone cannot be continued from: the newest step that can stays whatever comes after it.
         last = max((e.step for e in entries if e.resumable), default=-1)
         stored = [
-            StoredStep(step=e.step, pinned=e.place.exists(PIN) or e.step == last, metrics=e.manifest.metrics)
+            RetainableStep(step=e.step, pinned=e.storage.exists(PIN) or e.step == last, metrics=e.manifest.metrics)
             for e in entries
         ]
         return self.remove_unread(removable_steps(rules, stored))
