@@ -282,7 +282,7 @@ def _complete(place: Storage) -> StoredStep:
 @contextmanager
 def _owned(folder: Storage) -> Iterator[None]:
     """This process is the folder's one writer meanwhile: nothing is removed below a run that trains."""
-    lease = acquire_lease(folder, _LEASE_S, folder.url, setting="RUN")
+    lease = acquire_lease(folder, _LEASE_S, folder.url, setting="RUN", remedy="wait until it has ended, or stop it")
     try:
         yield
     finally:

@@ -19,6 +19,7 @@ from regrow.checkpoint.format.rank_manifest import StoredChunk
 from regrow.checkpoint.format.stored_step import StoredStep, is_verified
 from regrow.checkpoint.load.read_plan import check_names, covered
 from regrow.checkpoint.load.reader import read_tensors
+from regrow.checkpoint.ranks import rank_and_count
 from regrow.checkpoint.sources.dcp import DcpSource
 from regrow.checkpoint.storage.base import Storage
 from regrow.checkpoint.storage.opening import as_storage
@@ -50,7 +51,7 @@ def load_tensors(
         DamagedStepError: a byte is not what was written.
     """
     _check_memory(tensors)
-    is_first = group is None or dist.get_rank(group) == 0
+    is_first = rank_and_count(group)[0] == 0
     step = location if isinstance(location, StoredStep) else StoredStep.find(location, check_files=is_first)
     if step is not None:
         return load_step(step, tensors, group, known)
@@ -65,7 +66,7 @@ def load_step(
     known: Collection[str] | None = None,
 ) -> int:
     """As `load_tensors`, from one of our steps; its manifest is not read again."""
-    rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+    rank, ranks = rank_and_count(group)
     if rank == 0:
         step.check_metadata()
     items = _needed_items(step, tensors, ranks)

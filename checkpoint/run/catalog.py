@@ -18,7 +18,7 @@ from regrow.checkpoint.run.reader_lock import held_by_readers
 from regrow.checkpoint.storage.base import Storage
 from regrow.checkpoint.storage.opening import as_storage
 
-__all__ = ["ASIDE", "PIN", "Catalog", "Entry"]
+__all__ = ["ASIDE", "PIN", "Catalog", "Entry", "newest_lineages"]
 
 # Where nothing can be renamed, the names of our files bear their writer.
 _OWN_FILE = re.compile(r"(rank-[0-9]+|__[0-9]+_[0-9]+)-[0-9a-f]{8}\.")
@@ -136,9 +136,16 @@ class Catalog:
             problem: what is wrong with it.
         """
         name = step_folder_name(step)
-        if not self.folder.renames and _is_cut_save(self.step_place(step)):
+        if self.is_cut_save(step):
             return _attempt(f"removed the incomplete {name}", partial(self.folder.remove, name))
         return _attempt(f"set step {step} aside: {problem}", partial(self.quarantine, step, "damaged"))
+
+    def is_cut_save(self, step: int) -> bool:
+        """Whether a step that was written under its own name is a save of ours that was cut short, nothing else."""
+        if self.folder.renames:
+            return False
+        names = self.step_place(step).names()
+        return MANIFEST not in names and any(_OWN_FILE.match(name) for name in names)
 
     def quarantine(self, step: int, reason: str) -> None:
         """Moves a step to `set-aside/<reason>/`, where nothing looks for it but a person."""
@@ -185,10 +192,12 @@ class Catalog:
         self.folder.remove(name)
 
 
-def _is_cut_save(step: Storage) -> bool:
-    """Whether a step that was written under its own name is a save of ours that was cut short, and nothing else."""
-    names = step.names()
-    return MANIFEST not in names and any(_OWN_FILE.match(name) for name in names)
+def newest_lineages(complete: Sequence[StoredStep]) -> tuple[Lineage, ...]:
+    """The lineages of the newest line of steps, by the steps themselves; none where there is no step."""
+    if not complete:
+        return ()
+    newest = max(complete, key=lambda s: (len(s.manifest.lineages), s.step)).manifest
+    return newest.lineages or (Lineage(id=newest.lineage),)
 
 
 def _attempt(line: str, act: Callable[[], None]) -> list[str]:

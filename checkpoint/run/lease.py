@@ -132,7 +132,7 @@ class FencingToken:
     def loss(self, folder: Storage, standing: Standing) -> str:
         """The sentence for a lease that is not held any more."""
         if standing is Standing.taken:
-            return f"another writer has taken over {folder.url}; this one must stop"
+            return f"another writer has taken over {folder.url}; this process must stop"
         if _holds_more_than_a_save(folder):
             return (
                 f"{folder.url} must keep the lease of the run that writes there, but {_name(self.number)} was "
@@ -170,7 +170,7 @@ def newest_lease(folder: Storage, known: int = 0) -> tuple[int, LeaseRecord | No
     """
     for _ in range(_LOOKS):
         listed = max(_numbers(folder), default=0)
-        # Where the newest was removed by the one that took it over in between, the next number is his.
+        # Where the newest was removed by the one that took it over in between, the next number is its.
         for number in sorted({known, listed, listed + 1} - {0}, reverse=True):
             with suppress(FileNotFoundError):
                 return number, _read_lease(folder, number)
@@ -249,7 +249,7 @@ class Lease:
                 standing = self.ticket.standing(self.folder)
                 if standing is Standing.removed:
                     gone_since = time.monotonic() if gone_since is None else gone_since
-                    # Not written again: where another writer has removed it, his lease has only not come into sight.
+                    # Not written again: where another writer has removed it, its lease has only not come into sight.
                     if time.monotonic() - gone_since < self._timeout_s:
                         continue
                 if standing is not Standing.held:
@@ -300,6 +300,7 @@ def acquire_lease(
     me: LeaseRecord | None = None,
     on_lost: Callable[[], None] = lambda: None,
     setting: str = "checkpoint.folder",
+    remedy: str = "stop it or choose another run.name",
 ) -> Lease:
     """Makes this process the folder's one writer.
 
@@ -310,12 +311,15 @@ def acquire_lease(
         me: this process, unless told otherwise.
         on_lost: called, in a thread, when another writer has taken over all the same.
         setting: which field names the folder, for the message.
+        remedy: what to do where another process writes there, for the message.
 
     Raises:
         LeaseHeldError: another process lives and writes there, or may.
         CheckpointError: the folder cannot be listed, read or written.
     """
-    contender = _Contender(folder, timeout_s, what, replace(me or this_process(), timeout_s=timeout_s), on_lost)
+    contender = _Contender(
+        folder, timeout_s, what, replace(me or this_process(), timeout_s=timeout_s), on_lost, remedy
+    )
     try:
         return contender.acquire()
     except OSError as error:
@@ -331,9 +335,16 @@ class _Contender:
     """Wants the lease; see `acquire_lease` for the arguments."""
 
     def __init__(
-        self, folder: Storage, timeout_s: float, what: str, me: LeaseRecord, on_lost: Callable[[], None]
+        self,
+        folder: Storage,
+        timeout_s: float,
+        what: str,
+        me: LeaseRecord,
+        on_lost: Callable[[], None],
+        remedy: str,
     ) -> None:
         self._folder, self._timeout_s, self._what, self._me, self._on_lost = folder, timeout_s, what, me, on_lost
+        self._remedy = remedy
         self._watch, self._began = HeartbeatMonitor(), time.monotonic()
 
     def acquire(self) -> Lease:
@@ -380,15 +391,14 @@ class _Contender:
         """Raises where the holder lives, or where it would have to be waited for too long."""
         if is_alive:
             raise LeaseHeldError(
-                f"run.name must not name a run that is being trained, but {self._what} is held by {holder}; stop it "
-                "or choose another run.name"
+                f"{self._what} is held by {holder}, and only one process may write there; {self._remedy}"
             )
         most_s = _PATIENCE * self._timeout_s
         if time.monotonic() - self._began >= most_s or (still_s >= self._timeout_s and needed_s > most_s):
             raise LeaseHeldError(
-                f"run.name must not name a run that may be being trained, but {self._what} is held by {holder}, "
-                f"whose lease must stand still for {needed_s:g} s (its own timeout) to be taken over; try later, "
-                f"or remove {_name(number)} in {self._folder.url} where that process has ended"
+                f"{self._what} is held by {holder}, whose lease must stand still for "
+                f"{needed_s:g} s (its own timeout) to be taken over; try later, or remove {_name(number)} in "
+                f"{self._folder.url} where that process has ended"
             )
 
     def _taken(self, number: int, before: LeaseRecord | None) -> Lease:

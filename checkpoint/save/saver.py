@@ -27,6 +27,7 @@ from regrow.checkpoint.format.layout import LayoutKey, SavePlan, layout_key, mak
 from regrow.checkpoint.format.manifest import Manifest
 from regrow.checkpoint.format.rank_manifest import rank_manifest, rank_manifest_name
 from regrow.checkpoint.format.step_name import step_folder_name
+from regrow.checkpoint.ranks import broadcast_value, rank_and_count
 from regrow.checkpoint.run.lease import FencingToken, LeaseLostError
 from regrow.checkpoint.save.commit import Committer
 from regrow.checkpoint.save.coordinator import Report, SaveCoordinator, own_store, report_of
@@ -103,7 +104,8 @@ class StepSaver:
         folder: the checkpoint folder.
         mode: `disabled` returns when durable, `async` when copied, `async_with_pinned_mem` at once.
         device: where the tensors live.
-        group: of all ranks, on the CPU; used while this is constructed and not later.
+        group: of all ranks, on the CPU; used while this is constructed and not later. None for one process without
+            torch.distributed.
         options: see `SaverOptions`.
     """
 
@@ -112,20 +114,17 @@ class StepSaver:
         folder: Storage | Path | str,
         mode: AsyncMode,
         device: torch.device,
-        group: dist.ProcessGroup,
+        group: dist.ProcessGroup | None,
         options: SaverOptions | None = None,
     ) -> None:
         self._folder, self._mode, self._device = as_storage(folder), mode, device
         self._options = options or SaverOptions()
-        self._rank, self._ranks = dist.get_rank(group), dist.get_world_size(group)
-        token = [uuid.uuid4().hex[:8]]
-        dist.broadcast_object_list(token, group=group, group_src=0)
-        self._committer = Committer(self._folder, str(token[0]), self._options.ticket)
-        store = own_store() if self._options.use_store else None
+        self._rank, self._ranks = rank_and_count(group)
+        token = broadcast_value(uuid.uuid4().hex[:8], group)
+        self._committer = Committer(self._folder, token, self._options.ticket)
+        store = own_store() if self._options.use_store and group is not None else None
         timeout_s = self._options.commit_timeout_s
-        self._exchange = SaveCoordinator(
-            self._rank, self._ranks, store, str(token[0]), timeout_s, self._committer.writer
-        )
+        self._exchange = SaveCoordinator(self._rank, self._ranks, store, token, timeout_s, self._committer.writer)
         self._saves = 0
         self._planned: tuple[LayoutKey, SavePlan] | None = None
         self._image: StagingBuffer | None = None
@@ -151,7 +150,7 @@ class StepSaver:
         Page-locking takes seconds for each 10 GiB. Where it fails, the first save tries again and tells why.
 
         Args:
-            tensors: as `begin` will get them; only their layout is looked at.
+            tensors: as `save` will get them; only their layout is looked at.
             owner_ranks: see `make_plan`.
         """
         if self._mode is not AsyncMode.disabled:

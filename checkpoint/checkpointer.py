@@ -1,0 +1,370 @@
+"""Saving and resuming for anybody's training loop: the whole engine behind one class."""
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar, final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from regrow.checkpoint.config import AsyncMode
+from regrow.checkpoint.documents import is_flat_name
+from regrow.checkpoint.errors import CheckpointError, LastSaveError
+from regrow.checkpoint.format.layout import local_tensor
+from regrow.checkpoint.format.manifest import Manifest
+from regrow.checkpoint.format.stored_step import StoredStep
+from regrow.checkpoint.inspect.maintenance import pin, unpin, verify
+from regrow.checkpoint.load.agreement import load_agreed, storage_errors
+from regrow.checkpoint.load.loading import load_step
+from regrow.checkpoint.policy.retention import KeepLatest, RetentionRule
+from regrow.checkpoint.ranks import on_first_rank, rank_and_count
+from regrow.checkpoint.run.catalog import Catalog
+from regrow.checkpoint.run.lease import FencingToken, Lease, LeaseLostError, acquire_lease
+from regrow.checkpoint.run.reader_lock import reading
+from regrow.checkpoint.run.step_line import StepLine
+from regrow.checkpoint.save.saver import SaveResult, SaverOptions, StepSaver
+from regrow.checkpoint.storage.opening import open_storage
+
+__all__ = ["Checkpointer", "CheckpointerOptions"]
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+_MODES = {"sync": "disabled", "async": "async", "pinned": "async_with_pinned_mem"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointerOptions:
+    """How a `Checkpointer` works.
+
+    Attributes:
+        keep_latest_k: newest steps to keep; 0 keeps all.
+        rules: further reasons to keep a step (`regrow.checkpoint.policy.retention`).
+        max_save_errors: so many failed saves in a row raise an error; fewer are logged, and the next one is tried.
+        files_per_rank: a rank's share is written as so many files at once.
+        commit_timeout_s: a step whose ranks have not all reported by then has failed.
+        lease_timeout_s: a writer on another host whose lease has not moved for so long is taken for dead.
+        storage_options: for a URL: `endpoint`, `region` and the like.
+        read_only: only load and look: no lease is taken, and `save` is an error.
+    """
+
+    keep_latest_k: int = 10
+    rules: Sequence[RetentionRule] = ()
+    max_save_errors: int = 5
+    files_per_rank: int = 1
+    commit_timeout_s: float = 600.0
+    lease_timeout_s: float = 60.0
+    storage_options: Mapping[str, Any] = field(default_factory=dict)
+    read_only: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("keep_latest_k", 0), ("max_save_errors", 1), ("files_per_rank", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"{name} must be at least {least}, but is {getattr(self, name)}; use {least} or more"
+                )
+
+
+@final
+class Checkpointer:
+    """Saves and loads the state of a training loop, in one process or on every rank (DDP, FSDP2, …).
+
+    Every rank constructs one and calls `load`, `save`, `wait` and `close` in the same order. One process at a time
+    writes into a folder: a second one is refused, and the successor of a killed one takes over. What is saved is
+    complete or not there, and every byte is verified when it is loaded.
+
+    Args:
+        folder: a path or URL; holds `step-N` folders, made when it is missing.
+        mode: what `save` waits for. `sync` returns when the step is durable, `async` when the tensors are copied,
+            `pinned` at once: the copy runs beside the next forward and backward pass, and `wait_staged` must be
+            called before the tensors change.
+        group: of all ranks, on the CPU; made where torch.distributed is initialised and none is given.
+        options: see `CheckpointerOptions`.
+
+    Raises:
+        ValueError: an unknown mode, or a folder that cannot be a storage.
+        LeaseHeldError: another process writes there.
+        CheckpointError: the folder cannot be read or written.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        mode: Literal["sync", "async", "pinned"] = "async",
+        *,
+        group: dist.ProcessGroup | None = None,
+        options: CheckpointerOptions | None = None,
+    ) -> None:
+        if mode not in _MODES:
+            raise ValueError(f"mode must be one of {', '.join(_MODES)}, but is {mode!r}; use async")
+        self._options, self._mode = options or CheckpointerOptions(), AsyncMode[_MODES[mode]]
+        self._folder = open_storage(folder, self._options.storage_options)
+        self._group = group if group is not None else _cpu_group()
+        self._catalog = Catalog(self._folder, self._options.lease_timeout_s)
+        self._rules = [KeepLatest(self._options.keep_latest_k), *self._options.rules]
+        self._lease: Lease | None = None
+        self._ticket: FencingToken | None = None
+        self._saver: StepSaver | None = None
+        self._line = StepLine(self._catalog)
+        self._failures, self._error = 0, ""
+        self._retention = ThreadPoolExecutor(1, thread_name_prefix="retention")
+        if not self._options.read_only:
+            self._ticket = self._on_first(self._take_lease)
+
+    @property
+    def step(self) -> int | None:
+        """The last step that was loaded or saved; None before."""
+        return self._line.step
+
+    def load(
+        self, tensors: Mapping[str, Tensor], step: int | Literal["newest"] | None = "newest"
+    ) -> dict[str, Any] | None:
+        """Reads a step into existing tensors, on whatever number of ranks saved it.
+
+        Where a rank finds the newest step damaged, all ranks load the one before. The tensors' values are undefined
+        where this raises.
+
+        Args:
+            tensors: by the names they were saved under; DTensors receive this rank's part. May be a part of what was
+                saved.
+            step: its number, or the newest that is sound (None, too). Saving after an older step sets the newer ones
+                aside.
+
+        Returns:
+            The state that was saved with the tensors; None where the folder holds no step.
+
+        Raises:
+            StepNotFoundError: that step is not there.
+            DamagedStepError: that step is damaged.
+            CheckpointError: a name is missing, or has another shape or dtype; or no step is sound.
+        """
+        if step is not None and not isinstance(step, int) and step != "newest":
+            raise ValueError(f"step must be a number or 'newest', but is {step!r}; use 'newest'")
+        wanted = step if isinstance(step, int) else None
+        first: list[StoredStep] = []
+
+        def choose(damaged: Mapping[int, str]) -> int | None:
+            chosen = self._line.choose(wanted, damaged)
+            first[:] = [chosen] if chosen is not None else []
+            return None if chosen is None else chosen.step
+
+        def read(number: int | None) -> Manifest | None:
+            if number is None:
+                return None
+            # The first rank has opened the step to choose it.
+            return self._read(first[0] if first else None, number, tensors)
+
+        found = load_agreed(choose, read, lambda number: number if wanted is None else None, self._group)
+        if found.result is None:
+            return None
+        self._line.continue_from(found.result, found.damaged)
+        return dict(found.result.train_state.get("state", found.result.train_state))
+
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        state: Mapping[str, Any] | None = None,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        owner_ranks: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
+        """Saves a step, after the save before it has ended.
+
+        Args:
+            step: its number, above that of every step before it.
+            tensors: by flat name. A plain tensor is taken for equal on all ranks that have its name, and is written
+                once; of a DTensor each rank writes its part.
+            state: what else is needed to continue, as JSON can hold it; the first rank's counts.
+            metrics: measured at this step, for retention rules and listings.
+            owner_ranks: for tensors that not every rank holds: the ranks that do.
+
+        Raises:
+            ValueError: a step, name or state that cannot be saved.
+            LeaseLostError: another process has taken the folder over.
+            CheckpointError: saves keep failing; in `sync` mode also where this one has failed.
+        """
+        self._check_save(step, tensors, state)
+        saver = self._saver if self._saver is not None else self._begin(tensors)
+        manifest = Manifest(
+            step=step,
+            lineage=self._line.lineages[-1].id,
+            train_state={"step": step, "state": dict(state or {})},
+            metrics=dict(metrics or {}),
+            layout={"ranks": rank_and_count(self._group)[1]},
+            versions={"torch": str(torch.__version__)},
+            lineages=self._line.lineages,
+        )
+        results = saver.save(tensors, manifest, owner_ranks)
+        self._line.step = step
+        self._handle(results)
+        if self._mode is AsyncMode.disabled and self._failures:
+            raise CheckpointError(f"step {step} must be saved, but was not ({self._error}); check the storage")
+
+    def wait_staged(self) -> None:
+        """Returns when the tensors of the last save may change; call it before the optimizer's step."""
+        if self._saver is not None:
+            self._saver.wait_staged()
+
+    def wait(self) -> None:
+        """Returns when the last save is durable.
+
+        Raises:
+            LastSaveError: it has failed.
+        """
+        if self._saver is None:
+            return
+        self._handle(self._saver.wait())
+        if self._failures:
+            raise LastSaveError(f"step {self.step} must be saved, but was not ({self._error}); check the storage")
+
+    def steps(self) -> list[int]:
+        """The complete steps to continue from, ascending; what this rank sees now."""
+        return self._line.steps()
+
+    def verify(self, step: int) -> list[str]:
+        """Reads all of a step and compares it with its hashes, in this process.
+
+        Returns:
+            What is wrong, a sentence each; none where the step is sound.
+        """
+        (report,) = verify(self._catalog.step_place(step))
+        return [str(problem) for problem in report["problems"]]
+
+    def pin(self, step: int) -> None:
+        """Keeps a step for good, whatever retention says."""
+        pin(self._catalog.step_place(step))
+
+    def unpin(self, step: int) -> None:
+        """The inverse of `pin`."""
+        unpin(self._catalog.step_place(step))
+
+    def close(self) -> None:
+        """Waits for the last save and lets the next writer in.
+
+        Raises:
+            LastSaveError: the last save has failed.
+        """
+        try:
+            self.wait()
+        finally:
+            self._release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            # A failed save must not hide the error that ended the loop.
+            self._release()
+
+    def _release(self) -> None:
+        if self._saver is not None:
+            self._saver.close()
+        self._retention.shutdown()
+        if self._lease is not None:
+            self._lease.release()
+            self._lease = None
+
+    def _on_first(self, act: Callable[[], T]) -> T:
+        return on_first_rank(act, self._group, CheckpointError)
+
+    def _take_lease(self) -> FencingToken:
+        self._lease = acquire_lease(
+            self._folder,
+            self._options.lease_timeout_s,
+            self._folder.url,
+            setting="folder",
+            remedy="stop it or choose another folder",
+        )
+        for line in self._catalog.clear_leftovers():
+            log.info("%s", line)
+        return self._lease.ticket
+
+    def _read(self, opened: StoredStep | None, number: int, tensors: Mapping[str, Tensor]) -> Manifest:
+        place = self._catalog.step_place(number)
+        with storage_errors(place):
+            step = opened if opened is not None else StoredStep.open(place, check_files=False)
+            # The first rank's lock keeps the step for all ranks, which end their reading together.
+            with reading(place) if rank_and_count(self._group)[0] == 0 else nullcontext():
+                load_step(step, tensors, self._group)
+        return step.manifest
+
+    def _check_save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any] | None) -> None:
+        if self._options.read_only:
+            raise ValueError("save must not be called where read_only is set; construct a Checkpointer without it")
+        if step < 0 or (self.step is not None and step <= self.step):
+            raise ValueError(
+                f"step must be above the last step ({self.step}), but is {step}; count on from there, or load an "
+                "older step first"
+            )
+        wrong = next((n for n, t in tensors.items() if not isinstance(t, Tensor) or not is_flat_name(n)), None)
+        if wrong is not None:
+            raise ValueError(
+                f"tensors must map names of one line to tensors, but {wrong[:80]!r} does not; use split_state to "
+                "take the tensors out of a nested state"
+            )
+        try:
+            json.dumps(state, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"state must hold what JSON can, but does not ({error}); use split_state to take the tensors out"
+            ) from None
+
+    def _begin(self, tensors: Mapping[str, Tensor]) -> StepSaver:
+        """Before the first save: what this line of steps does not descend from gets out of its way."""
+        self._line.lineages = self._on_first(self._line.prepare_folder)
+        device = next((t.device for t in map(local_tensor, tensors.values()) if t.device.type != "cpu"), None)
+        options = SaverOptions(
+            files_per_rank=self._options.files_per_rank,
+            commit_timeout_s=self._options.commit_timeout_s,
+            ticket=self._ticket,
+        )
+        self._saver = StepSaver(self._folder, self._mode, device or torch.device("cpu"), self._group, options)
+        return self._saver
+
+    def _handle(self, results: Sequence[SaveResult]) -> None:
+        """Tells how saves have ended; on all ranks alike, since each waits for the save before."""
+        for result in results:
+            if result.error is None:
+                self._failures = 0
+                if rank_and_count(self._group)[0] == 0:
+                    log.info("saved %s, durable after %.2f s", result.url, result.seconds)
+                    self._retention.submit(self._prune)
+                continue
+            self._failures, self._error = self._failures + 1, result.error
+            message = f"step {result.step} was not saved: {result.error}"
+            if result.final:
+                raise LeaseLostError(message)
+            if self._failures >= self._options.max_save_errors:
+                raise CheckpointError(f"{message}; {self._failures} saves in a row have failed")
+            log.warning("%s; the next one is tried", message)
+
+    def _prune(self) -> None:
+        """Retention, beside training: what fails here costs room, not a step."""
+        try:
+            removed = self._catalog.prune(self._rules, self._line.lineages)
+        except (OSError, CheckpointError) as error:
+            log.warning("old steps cannot be removed now: %s", error)
+            return
+        if removed:
+            log.info("removed steps %s", ", ".join(str(s) for s in removed))
+
+
+def _cpu_group() -> dist.ProcessGroup | None:
+    """A group of all ranks for small messages; None where this process is alone."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    group: dist.ProcessGroup = dist.new_group(backend="gloo")
+    return group
