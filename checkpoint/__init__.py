@@ -8,14 +8,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from regrow.checkpoint.checkpointer import Checkpointer, CheckpointerOptions
+    from regrow.checkpoint.checkpointer import Checkpointer
+    from regrow.checkpoint.checkpointer_options import CheckpointerOptions
     from regrow.checkpoint.nested_state import join_state, split_state
 
 __all__ = ["Checkpointer", "CheckpointerOptions", "join_state", "split_state"]
 
 _MODULES = {
     "Checkpointer": "checkpointer",
-    "CheckpointerOptions": "checkpointer",
+    "CheckpointerOptions": "checkpointer_options",
     "join_state": "nested_state",
     "split_state": "nested_state",
 }

@@ -5,7 +5,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, final
@@ -14,16 +13,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from regrow.checkpoint.checkpointer_options import CheckpointerOptions
 from regrow.checkpoint.config import AsyncMode
 from regrow.checkpoint.documents import is_flat_name
 from regrow.checkpoint.errors import CheckpointError, LastSaveError
 from regrow.checkpoint.format.layout import local_tensor
 from regrow.checkpoint.format.manifest import Manifest
-from regrow.checkpoint.format.stored_step import StoredStep
+from regrow.checkpoint.format.stored_step import StoredStep, chunks_by_name, infos_of
 from regrow.checkpoint.inspect.maintenance import pin, unpin, verify
 from regrow.checkpoint.load.agreement import load_agreed, storage_errors
 from regrow.checkpoint.load.loading import load_step
-from regrow.checkpoint.policy.retention import KeepLatest, RetentionRule
+from regrow.checkpoint.nested_state import join_state, split_state
+from regrow.checkpoint.policy.retention import KeepLatest
 from regrow.checkpoint.ranks import on_first_rank, rank_and_count
 from regrow.checkpoint.run.catalog import Catalog
 from regrow.checkpoint.run.lease import FencingToken, Lease, LeaseLostError, acquire_lease
@@ -32,44 +33,12 @@ from regrow.checkpoint.run.step_line import StepLine
 from regrow.checkpoint.save.saver import SaveResult, SaverOptions, StepSaver
 from regrow.checkpoint.storage.opening import open_storage
 
-__all__ = ["Checkpointer", "CheckpointerOptions"]
+__all__ = ["Checkpointer"]
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _MODES = {"sync": "disabled", "async": "async", "pinned": "async_with_pinned_mem"}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CheckpointerOptions:
-    """How a `Checkpointer` works.
-
-    Attributes:
-        keep_latest_k: newest steps to keep; 0 keeps all.
-        rules: further reasons to keep a step (`regrow.checkpoint.policy.retention`).
-        max_save_errors: so many failed saves in a row raise an error; fewer are logged, and the next one is tried.
-        files_per_rank: a rank's share is written as so many files at once.
-        commit_timeout_s: a step whose ranks have not all reported by then has failed.
-        lease_timeout_s: a writer on another host whose lease has not moved for so long is taken for dead.
-        storage_options: for a URL: `endpoint`, `region` and the like.
-        read_only: only load and look: no lease is taken, and `save` is an error.
-    """
-
-    keep_latest_k: int = 10
-    rules: Sequence[RetentionRule] = ()
-    max_save_errors: int = 5
-    files_per_rank: int = 1
-    commit_timeout_s: float = 600.0
-    lease_timeout_s: float = 60.0
-    storage_options: Mapping[str, Any] = field(default_factory=dict)
-    read_only: bool = False
-
-    def __post_init__(self) -> None:
-        for name, least in (("keep_latest_k", 0), ("max_save_errors", 1), ("files_per_rank", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"{name} must be at least {least}, but is {getattr(self, name)}; use {least} or more"
-                )
 
 
 @final
@@ -145,27 +114,41 @@ class Checkpointer:
             DamagedStepError: that step is damaged.
             CheckpointError: a name is missing, or has another shape or dtype; or no step is sound.
         """
-        if step is not None and not isinstance(step, int) and step != "newest":
-            raise ValueError(f"step must be a number or 'newest', but is {step!r}; use 'newest'")
-        wanted = step if isinstance(step, int) else None
-        first: list[StoredStep] = []
+        found = self._load(step, lambda _: tensors)
+        return None if found is None else found[0]
 
-        def choose(damaged: Mapping[int, str]) -> int | None:
-            chosen = self._line.choose(wanted, damaged)
-            first[:] = [chosen] if chosen is not None else []
-            return None if chosen is None else chosen.step
+    def load_state(self, step: int | Literal["newest"] | None = "newest") -> dict[str, Any] | None:
+        """A state that `save_state` saved, its tensors whole and on the CPU.
 
-        def read(number: int | None) -> Manifest | None:
-            if number is None:
-                return None
-            # The first rank has opened the step to choose it.
-            return self._read(first[0] if first else None, number, tensors)
+        For one process and for ranks that each hold all of the state (DDP); with sharded state, `load` reads this
+        rank's part alone.
 
-        found = load_agreed(choose, read, lambda number: number if wanted is None else None, self._group)
-        if found.result is None:
-            return None
-        self._line.continue_from(found.result, found.damaged)
-        return dict(found.result.train_state.get("state", found.result.train_state))
+        Args:
+            step: as `load`.
+
+        Returns:
+            The nested state; None where the folder holds no step.
+
+        Raises:
+            CheckpointError: as `load`.
+        """
+        found = self._load(step, _memory_for)
+        return None if found is None else join_state(*found)
+
+    def save_state(self, step: int, state: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None) -> None:
+        """Saves a nested state (`state_dict()` of a model, an optimizer, a scheduler) as `save` does.
+
+        Args:
+            step: as `save`.
+            state: mappings, lists, tuples, tensors, numbers, text and None, nested as deep as wanted.
+            metrics: as `save`.
+
+        Raises:
+            ValueError: it holds something else.
+            CheckpointError: as `save`.
+        """
+        tensors, plain = split_state(state)
+        self.save(step, tensors, plain, metrics=metrics)
 
     def save(
         self,
@@ -277,6 +260,31 @@ class Checkpointer:
             self._lease.release()
             self._lease = None
 
+    def _load(
+        self, step: int | str | None, targets: Callable[[StoredStep], Mapping[str, Tensor]]
+    ) -> tuple[dict[str, Any], Mapping[str, Tensor]] | None:
+        """The state of a step, and the tensors that it was read into; None where there is no step."""
+        if step is not None and not isinstance(step, int) and step != "newest":
+            raise ValueError(f"step must be a number or 'newest', but is {step!r}; use 'newest'")
+        wanted = step if isinstance(step, int) else None
+        # The first rank has opened the step to choose it.
+        opened: list[StoredStep] = []
+
+        def choose(damaged: Mapping[int, str]) -> int | None:
+            chosen = self._line.choose(wanted, damaged)
+            opened[:] = [chosen] if chosen is not None else []
+            return None if chosen is None else chosen.step
+
+        def read(number: int | None) -> tuple[StoredStep, Mapping[str, Tensor]] | None:
+            return None if number is None else self._read(opened[0] if opened else None, number, targets)
+
+        found = load_agreed(choose, read, lambda number: number if wanted is None else None, self._group)
+        if found.result is None:
+            return None
+        loaded, tensors = found.result
+        self._line.continue_from(loaded.manifest, found.damaged)
+        return dict(loaded.train_state.get("state", loaded.train_state)), tensors
+
     def _on_first(self, act: Callable[[], T]) -> T:
         return on_first_rank(act, self._group, CheckpointError)
 
@@ -292,14 +300,17 @@ class Checkpointer:
             log.info("%s", line)
         return self._lease.ticket
 
-    def _read(self, opened: StoredStep | None, number: int, tensors: Mapping[str, Tensor]) -> Manifest:
+    def _read(
+        self, opened: StoredStep | None, number: int, targets: Callable[[StoredStep], Mapping[str, Tensor]]
+    ) -> tuple[StoredStep, Mapping[str, Tensor]]:
         place = self._catalog.step_place(number)
         with storage_errors(place):
             step = opened if opened is not None else StoredStep.open(place, check_files=False)
             # The first rank's lock keeps the step for all ranks, which end their reading together.
             with reading(place) if rank_and_count(self._group)[0] == 0 else nullcontext():
+                tensors = targets(step)
                 load_step(step, tensors, self._group)
-        return step.manifest
+        return step, tensors
 
     def _check_save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any] | None) -> None:
         if self._options.read_only:
@@ -360,6 +371,12 @@ class Checkpointer:
             return
         if removed:
             log.info("removed steps %s", ", ".join(str(s) for s in removed))
+
+
+def _memory_for(step: StoredStep) -> dict[str, Tensor]:
+    """Room for all of a step's tensors, whole, on the CPU."""
+    infos = infos_of(chunks_by_name(step.url, step.items()))
+    return {name: torch.empty(info.shape, dtype=info.dtype) for name, info in infos.items()}
 
 
 def _cpu_group() -> dist.ProcessGroup | None:
