@@ -1,4 +1,4 @@
-"""Saving and resuming for anybody's training loop: the whole engine behind one class."""
+"""Saving and resuming for any training loop: the whole engine behind one class."""
 
 import json
 import logging
@@ -303,11 +303,11 @@ class Checkpointer:
     def _read(
         self, opened: StoredStep | None, number: int, targets: Callable[[StoredStep], Mapping[str, Tensor]]
     ) -> tuple[StoredStep, Mapping[str, Tensor]]:
-        place = self._catalog.step_place(number)
-        with storage_errors(place):
-            step = opened if opened is not None else StoredStep.open(place, check_files=False)
+        folder = self._catalog.step_place(number)
+        with storage_errors(folder):
+            step = opened if opened is not None else StoredStep.open(folder, check_files=False)
             # The first rank's lock keeps the step for all ranks, which end their reading together.
-            with reading(place) if rank_and_count(self._group)[0] == 0 else nullcontext():
+            with reading(folder) if rank_and_count(self._group)[0] == 0 else nullcontext():
                 tensors = targets(step)
                 load_step(step, tensors, self._group)
         return step, tensors

@@ -19,7 +19,7 @@ class CheckpointerOptions:
         max_save_errors: so many failed saves in a row raise an error; fewer are logged, and the next one is tried.
         files_per_rank: a rank's share is written as so many files at once.
         commit_timeout_s: a step whose ranks have not all reported by then has failed.
-        lease_timeout_s: a writer on another host whose lease has not moved for so long is taken for dead.
+        lease_timeout_s: a writer on another host whose lease has not moved for so long counts as dead.
         storage_options: for a URL: `endpoint`, `region` and the like.
         read_only: only load and look: no lease is taken, and `save` is an error.
     """

@@ -40,12 +40,12 @@ FlatName = Annotated[str, Meta(min_length=1, max_length=LONGEST_FLAT_NAME)]
 
 
 def is_file_name(text: str) -> bool:
-    """Whether a text that somebody else's file holds names a file beside it: no path, and on one line."""
+    """Whether a text from a file of another program names a file beside it: no path, and on one line."""
     return re.match(_FILE_NAME, text) is not None and text.isprintable()
 
 
 def is_flat_name(text: str) -> bool:
-    """Whether a text that somebody else's file holds can be a tensor's name: of one line, and not too long."""
+    """Whether a text from a file of another program can be a tensor's name: of one line, and not too long."""
     return 0 < len(text) <= LONGEST_FLAT_NAME and text.isprintable()
 
 
@@ -57,7 +57,7 @@ def parse_json(body: bytes) -> Any:
     """The value of a JSON document.
 
     Raises:
-        DocumentError: it is none: cut short, not UTF-8, nested too deeply, a number of too many digits.
+        DocumentError: it is not JSON: cut short, not UTF-8, nested too deeply, a number of too many digits.
     """
     try:
         return json.loads(body)

@@ -147,12 +147,12 @@ def writer_of(name: str, tensor: Tensor, owner_ranks: Sequence[int]) -> int:
     mesh = tensor.device_mesh
     coordinate = mesh.get_coordinate()
     assert coordinate is not None, "a rank outside of the mesh holds no part"
-    place = list(coordinate)
+    writer = list(coordinate)
     for axis, placement in enumerate(tensor.placements):
         if isinstance(placement, Replicate):
-            place[axis] = pick % mesh.size(axis)
+            writer[axis] = pick % mesh.size(axis)
             pick //= mesh.size(axis)
-    return int(mesh.mesh[tuple(place)].item())
+    return int(mesh.mesh[tuple(writer)].item())
 
 
 LayoutKey = tuple[tuple[object, ...], ...]

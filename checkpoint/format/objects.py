@@ -74,7 +74,7 @@ def objects_file_name(rank: int) -> str:
 
 
 def place_objects(file: str, streams: Mapping[str, bytes]) -> list[StoredObject]:
-    """Where `torch.save` streams come to lie one behind the other, and what they hold.
+    """Where `torch.save` streams are placed one after another, and what they hold.
 
     Args:
         file: theirs.

@@ -1,4 +1,4 @@
-"""Our steps, and anybody's DCP folders, for stock DCP: `dcp.load(state, storage_reader=ImageReader(path))`.
+"""Our steps, and other programs' DCP folders, for stock DCP: `dcp.load(state, storage_reader=ImageReader(path))`.
 
 For code that drives DCP itself. Steps of ours are verified as they are read; nothing that lies in a folder is run.
 """
@@ -37,14 +37,14 @@ class ImageReader(StorageReader):
     """Reads a step or a DCP folder into a state of any layout.
 
     Args:
-        place: the folder.
+        location: the folder.
 
     Raises (from DCP's calls, as one rank's part of a `CheckpointException`):
         CheckpointError: what is asked for is not there, damaged, or something that only running it would show.
     """
 
-    def __init__(self, place: Storage | Path | str) -> None:
-        self._storage = as_storage(place)
+    def __init__(self, location: Storage | Path | str) -> None:
+        self._storage = as_storage(location)
         # Our step, once it was opened: DCP asks for metadata and data apart from each other.
         self._step: StoredStep | None = None
 
@@ -100,7 +100,7 @@ class ImageReader(StorageReader):
 
 
 def _whole(info: TensorInfo) -> TensorStorageMetadata:
-    """DCP's description of a tensor as one chunk: how it is cut on the disk is the source's affair."""
+    """DCP's description of a tensor as one chunk: how it is split on the disk is known to the source."""
     chunk = ChunkStorageMetadata(offsets=torch.Size([0] * len(info.shape)), sizes=torch.Size(info.shape))
     return TensorStorageMetadata(
         properties=TensorProperties(dtype=info.dtype), size=torch.Size(info.shape), chunks=[chunk]

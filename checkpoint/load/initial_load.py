@@ -106,9 +106,9 @@ class LoadPlan:
     idle_rules: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
-        """For people: what was left out."""
+        """What was left out, a line each, for the log."""
         words = {
-            "not found, so as they start": self.missing,
+            "missing, keep their initial values": self.missing,
             "not used": self.unused,
             "rows that both have": self.resized,
         }
@@ -173,13 +173,13 @@ def weights_of(source: TensorSource) -> list[str]:
     return [name for name in source.infos if not _NOT_WEIGHTS.search(name)]
 
 
-def pin_source(place: Storage | Path | str) -> Storage:
+def pin_source(location: Storage | Path | str) -> Storage:
     """What a path is at this moment: the newest step of a run that may still be saving, anything else itself.
 
     Raises:
         CheckpointError: there is no checkpoint.
     """
-    storage = as_storage(place)
+    storage = as_storage(location)
     names = storage.names()
     # As `open_source` decides it.
     if not names or (MANIFEST not in names and any(n.endswith(".safetensors") for n in names)):

@@ -1,4 +1,4 @@
-"""Loading a step, ours or anybody's, into existing tensors.
+"""Loading a step, ours or another program's, into existing tensors.
 
 Ours are read by their manifests, and every byte is verified before it is copied. Those written by others (plain
 DCP, torchtitan's) are read without verification, and without running what a pickle holds.

@@ -76,7 +76,7 @@ def _check_foreign(step: Storage) -> None:
 
 
 def is_incomplete(step: Storage) -> bool:
-    """Whether a folder without a manifest is what is left of a step of ours, and not somebody else's checkpoint."""
+    """Whether a folder without a manifest is an incomplete step of ours, and not another program's checkpoint."""
     if step.exists(MANIFEST):
         return False
     if any(name.startswith("rank-") and name.endswith(".json") for name in step.names()):

@@ -1,4 +1,4 @@
-"""Sources for our steps, for anybody's DCP folder, and for one `torch.save` file; and which of them a path is."""
+"""Sources for our steps and for one `torch.save` file, and which kind of source a path is."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -29,19 +29,19 @@ Place = Storage | Path | str
 _TORCH_FILES = (".pt", ".pth", ".bin", ".ckpt")
 
 
-def is_hf_folder(place: Place) -> bool:
+def is_hf_folder(location: Place) -> bool:
     """Whether the folder has weights with Hugging Face's names."""
-    names = as_storage(place).names()
+    names = as_storage(location).names()
     return "config.json" in names and any(n.endswith(".safetensors") for n in names)
 
 
-def open_source(place: Place) -> TensorSource:
+def open_source(location: Place) -> TensorSource:
     """The source that a path or URL is: a file, a step, a run (its newest step), or a folder of safetensors.
 
     Raises:
         CheckpointError: none of these.
     """
-    storage = as_storage(place)
+    storage = as_storage(location)
     names = storage.names()
     if not names:
         return _open_file(storage)
@@ -123,7 +123,7 @@ class TorchFileSource(TensorSource):
         path: the file.
 
     Raises:
-        CheckpointError: it is none, or its tensors do not lie in it.
+        CheckpointError: it is not one, or its tensors are not in it.
     """
 
     def __init__(self, path: Path) -> None:

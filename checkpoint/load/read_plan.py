@@ -89,7 +89,7 @@ def plan_reads(items: Sequence[StoredChunk], target: Chunk) -> list[ReadSlice]:
         DamagedStepError: the stored chunks do not cover it.
     """
     if len(items) == 1 and items[0].shape == target.shape and items[0].offset == target.offset:
-        # As a rule the layout is that of the save.
+        # Usually the layout is that of the save.
         (item,) = items
         box = tuple([(start, start + n) for start, n in zip(item.offset, item.shape, strict=True)])
         return [ReadSlice(item=item, box=box, rows=(0, item.shape[0]) if box else (0, 1))]

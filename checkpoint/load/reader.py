@@ -26,12 +26,12 @@ _Wanted = tuple[Sequence[StoredChunk], Chunk, Tensor]
 
 
 def read_tensors(
-    place: Storage | Path | str, items: Sequence[StoredChunk], tensors: Mapping[str, Tensor], *, threads: int = 0
+    location: Storage | Path | str, items: Sequence[StoredChunk], tensors: Mapping[str, Tensor], *, threads: int = 0
 ) -> int:
     """Fills the tensors' local parts in place; returns the bytes read.
 
     Args:
-        place: the step.
+        location: the step.
         items: what is stored there.
         tensors: by flat name.
         threads: that read at once; 0 takes what suits the storage and this rank's cores.
@@ -40,7 +40,7 @@ def read_tensors(
         CheckpointError: a name is missing, or has another shape or dtype.
         DamagedStepError: naming file and tensor. The tensors' values are then undefined.
     """
-    storage = as_storage(place)
+    storage = as_storage(location)
     by_name = chunks_by_name(storage.url, items)
     check_names(storage.url, infos_of(by_name), tensors)
     wanted = ((by_name[name], chunk_of(name, t), local_tensor(t)) for name, t in tensors.items())
@@ -53,22 +53,22 @@ def read_tensors(
 
 
 def read_chunk(
-    place: str, files: Mapping[str, RangeReader], items: Sequence[StoredChunk], target: Chunk, local: Tensor
+    url: str, files: Mapping[str, RangeReader], items: Sequence[StoredChunk], target: Chunk, local: Tensor
 ) -> int:
     """Fills one box of a tensor from its stored chunks, verified, in this thread; returns the bytes read.
 
     Args:
-        place: the step, for messages.
+        url: the step, for messages.
         files: opened, by name.
         items: the tensor's stored chunks.
         target: which box.
         local: receives it.
     """
     request_bytes = next(iter(files.values())).request_bytes
-    return sum(op.run(files[op.file]) for op in _read_ops(place, [(items, target, local)], request_bytes))
+    return sum(op.run(files[op.file]) for op in _read_ops(url, [(items, target, local)], request_bytes))
 
 
-def _read_ops(place: str, wanted: Iterable[_Wanted], request_bytes: int) -> list[ReadOp]:
+def _read_ops(url: str, wanted: Iterable[_Wanted], request_bytes: int) -> list[ReadOp]:
     """What threads can do apart from each other, in the order of the files' bytes."""
     parts: list[BlockRange] = []
     ops: list[ReadOp] = []
@@ -76,13 +76,13 @@ def _read_ops(place: str, wanted: Iterable[_Wanted], request_bytes: int) -> list
         if not local.numel():
             continue
         for piece in plan_reads(items, target):
-            straight = split_blocks(place, piece, target, local)
+            straight = split_blocks(url, piece, target, local)
             if straight is None:
-                ops.append(StridedRead(place, piece, target, local))
+                ops.append(StridedRead(url, piece, target, local))
             else:
                 parts += straight
     parts.sort(key=lambda part: (part.item.file, part.item.data + part.start))
-    ops += requests_of(place, parts, request_bytes)
+    ops += requests_of(url, parts, request_bytes)
     ops.sort(key=lambda op: (op.file, op.start))
     return ops
 

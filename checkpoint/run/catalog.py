@@ -5,6 +5,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from regrow.checkpoint.errors import CheckpointError, DamagedStepError
 from regrow.checkpoint.format.manifest import MANIFEST
@@ -18,7 +19,7 @@ from regrow.checkpoint.run.reader_lock import held_by_readers
 from regrow.checkpoint.storage.base import Storage
 from regrow.checkpoint.storage.opening import as_storage
 
-__all__ = ["ASIDE", "PIN", "Catalog", "Entry", "newest_lineages"]
+__all__ = ["ASIDE", "PIN", "Catalog", "Entry", "Scan", "newest_lineages"]
 
 # Where nothing can be renamed, the names of our files bear their writer.
 _OWN_FILE = re.compile(r"(rank-[0-9]+|__[0-9]+_[0-9]+)-[0-9a-f]{8}\.")
@@ -30,12 +31,28 @@ ASIDE = "set-aside"
 Entry = StoredStep
 
 
+class Scan(NamedTuple):
+    """What a look through the folder found: one read of each step's manifest.
+
+    Attributes:
+        complete: the complete steps of whatever lineage, ascending.
+        damaged: the others, with what is wrong.
+    """
+
+    complete: list[StoredStep]
+    damaged: dict[int, str]
+
+    def line(self, lineages: Sequence[Lineage]) -> list[StoredStep]:
+        """The complete steps of the newest lineage's line, ascending."""
+        return [s for s in self.complete if is_visible(lineages, s.step, s.manifest.lineage)]
+
+
 class Catalog:
     """The committed steps in a folder. Only the holder of its lease calls what changes it.
 
     Args:
         folder: holds `step-N` folders; need not exist yet.
-        reader_timeout_s: after which a reader on another host whose lock stands still is taken for dead.
+        reader_timeout_s: after which a reader on another host whose lock has not moved counts as dead.
     """
 
     def __init__(self, folder: Storage | Path | str, reader_timeout_s: float = 60.0) -> None:
@@ -60,26 +77,26 @@ class Catalog:
             OtherFormatError: another version wrote it.
             CheckpointError: a remote storage does not answer, which says nothing of the step.
         """
-        place = self.step_place(step)
+        storage = self.step_place(step)
         try:
-            opened = StoredStep.open(place)
+            opened = StoredStep.open(storage)
         except FileNotFoundError as error:
-            raise DamagedStepError(f"{place.url} is incomplete: it has no {MANIFEST}; use another step") from error
+            raise DamagedStepError(f"{storage.url} is incomplete: it has no {MANIFEST}; use another step") from error
         except OSError as error:
-            reason = f"{place.url} cannot be read ({error.strerror or error})"
-            if place.is_remote:
+            reason = f"{storage.url} cannot be read ({error.strerror or error})"
+            if storage.is_remote:
                 raise CheckpointError(f"{reason}; check the storage and try again") from error
             raise DamagedStepError(f"{reason}; use another step") from error
         if opened.step != step:
             # One that was moved here from another step.
             raise DamagedStepError(
-                f"{place.url} must hold step {step}, but its manifest is of step {opened.step}; "
+                f"{storage.url} must hold step {step}, but its manifest is of step {opened.step}; "
                 "the step is damaged, use another one"
             )
         return opened
 
-    def scan(self) -> tuple[list[StoredStep], dict[int, str]]:
-        """The complete steps of whatever lineage, ascending; and the others, with what is wrong.
+    def scan(self) -> Scan:
+        """Opens every step.
 
         Raises:
             OtherFormatError: another version wrote one, which may be the newest.
@@ -91,17 +108,19 @@ class Catalog:
                 complete.append(self.open(step))
             except DamagedStepError as error:
                 damaged[step] = str(error)
-        return complete, damaged
+        return Scan(complete, damaged)
 
     def entries(self, lineages: Sequence[Lineage]) -> list[StoredStep]:
         """The complete steps of the newest lineage's line, ascending; damaged ones are left out."""
-        return [e for e in self.scan()[0] if is_visible(lineages, e.step, e.manifest.lineage)]
+        return self.scan().line(lineages)
 
     def clear_leftovers(self) -> list[str]:
         """Removes what killed or failed writers and readers left; returns one line for each."""
         return self._leftovers.clear()
 
-    def clean_up(self, lineages: Sequence[Lineage], damaged: Mapping[int, str] | None = None) -> list[str]:
+    def clean_up(
+        self, lineages: Sequence[Lineage], damaged: Mapping[int, str] | None = None, scan: Scan | None = None
+    ) -> list[str]:
         """Removes what a killed writer left, and moves away what the newest lineage does not descend from.
 
         Safe to repeat and to be killed in: every action is one rename or the removal of a partial folder. What
@@ -110,13 +129,14 @@ class Catalog:
         Args:
             lineages: of the run, the newest last.
             damaged: steps that were found to be damaged otherwise, with what is wrong.
+            scan: what a look through the folder has found, where nothing was written since.
 
         Returns:
             One line for each thing done, or that could not be done.
         """
         done = self.clear_leftovers()
-        complete, problems = self.scan()
-        problems |= damaged or {}
+        complete, found = self.scan() if scan is None else scan
+        problems = found | dict(damaged or {})
         for step, problem in problems.items():
             done += self.clear_step(step, problem)
         for entry in complete:
@@ -148,7 +168,7 @@ class Catalog:
         return MANIFEST not in names and any(_OWN_FILE.match(name) for name in names)
 
     def quarantine(self, step: int, reason: str) -> None:
-        """Moves a step to `set-aside/<reason>/`, where nothing looks for it but a person."""
+        """Moves a step to `set-aside/<reason>/`, where only people look for it."""
         target, n = f"{ASIDE}/{reason}/{step_folder_name(step)}", 1
         name = target
         while self.folder.exists(name):
@@ -157,7 +177,7 @@ class Catalog:
         self.folder.move(step_folder_name(step), name)
 
     def prune(self, rules: Sequence[RetentionRule], lineages: Sequence[Lineage]) -> list[int]:
-        """Removes the steps that no rule protects and nobody reads; the newest always stays.
+        """Removes the steps that no rule protects and no process reads; the newest always stays.
 
         Returns:
             The removed steps.
@@ -173,7 +193,7 @@ class Catalog:
         return self.remove_unread(removable_steps(rules, stored))
 
     def remove_unread(self, steps: Sequence[int]) -> list[int]:
-        """Removes those of the steps that nobody reads; returns which."""
+        """Removes those of the steps that no process reads; returns which."""
         removed = [
             step for step in steps if not held_by_readers(self.step_place(step), self._watch, self._reader_timeout_s)
         ]

@@ -55,12 +55,12 @@ log = logging.getLogger(__name__)
 # No leading zeros: a number has one name. A longer one was never reached by counting.
 _NAME = re.compile(r"lease-([1-9][0-9]{0,14})\.json")
 _LAST_NUMBER = 10**15 - 1
-# So many beats fit into the time after which a silent holder is taken for dead.
+# This many beats fit into the time after which a silent holder counts as dead.
 _BEATS = 6
 _POLL_S = 0.1
 # The most that `checkpoint.lease_timeout_s` may be, so that a holder's own timeout counts up to here.
 LONGEST_TIMEOUT_S = 3600.0
-# A silent holder is waited for up to so many times the waiter's own timeout.
+# A silent holder is waited for at most this many times the waiter's own timeout.
 _PATIENCE = 10
 # How often a lease is looked for that is listed but not there, before it counts as one that cannot be read.
 _LOOKS = 3
@@ -181,7 +181,7 @@ def newest_lease(folder: Storage, known: int = 0) -> tuple[int, LeaseRecord | No
 
 
 def _read_lease(folder: Storage, number: int) -> LeaseRecord:
-    """A lease's holder, `_unreadable` where it is no lease: somebody's, until it has stood still for long enough.
+    """A lease's holder; `_unreadable` where it is no lease, which is held until it has not changed for long enough.
 
     Raises:
         OSError: it cannot be read now, or is not there.
@@ -249,7 +249,7 @@ class Lease:
                 standing = self.ticket.standing(self.folder)
                 if standing is Standing.removed:
                     gone_since = time.monotonic() if gone_since is None else gone_since
-                    # Not written again: where another writer has removed it, its lease has only not come into sight.
+                    # Not written again: where another writer has removed it, its lease may only not be visible yet.
                     if time.monotonic() - gone_since < self._timeout_s:
                         continue
                 if standing is not Standing.held:
@@ -306,7 +306,7 @@ def acquire_lease(
 
     Args:
         folder: the checkpoint folder; made where it is missing.
-        timeout_s: after which a holder that cannot be looked at, and whose counter stands still, is dead.
+        timeout_s: after which a holder on another host whose counter has not moved counts as dead.
         what: the folder's run, for the message.
         me: this process, unless told otherwise.
         on_lost: called, in a thread, when another writer has taken over all the same.
@@ -326,13 +326,13 @@ def acquire_lease(
         where = error.filename if isinstance(error.filename, str) else folder.url
         raise CheckpointError(
             f"{setting} must be a folder that can be listed, read and written, but {where} cannot "
-            f"({error.strerror or error}); mend it, or choose another {setting}"
+            f"({error.strerror or error}); make it so, or choose another {setting}"
         ) from error
 
 
 @final
 class _Contender:
-    """Wants the lease; see `acquire_lease` for the arguments."""
+    """A process that waits for the lease; see `acquire_lease` for the arguments."""
 
     def __init__(
         self,
@@ -396,9 +396,9 @@ class _Contender:
         most_s = _PATIENCE * self._timeout_s
         if time.monotonic() - self._began >= most_s or (still_s >= self._timeout_s and needed_s > most_s):
             raise LeaseHeldError(
-                f"{self._what} is held by {holder}, whose lease must stand still for "
-                f"{needed_s:g} s (its own timeout) to be taken over; try later, or remove {_name(number)} in "
-                f"{self._folder.url} where that process has ended"
+                f"{self._what} is held by {holder}, whose lease must not change for "
+                f"{needed_s:g} s (its own timeout) before it can be taken over; try later, or remove "
+                f"{_name(number)} in {self._folder.url} where that process has ended"
             )
 
     def _taken(self, number: int, before: LeaseRecord | None) -> Lease:
@@ -423,7 +423,7 @@ class _Contender:
 
 
 def _remove_lease(folder: Storage, name: str) -> None:
-    """Removes a lease that was taken over; a folder in its place that holds something stays, and hurts nobody."""
+    """Removes a lease that was taken over; a folder in its place that holds something stays, and does no harm."""
     with suppress(OSError):
         # What some storages list below a file is the file.
         if set(folder.child(name).names()) - {name}:
@@ -440,7 +440,7 @@ def _withdraw_partial(folder: Storage, name: str, me: LeaseRecord) -> None:
     try:
         folder.move(name, trash_name)
     except FileNotFoundError:
-        return  # its writer, still dying, has just committed or removed it
+        return  # its writer was still ending, and has just committed or removed it
     try:
         folder.remove(trash_name)
     except OSError as error:

@@ -9,7 +9,7 @@ from typing import final
 from regrow.checkpoint.errors import CheckpointError, StepNotFoundError
 from regrow.checkpoint.format.manifest import Manifest
 from regrow.checkpoint.format.stored_step import StoredStep
-from regrow.checkpoint.policy.lineage import Lineage, StartKind, is_visible
+from regrow.checkpoint.policy.lineage import Lineage, StartKind
 from regrow.checkpoint.run.catalog import Catalog, newest_lineages
 
 __all__ = ["StepLine"]
@@ -38,9 +38,9 @@ class StepLine:
     def steps(self) -> list[int]:
         """The complete steps to continue from, ascending."""
         with self._folder_errors():
-            complete, _ = self._catalog.scan()
-        lineages = self.lineages or newest_lineages(complete)
-        return [s.step for s in complete if s.resumable and _belongs(s, lineages)]
+            scan = self._catalog.scan()
+        lineages = self.lineages or newest_lineages(scan.complete)
+        return [s.step for s in scan.line(lineages) if s.resumable]
 
     def choose(self, wanted: int | None, damaged: Mapping[int, str]) -> StoredStep | None:
         """The step to load; changes nothing.
@@ -57,16 +57,15 @@ class StepLine:
             CheckpointError: steps are there, but none of them is sound.
         """
         with self._folder_errors():
-            complete, problems = self._catalog.scan()
-            lineages = newest_lineages(complete)
-            visible = [s for s in complete if _belongs(s, lineages)]
+            scan = self._catalog.scan()
+            visible = scan.line(newest_lineages(scan.complete))
             if wanted is not None:
                 found = next((s for s in visible if s.step == wanted), None)
                 if found is None:
                     raise StepNotFoundError(wanted, [s.step for s in visible], self._catalog.folder.url, "step")
                 return found
             sound = [s for s in visible if s.resumable and s.step not in damaged]
-            known = self._real_problems(problems) | dict(damaged)
+            known = self._real_problems(scan.damaged) | dict(damaged)
         if not sound and known:
             raise CheckpointError(
                 f"{self._catalog.folder.url} must hold a sound step, but {', '.join(map(str, sorted(known)))} cannot "
@@ -95,16 +94,16 @@ class StepLine:
             CheckpointError: nothing was loaded, although the folder holds steps; or the storage fails.
         """
         with self._folder_errors():
-            complete, problems = self._catalog.scan()
+            scan = self._catalog.scan()
             lineages = self.lineages
             if not lineages:
-                self._check_empty([*(s.step for s in complete), *self._real_problems(problems)])
+                self._check_empty([*(s.step for s in scan.complete), *self._real_problems(scan.damaged)])
                 lineages = (Lineage(id=_new_id()),)
-            newer = [s.step for s in complete if s.step not in self._damaged and _belongs(s, lineages)]
+            newer = [s.step for s in scan.line(lineages) if s.step not in self._damaged]
             if self.step is not None and newer and newer[-1] > self.step:
                 # Back at an older step: what follows is another line.
                 lineages = (*lineages, _line_from(self.step, lineages[-1].id))
-            for line in self._catalog.clean_up(lineages, self._damaged):
+            for line in self._catalog.clean_up(lineages, self._damaged, scan):
                 log.warning("%s", line)
         return lineages
 
@@ -131,10 +130,6 @@ class StepLine:
             raise CheckpointError(
                 f"{self._catalog.folder.url} cannot be used ({reason}); check the storage"
             ) from error
-
-
-def _belongs(step: StoredStep, lineages: Sequence[Lineage]) -> bool:
-    return is_visible(lineages, step.step, step.manifest.lineage)
 
 
 def _line_from(step: int, parent: str) -> Lineage:

@@ -67,7 +67,7 @@ class SaverOptions:
     Attributes:
         files_per_rank: a rank's share is written as so many files at once.
         commit_timeout_s: a step whose ranks have not all reported by then has failed.
-        ticket: of the lease on the folder; None where nobody else can write there.
+        ticket: of the lease on the folder; None where no other process can write there.
         use_store: reports go through the ranks' store; else through files alone.
     """
 
@@ -279,18 +279,18 @@ class StepSaver:
             hashes = self._stage(work)
             if work.problem is not None:
                 return {"error": work.problem}
-            place = self._committer.working_place(step)
+            folder = self._committer.working_place(step)
             self._committer.check_lease()
             self._committer.check_absent(step)
-            place.make()
-            _check_room(place, plan.total_bytes)
+            folder.make()
+            _check_room(folder, plan.total_bytes)
             names = [file_name(self._rank, index, self._committer.writer) for index in range(len(plan.file_bytes))]
             if work.image is None:
-                hashes = write_tensors(place, names, plan, work.tensors)
+                hashes = write_tensors(folder, names, plan, work.tensors)
             else:
-                hashes = write_image(place, names, work.image, self._pool, hashes)
+                hashes = write_image(folder, names, work.image, self._pool, hashes)
             body = rank_manifest(plan, names, [hashes[item.chunk.name] for item in plan.items])
-            place.write(rank_manifest_name(self._rank, self._committer.writer), body, flush=self._rank != 0)
+            folder.write(rank_manifest_name(self._rank, self._committer.writer), body, flush=self._rank != 0)
         except OSError as error:
             return {"error": f"{error.strerror or error} ({self._folder.url})"}
         except Exception as error:
@@ -336,13 +336,13 @@ class StepSaver:
 
 
 def _lower_priority() -> None:
-    """Lets training's threads go before this one; on Linux each thread has a niceness of its own."""
+    """Gives training's threads priority over this one; on Linux each thread has its own niceness."""
     with suppress(OSError, AttributeError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
-def _check_room(place: Storage, needed: int) -> None:
+def _check_room(folder: Storage, needed: int) -> None:
     """Raises OSError before anything is written to a disk that cannot hold it."""
-    free = place.free_bytes()
+    free = folder.free_bytes()
     if free is not None and free < needed:
         raise OSError(errno.ENOSPC, f"No space left on device: {needed >> 20} MiB are needed, {free >> 20} are free")

@@ -26,17 +26,17 @@ class DcpSource(TensorSource):
     """The tensors of a DCP folder.
 
     Args:
-        place: holds `.metadata`; local.
+        location: holds `.metadata`; local.
 
     Attributes:
         objects: the flat names of what is stored there beside tensors.
 
     Raises:
-        CheckpointError: it is none, or not whole.
+        CheckpointError: it is not one, or is incomplete.
     """
 
-    def __init__(self, place: Storage | Path | str) -> None:
-        storage = as_storage(place)
+    def __init__(self, location: Storage | Path | str) -> None:
+        storage = as_storage(location)
         if not isinstance(storage, LocalStorage):
             raise CheckpointError(
                 f"a checkpoint without manifest.json must lie in a local folder, but is {storage.url}; copy it first"

@@ -115,7 +115,7 @@ def parse_metadata(body: bytes, sizes: Mapping[str, int]) -> ForeignMetadata:
         sizes: the folder's files, with their bytes.
 
     Raises:
-        DocumentError: it is none; the message gives the reason alone.
+        DocumentError: it is not one; the message gives only the reason.
     """
     fields = _fields(PickleReader(body, _KNOWN).load(), (_METADATA,), "it")
     entries = _by_name(fields.get("state_dict_metadata"))
@@ -173,10 +173,10 @@ def _streams(value: Any, entries: Mapping[str, Any]) -> dict[str, dict[tuple[int
         name, offset = index.get("fqn"), index.get("offset")
         if not isinstance(name, str) or name not in entries:
             raise DocumentError(f"storage_data has {describe(name)}, which is not described")
-        place = None if offset is None else shape_of(offset)
-        if place in found[name]:
-            raise DocumentError(f"storage_data has {name} twice at {place}")
-        found[name][place] = _stream(name, info)
+        position = None if offset is None else shape_of(offset)
+        if position in found[name]:
+            raise DocumentError(f"storage_data has {name} twice at {position}")
+        found[name][position] = _stream(name, info)
     return found
 
 

@@ -172,4 +172,4 @@ class Storage(ABC):
 
     @abstractmethod
     def free_bytes(self) -> int | None:
-        """Room that is left; None where nobody can say."""
+        """Free space in bytes; None where it is not known."""

@@ -84,7 +84,7 @@ class _Descriptor(RangeReader):
         done = os.preadv(self._descriptor, memories, offset)
         position = 0
         for memory in memories:
-            # As a rule all of it has come by now.
+            # Usually everything has been read by now.
             if done < position + len(memory):
                 done += self.read_into(offset + done, memory[done - position :])
                 if done < position + len(memory):
