@@ -81,6 +81,8 @@ class Checkpointer:
         self._lease: Lease | None = None
         self._ticket: FencingToken | None = None
         self._saver: StepSaver | None = None
+        # Whether the folder holds nothing but the line of steps that is continued.
+        self._prepared = False
         self._line = StepLine(self._catalog)
         self._failures, self._error = 0, ""
         self._retention = ThreadPoolExecutor(1, thread_name_prefix="retention")
@@ -175,7 +177,11 @@ class Checkpointer:
             CheckpointError: saves keep failing; in `sync` mode also where this one has failed.
         """
         self._check_save(step, tensors, state)
-        saver = self._saver if self._saver is not None else self._begin(tensors)
+        if not self._prepared:
+            self._line.lineages = self._on_first(self._line.prepare_folder)
+            self._prepared = True
+        if self._saver is None:
+            self._saver = self._open_saver(tensors)
         manifest = Manifest(
             step=step,
             lineage=self._line.lineages[-1].id,
@@ -185,7 +191,7 @@ class Checkpointer:
             versions={"torch": str(torch.__version__)},
             lineages=self._line.lineages,
         )
-        results = saver.save(tensors, manifest, owner_ranks)
+        results = self._saver.save(tensors, manifest, owner_ranks)
         self._line.step = step
         self._handle(results)
         if self._mode is AsyncMode.disabled and self._failures:
@@ -266,6 +272,8 @@ class Checkpointer:
         """The state of a step, and the tensors that it was read into; None where there is no step."""
         if step is not None and not isinstance(step, int) and step != "newest":
             raise ValueError(f"step must be a number or 'newest', but is {step!r}; use 'newest'")
+        if self._saver is not None:
+            self._handle(self._saver.wait())
         wanted = step if isinstance(step, int) else None
         # The first rank has opened the step to choose it.
         opened: list[StoredStep] = []
@@ -283,6 +291,7 @@ class Checkpointer:
             return None
         loaded, tensors = found.result
         self._line.continue_from(loaded.manifest, found.damaged)
+        self._prepared = False
         return dict(loaded.train_state.get("state", loaded.train_state)), tensors
 
     def _on_first(self, act: Callable[[], T]) -> T:
@@ -333,17 +342,14 @@ class Checkpointer:
                 f"state must hold what JSON can, but does not ({error}); use split_state to take the tensors out"
             ) from None
 
-    def _begin(self, tensors: Mapping[str, Tensor]) -> StepSaver:
-        """Before the first save: what this line of steps does not descend from gets out of its way."""
-        self._line.lineages = self._on_first(self._line.prepare_folder)
+    def _open_saver(self, tensors: Mapping[str, Tensor]) -> StepSaver:
         device = next((t.device for t in map(local_tensor, tensors.values()) if t.device.type != "cpu"), None)
         options = SaverOptions(
             files_per_rank=self._options.files_per_rank,
             commit_timeout_s=self._options.commit_timeout_s,
             ticket=self._ticket,
         )
-        self._saver = StepSaver(self._folder, self._mode, device or torch.device("cpu"), self._group, options)
-        return self._saver
+        return StepSaver(self._folder, self._mode, device or torch.device("cpu"), self._group, options)
 
     def _handle(self, results: Sequence[SaveResult]) -> None:
         """Tells how saves have ended; on all ranks alike, since each waits for the save before."""

@@ -105,6 +105,7 @@ class StepLine:
                 lineages = (*lineages, _line_from(self.step, lineages[-1].id))
             for line in self._catalog.clean_up(lineages, self._damaged, scan):
                 log.warning("%s", line)
+        self._damaged = {}
         return lineages
 
     def _real_problems(self, problems: Mapping[int, str]) -> dict[int, str]:

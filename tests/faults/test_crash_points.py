@@ -172,7 +172,7 @@ def crash_everywhere(victim: int, crash: str, places: Iterator[Path]) -> list[li
             try:
                 results = run_distributed(save_with_a_crash, folder, victim, at, crash, world_size=2, timeout_s=30.0)
             except AssertionError as error:
-                assert "died without a word" in str(error)
+                assert "died without an answer" in str(error)
                 with after_the_cut(place) if crash == "power" else nullcontext(folder) as found:
                     outcomes.append(check(found))
                 continue

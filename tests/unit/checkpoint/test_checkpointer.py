@@ -112,9 +112,13 @@ def test_steps_behind_an_older_one_are_another_line(tmp_path: Path) -> None:
         assert checkpointer.steps() == [1, 2, 3], "nothing is moved before something is saved"
         checkpointer.save(2, at(2), {"samples": 16})
         assert checkpointer.steps() == [1, 2]
+        checkpointer.save(3, at(3), {"samples": 24})
+        assert checkpointer.load(zeros(), step=1) == {"samples": 8}
+        checkpointer.save(2, at(2), {"samples": 16})
+        assert checkpointer.steps() == [1, 2]
     save(tmp_path, 3)
     assert newest(tmp_path) == 3
-    assert len(list(tmp_path.glob("set-aside/*/step-*"))) == 2
+    assert len(list(tmp_path.glob("set-aside/*/step-*"))) == 4
 
 
 def test_retention_keeps_the_newest_pinned_and_protected(tmp_path: Path) -> None:
