@@ -124,7 +124,7 @@ class StepSaver:
         self._committer = Committer(self._folder, token, self._options.ticket)
         store = own_store() if self._options.use_store and group is not None else None
         timeout_s = self._options.commit_timeout_s
-        self._exchange = SaveCoordinator(self._rank, self._ranks, store, token, timeout_s, self._committer.writer)
+        self._coordinator = SaveCoordinator(self._rank, self._ranks, store, token, timeout_s, self._committer.writer)
         self._saves = 0
         self._planned: tuple[LayoutKey, SavePlan] | None = None
         self._image: StagingBuffer | None = None
@@ -259,12 +259,12 @@ class StepSaver:
         key = f"{manifest.step}-{self._saves}"
         final = False
         try:
-            self._exchange.report(key, self._write_own(work, manifest.step))
+            self._coordinator.report(key, self._write_own(work, manifest.step))
             if self._rank == 0:
                 error, final = self._commit(key, manifest)
-                self._exchange.publish_result(key, error)
+                self._coordinator.publish_result(key, error)
             else:
-                error = self._exchange.await_result(key, lambda: self._committer.is_committed(manifest.step))
+                error = self._coordinator.await_result(key, lambda: self._committer.is_committed(manifest.step))
         except Exception as failure:
             log.exception("saving step %d failed", manifest.step)
             error = str(failure)
@@ -311,7 +311,7 @@ class StepSaver:
 
     def _commit(self, key: str, manifest: Manifest) -> tuple[str | None, bool]:
         """On rank 0: makes the step valid when every rank has reported; the error, and whether it is final."""
-        reports = self._exchange.collect(key, self._committer.working_place(manifest.step))
+        reports = self._coordinator.collect(key, self._committer.working_place(manifest.step))
         errors = [f"rank {rank}: {r['error']}" for rank, r in enumerate(reports) if r["error"] is not None]
         final = False
         try:
