@@ -400,7 +400,7 @@ def _save_without_a_store(folder: Path, breaks: bool) -> list[str | None]:
     errors: list[str | None] = []
     for step in (1, 2, 3):
         if breaks and step == 2:
-            cast(Any, saver._exchange)._store = _GoneStore()
+            cast(Any, saver._coordinator)._store = _GoneStore()
         results = [*saver.save({"a": torch.ones(5) * step}, Manifest(step=step, lineage="a")), *saver.wait()]
         errors += [r.error for r in results]
         dist.barrier(made)
