@@ -19,9 +19,9 @@ from regrow.checkpoint.load.open_source import is_hf_folder, open_source
 from regrow.checkpoint.storage.base import Storage
 from regrow.checkpoint.storage.local import LocalStorage
 from regrow.checkpoint.storage.opening import as_storage
-from regrow.launch.config.hf_folder import model_of_folder
 from regrow.launch.config.schema import Config, config_modules, register_schemas
 from regrow.launch.config.target_names import canonical_target
+from regrow.launch.run.weights import model_of_folder
 from regrow.models.config import ModelConfig
 
 __all__ = ["model_from_settings", "model_of", "run_folder_of", "section_of_run", "settings_of_model", "variant"]

@@ -56,8 +56,7 @@ def _resolve_hf(config: DictConfig) -> DictConfig:
 
 def _with_model(config: DictConfig) -> DictConfig:
     """`model=from_hf` replaced by the family's own config, weights and tokenizer taken from the same folder."""
-    # Reading a folder of weights needs torch, which a config that names its model does not wait for.
-    from regrow.launch.config.hf_folder import config_of_folder
+    from regrow.launch.run.weights import config_of_folder
 
     given, path = config.model, Path(config.model.path).expanduser()
     check_no_hub_name("model.path", str(config.model.path))

@@ -7,6 +7,8 @@ torchtitan's of whichever year, whose rows are ours.
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
 from typing import final
 
 import torch
@@ -18,6 +20,7 @@ from regrow.checkpoint.load.initial_load import RenamedSource, same_tensor, weig
 from regrow.checkpoint.load.open_source import open_source
 from regrow.checkpoint.sources.hf_mapping import FromHfSource
 from regrow.checkpoint.storage.base import Storage
+from regrow.checkpoint.storage.opening import as_storage
 from regrow.launch.config.resolve import resolve_target
 from regrow.models.base import LanguageModel
 from regrow.models.config import DecoderConfig, ModelConfig
@@ -28,6 +31,7 @@ from regrow.models.hf import (
     HfKey,
     check_not_quantised,
     family_of,
+    from_folder,
     has_hf_names,
     parse_config,
     read_config,
@@ -38,7 +42,9 @@ __all__ = [
     "OpenedWeights",
     "WeightsSource",
     "buffers_of",
+    "config_of_folder",
     "contradictions",
+    "model_of_folder",
     "open_weights",
     "shapes_of",
 ]
@@ -184,3 +190,49 @@ def contradictions(place: Storage, config: ModelConfig) -> list[str]:
         for name in _UNSEEN
         if theirs.get(name) != ours.get(name)
     ]
+
+
+def config_of_folder(folder: Path, name: str, *, weights: bool) -> ModelConfig:
+    """The model that a local Hugging Face folder is of.
+
+    Args:
+        folder: holds `config.json`.
+        name: for the variant.
+        weights: its weights are to be used: they have a say where they contradict `config.json`.
+
+    Raises:
+        ValueError: it is of none that we have.
+    """
+    config = from_folder(folder, name)[1]
+    return _as_stored(as_storage(folder), config) if weights else config
+
+
+def model_of_folder(storage: Storage) -> ModelConfig:
+    """The same of any storage, weights included; named as the folder."""
+    where = f"{storage.url}/{CONFIG}"
+    fields = parse_config(storage.read(CONFIG), where)
+    return _as_stored(storage, read_config(fields, storage.url.rstrip("/").rpartition("/")[2], where)[1])
+
+
+def _as_stored(storage: Storage, config: ModelConfig) -> ModelConfig:
+    """Untied where the folder holds an output layer of its own, as transformers has it."""
+    sizes = storage.sizes()
+    if not getattr(config, "tied_embeddings", False) or not any(n.endswith(".safetensors") for n in sizes):
+        return config
+    if not _has_other_head(storage.url, tuple(sorted(sizes.items()))):
+        return config
+    log.warning(
+        "%s holds an %s that is not the embedding, although its %s says tie_word_embeddings; the model is untied",
+        storage.url,
+        HEAD.hf_name,
+        CONFIG,
+    )
+    return dataclasses.replace(config, tied_embeddings=False)  # type: ignore[call-arg]
+
+
+@lru_cache(maxsize=8)
+def _has_other_head(url: str, _sizes: tuple[tuple[str, int], ...]) -> bool:
+    """Asked several times of one folder; the sizes tell whether it is still the same."""
+    with open_source(url) as source:
+        names = (EMBEDDING.hf_name, HEAD.hf_name)
+        return all(n in source.infos for n in names) and not same_tensor(source, *names)
