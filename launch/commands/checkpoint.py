@@ -22,7 +22,7 @@ from regrow.launch.commands.convert import (
     import_checkpoint,
     under_our_names,
 )
-from regrow.launch.run.worker import log_to_console
+from regrow.launch.run.logs import log_to_console
 
 __all__ = ["main"]
 
