@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -77,8 +77,7 @@ class ConversionRequest:
     @classmethod
     def from_arguments(cls, args: argparse.Namespace) -> "ConversionRequest":
         """Of `export`'s or `import`'s command line."""
-        more = {"max_shard_size": args.max_shard_size, "hf_assets_path": args.hf_assets_path}
-        return cls(
+        request = cls(
             checkpoint=args.checkpoint,
             out=args.out,
             format=args.format,
@@ -87,8 +86,10 @@ class ConversionRequest:
             overrides=tuple(args.override),
             threads=args.threads,
             shows_progress=not args.json,
-            **(more if args.command == "export" else {}),
         )
+        if args.command != "export":
+            return request
+        return replace(request, max_shard_size=args.max_shard_size, hf_assets_path=args.hf_assets_path)
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
