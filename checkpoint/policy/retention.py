@@ -7,6 +7,7 @@ from typing import final
 
 from regrow.checkpoint.config import KeepBestConfig, KeepEveryNConfig
 from regrow.checkpoint.policy.best import BestMetric
+from regrow.errors import ConfigError
 
 __all__ = ["KeepBest", "KeepEveryN", "KeepLatest", "RetainableStep", "RetentionRule", "removable_steps"]
 
@@ -51,7 +52,7 @@ class KeepEveryN(RetentionRule):
 
     def __init__(self, config: KeepEveryNConfig) -> None:
         if config.n < 1:
-            raise ValueError(f"checkpoint.retention_rules.*.n must be at least 1, but is {config.n}; use 10000")
+            raise ConfigError(f"checkpoint.retention_rules.*.n must be at least 1, but is {config.n}; use 10000")
         self.n = config.n
 
     def protects(self, steps: Sequence[RetainableStep]) -> set[int]:

@@ -8,6 +8,7 @@ from typing import Any
 from regrow.checkpoint.config import DirectIo
 from regrow.checkpoint.storage.base import Storage
 from regrow.checkpoint.storage.local import LocalStorage
+from regrow.errors import ConfigError
 
 __all__ = ["as_storage", "is_url", "open_storage"]
 
@@ -30,7 +31,7 @@ def open_storage(
         direct_io: for local folders.
 
     Raises:
-        ValueError: the URL's protocol is unknown or its library is not installed.
+        ConfigError: the URL's protocol is unknown or its library is not installed.
         OSError: the location cannot be reached.
     """
     text = str(location)
@@ -48,7 +49,7 @@ def _object_storage(url: str, options: Mapping[str, Any]) -> Storage:
     try:
         module = import_module("regrow.checkpoint.storage.objects")
     except ImportError as error:
-        raise ValueError(
+        raise ConfigError(
             f"checkpoint.folder must be a local folder where obstore is not installed, but is {url!r}; "
             'install it with pip install "regrow[cloud]"'
         ) from error
@@ -60,7 +61,7 @@ def _other_storage(url: str, options: Mapping[str, Any]) -> Storage:
     try:
         storage: Storage = import_module("regrow.checkpoint.storage.filesystem").FsspecStorage(url, options)
     except (ValueError, ImportError) as error:
-        raise ValueError(
+        raise ConfigError(
             f"checkpoint.folder must have a protocol that fsspec opens, but is {url!r} ({error}); "
             "install what it needs, or use a path or s3://"
         ) from error
