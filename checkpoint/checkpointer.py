@@ -329,7 +329,8 @@ class Checkpointer:
                 f"step must be above the last step ({self.step}), but is {step}; count on from there, or load an "
                 "older step first"
             )
-        wrong = next((n for n, t in tensors.items() if not isinstance(t, Tensor) or not is_flat_name(n)), None)
+        given: Mapping[str, object] = tensors
+        wrong = next((n for n, t in given.items() if not isinstance(t, Tensor) or not is_flat_name(n)), None)
         if wrong is not None:
             raise ValueError(
                 f"tensors must map names of one line to tensors, but {wrong[:80]!r} does not; use split_state to "
