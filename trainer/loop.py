@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-import torch.distributed as dist
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -41,6 +40,7 @@ from regrow.trainer.hook import Hook
 from regrow.trainer.optimizer import Optimizer
 from regrow.trainer.parallel.context import ParallelContext
 from regrow.trainer.parallel.engine import Engine
+from regrow.trainer.reduction import PendingReduction, Slot, SlotKind, StepReduction
 from regrow.trainer.schedules.base import Schedule
 from regrow.trainer.state import TrainState
 
@@ -114,32 +114,15 @@ class _Pending:
     """A step whose results are still on the device.
 
     Attributes:
-        values: float64 on the host, on its way from the device: `_REDUCED` names its slots.
-        arrived: the device's event after that copy; None on a CPU.
+        reduction: on its way from the device.
         row: what the host knows already.
         ids: the windows of the global batch.
     """
 
     step: int
-    values: Tensor
-    arrived: torch.cuda.Event | None
+    reduction: PendingReduction
     row: dict[str, Any]
     ids: Sequence[int] = field(default_factory=list)
-
-
-# What ranks agree on with one reduction a step: the loss' sum, requests to stop, rank 0's clock, how many ranks are
-# still writing a checkpoint, and how many had no batch ready. The gradient norm, and the busiest expert's load where
-# there are experts, are the same on all ranks already and only travel along.
-_REDUCED = (
-    "loss_sum",
-    "terminate",
-    "preempt",
-    "seconds_since_save",
-    "saving",
-    "waiting",
-    "grad_norm",
-    "expert_load_max",
-)
 
 
 @final
@@ -156,7 +139,7 @@ class Trainer:
         make_batches: given samples consumed, this rank's batches from there on.
         hooks: in the order in which their methods run.
         state: at the start of a fresh run.
-        stop_requested: this rank's own wish to stop, looked at once a step.
+        stop_requested: whether somebody asks this rank to stop, looked at once a step.
     """
 
     def __init__(
@@ -183,16 +166,23 @@ class Trainer:
         self.hooks = list(hooks)
         self.state = state
         self.stop: StopReason | None = None
-        self.seconds_since_save = 0.0
-        # This rank's own word, and what the ranks agreed one step ago.
-        self.saving = self.anyone_saving = False
-        self.last_save_clock = time.monotonic()
         self.batch: StepBatch | None = None
         self.measured: dict[str, float] = {}
         self._make_batches = make_batches
         self._stop_requested = stop_requested
         self._pending: _Pending | None = None
-        self._waiting, self._any_rank_waits = False, True
+        self._request: StopReason | None = None
+        self._waiting = False
+        self._loss_sum = self._grad_norm = torch.zeros((), dtype=torch.float64, device=context.device)
+        self.reduction = StepReduction(context.rank, context.world_size, context.device, context.cpu_group)
+        # The first slot, see `pack`.
+        self._loss_slot = self.reduction.sum("loss_sum", lambda: self._loss_sum)
+        self._terminate_slot = self.reduction.sum("terminate", lambda: float(self._request is StopReason.terminated))
+        self._preempt_slot = self.reduction.sum("preempt", lambda: float(self._request is StopReason.preempted))
+        # Before the first step is known, ranks ask each other.
+        self._waiting_slot = self.reduction.sum("waiting", lambda: float(self._waiting), initial=1.0)
+        self._grad_norm_slot = self.reduction.carry("grad_norm", lambda: self._grad_norm)
+        engine.register(self.reduction)
         self._peak = peak_flops(context.device)
         self._flops = self.model.flops_per_token(options.seq_len)
 
@@ -206,6 +196,7 @@ class Trainer:
         try:
             self._call("restore")
             self._call("fit_start")
+            self.reduction.complete()
             self.stop = self.agree_on_stop()
             batches = self._make_batches(self.state.samples_consumed)
             while self.state.step < self.options.steps and self.stop is None:
@@ -240,17 +231,14 @@ class Trainer:
 
         Ranks ask each other only where one of them had to wait at the last step known to all, or at the start.
         """
-        if not self._any_rank_waits:
+        if self._waiting_slot.value == 0:
             return True
+        ready = Slot(name="ready", kind=SlotKind.sum, read=lambda: float(batches.ready(0.2)))
         while True:
-            request, ready = self._stop_requested(), batches.ready(0.2)
-            asked = [request is StopReason.terminated, request is StopReason.preempted, ready]
-            flags = torch.tensor(asked, dtype=torch.float64)
-            if self.context.world_size > 1:
-                dist.all_reduce(flags, group=self.context.cpu_group)
-            if flags[2] == self.context.world_size:
+            self._reduce_requests(ready, on_cpu=True)
+            if ready.value == self.context.world_size:
                 return True
-            self.stop = _stop_of({"terminate": float(flags[0]), "preempt": float(flags[1])})
+            self.stop = self._agreed_stop()
             if self.stop is not None:
                 return False
 
@@ -269,7 +257,8 @@ class Trainer:
         loss_sum, tokens = self._forward_backward(self.batch)
         self._call("before_optimizer_step")
         lr, grad_norm = self._update()
-        previous, self._pending = self._pending, self._start_reduction(loss_sum, grad_norm, self.engine.balance(), lr)
+        self._loss_sum, self._grad_norm = loss_sum, grad_norm
+        previous, self._pending = self._pending, self._start_reduction(lr)
         # Reading the step before keeps the host one step ahead of the device and no further, so that host
         # time is device time.
         self._settle(previous)
@@ -308,40 +297,21 @@ class Trainer:
         lr = self.options.lr * self.schedule.factor(step, self.state.schedule_total)
         self.optimizer.step(lr, scale, skip)
         self.optimizer.zero_grad()
+        self.engine.after_update()
         self.state.step += 1
         self.state.samples_consumed += self.options.global_batch_size
         self.state.tokens += self.options.global_batch_size * self.options.seq_len
         return lr, grad_norm
 
-    def _start_reduction(self, loss_sum: Tensor, grad_norm: Tensor, busiest: Tensor | None, lr: float) -> _Pending:
+    def _start_reduction(self, lr: float) -> _Pending:
         """Starts the step's one small reduction."""
-        request = self._stop_requested()
-        clock = time.monotonic() - self.last_save_clock if self.context.is_main else 0.0
-        wishes = [
-            float(request is StopReason.terminated),
-            float(request is StopReason.preempted),
-            clock,
-            float(self.saving),
-            float(self._waiting),
-        ]
-        others = torch.tensor(wishes, dtype=torch.float64).to(loss_sum.device, non_blocking=True)
-        agreed = torch.cat([loss_sum.reshape(1), others])
-        if self.context.world_size > 1:
-            dist.all_reduce(agreed)
-        known = [v.reshape(1).to(torch.float64) for v in (grad_norm, busiest) if v is not None]
-        agreed = torch.cat([agreed, *known])
-        arrived = None
-        if agreed.device.type == "cuda":
-            # Beside the steps that follow: reading it later waits for this copy alone.
-            host = torch.empty(agreed.shape, dtype=agreed.dtype, pin_memory=True)
-            host.copy_(agreed, non_blocking=True)
-            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            arrived.record()
-            agreed = host
-        row = {"lr": lr, "tokens": self.state.tokens}
         assert self.batch is not None
+        self._request = self._stop_requested()
         return _Pending(
-            step=self.state.step, values=agreed, arrived=arrived, row=row, ids=self.batch.global_ids.tolist()
+            step=self.state.step,
+            reduction=self.reduction.start(),
+            row={"lr": lr, "tokens": self.state.tokens},
+            ids=self.batch.global_ids.tolist(),
         )
 
     def add_metrics(self, **values: float) -> None:
@@ -359,23 +329,16 @@ class Trainer:
         """Reads a step's results from the device, hands its row on, and acts on what ranks agreed."""
         if pending is None:
             return
-        if pending.arrived is not None:
-            pending.arrived.synchronize()
-        values = dict(zip(_REDUCED, pending.values.tolist(), strict=False))
-        loss = values["loss_sum"] / (self.options.global_batch_size * self.options.seq_len)
+        known = self.reduction.finish(pending.reduction)
+        loss = self._loss_slot.value / (self.options.global_batch_size * self.options.seq_len)
         if not math.isfinite(loss):
             ids = ", ".join(str(i) for i in pending.ids)
             raise NonFiniteLossError(f"the loss of step {pending.step} is {loss}; its sample ids were {ids}")
-        self.seconds_since_save = values["seconds_since_save"]
-        self.anyone_saving = values["saving"] > 0
-        self._any_rank_waits = values["waiting"] > 0
-        self.stop = self.stop or _stop_of(values)
-        norm = values["grad_norm"] if math.isfinite(values["grad_norm"]) else None
+        self.stop = self.stop or self._agreed_stop()
+        norm = self._grad_norm_slot.value if math.isfinite(self._grad_norm_slot.value) else None
         if norm is None and self.context.is_main:
             log.warning("the gradients of step %d are not finite; its update was left out", pending.step)
-        row = {"step": pending.step, "loss": loss, "grad_norm": norm, **pending.row}
-        if "expert_load_max" in values:
-            row["expert_load_max"] = values["expert_load_max"]
+        row = {"step": pending.step, "loss": loss, "grad_norm": norm, **pending.row, **known}
         for hook in self.hooks:
             hook.on_metrics(self, row)
 
@@ -392,18 +355,15 @@ class Trainer:
 
     def agree_on_stop(self) -> StopReason | None:
         """Asks all ranks whether one wants to stop; waits for the answer."""
-        request = self._stop_requested()
-        flags = torch.tensor(
-            [float(request is StopReason.terminated), float(request is StopReason.preempted)],
-            dtype=torch.float64,
-            device=self.context.device,
-        )
-        if self.context.world_size > 1:
-            dist.all_reduce(flags)
-        return _stop_of(dict(zip(("terminate", "preempt"), flags.tolist(), strict=True)))
+        self._reduce_requests()
+        return self._agreed_stop()
 
+    def _reduce_requests(self, *more: Slot, on_cpu: bool = False) -> None:
+        """Asks all ranks at once, outside of a step's reduction."""
+        self._request = self._stop_requested()
+        self.reduction.now(self._terminate_slot, self._preempt_slot, *more, on_cpu=on_cpu)
 
-def _stop_of(values: dict[str, float]) -> StopReason | None:
-    if values["preempt"] > 0:
-        return StopReason.preempted
-    return StopReason.terminated if values["terminate"] > 0 else None
+    def _agreed_stop(self) -> StopReason | None:
+        if self._preempt_slot.value > 0:
+            return StopReason.preempted
+        return StopReason.terminated if self._terminate_slot.value > 0 else None

@@ -35,6 +35,7 @@ from regrow.trainer.hooks.export import exported_steps
 from regrow.trainer.hooks.last_save import LastSave, cast_weights, save_in_hf
 from regrow.trainer.hooks.on_main import run_on_main
 from regrow.trainer.loop import StopReason, Trainer
+from regrow.trainer.reduction import Slot
 from regrow.trainer.state import TrainState
 
 __all__ = ["CheckpointHook", "CheckpointPlan", "stop_seconds"]
@@ -109,6 +110,10 @@ class CheckpointHook(Hook):
         self._damaged: dict[int, str] = {}
         self._start = StartPoint(kind=StartKind.fresh)
         self._step_s = 0.0
+        self._last_save_clock, self._busy = time.monotonic(), False
+        # What all ranks know of these, one step late.
+        self._seconds_since_save: Slot | None = None
+        self._saving: Slot | None = None
         self._save_seconds: deque[float] = deque(maxlen=5)
 
     def restore(self, trainer: Trainer) -> None:
@@ -324,7 +329,11 @@ class CheckpointHook(Hook):
         if self._plan.policies and trainer.state.step < trainer.options.steps:
             assert self._saver is not None
             self._saver.prepare(*_full_state(trainer))
-        trainer.last_save_clock = time.monotonic()
+        self._last_save_clock = time.monotonic()
+        # Rank 0's clock decides for all.
+        clock = self._own_seconds_since_save if trainer.context.is_main else lambda: 0.0
+        self._seconds_since_save = trainer.reduction.sum("seconds_since_save", clock)
+        self._saving = trainer.reduction.sum("saving", lambda: float(self._busy))
         last, step = self._plan.last, trainer.state.step
         if last.export is not None and step >= trainer.options.steps and step not in exported_steps(last.folder):
             # The steps are done, but were saved in full: a Hugging Face folder was asked for since.
@@ -336,12 +345,17 @@ class CheckpointHook(Hook):
                     "storage and give the same command again"
                 )
 
+    def _own_seconds_since_save(self) -> float:
+        return time.monotonic() - self._last_save_clock
+
     def before_optimizer_step(self, trainer: Trainer) -> None:
         assert self._saver is not None
         self._saver.wait_staged()
 
     def step_end(self, trainer: Trainer) -> None:
         assert self._saver is not None
+        assert self._saving is not None
+        assert self._seconds_since_save is not None
         self._handle_results(trainer, self._saver.poll())
         state, best = trainer.state, dict(trainer.state.best)
         self._track(state, trainer.measured)
@@ -349,20 +363,20 @@ class CheckpointHook(Hook):
             step=state.step,
             last_step=trainer.options.steps,
             stopping=trainer.stop is not None,
-            seconds_since_save=trainer.seconds_since_save,
+            seconds_since_save=self._seconds_since_save.value,
             metrics=trainer.measured,
             best=best,
         )
         reasons = save_reasons(self._plan.policies, context)
         ending, last = context.stopping or state.step >= trainer.options.steps, self._plan.last
-        if reasons and trainer.anyone_saving and self._plan.when_busy is WhenBusy.skip and not ending:
+        if reasons and self._saving.value > 0 and self._plan.when_busy is WhenBusy.skip and not ending:
             if trainer.context.is_main:
                 log.info("step %d is not saved: the save before it is still being written", state.step)
         elif reasons and state.step >= trainer.options.steps and not last.is_full:
             self._save_last(trainer, self._saver, last)
         elif reasons:
             self._save(trainer, self._saver, reasons)
-        trainer.saving = self._saver.is_busy
+        self._busy = self._saver.is_busy
         if ending:
             self._handle_results(trainer, self._saver.wait())
             self._check_last_save(trainer)
@@ -422,7 +436,10 @@ class CheckpointHook(Hook):
         results = saver.save(tensors, manifest, owner_ranks)
         if trainer.context.is_main:
             log.info("saving step %d (%s): %.1f ms", step, ", ".join(reasons), (time.perf_counter() - started) * 1e3)
-        trainer.last_save_clock, trainer.seconds_since_save = time.monotonic(), 0.0
+        self._last_save_clock = time.monotonic()
+        if self._seconds_since_save is not None:
+            # Known at once, and not one step late.
+            self._seconds_since_save.value = 0.0
         self._saved_from = step
         self._handle_results(trainer, results)
 
