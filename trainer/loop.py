@@ -1,22 +1,23 @@
 """The training loop.
 
-restore                          # CheckpointHook: resume, load_step, initial load, or fresh; said in one banner
-fit_start
-for step in steps:
-    stopped                      # only when asked to stop while waiting for data: CheckpointHook saves the last step
-    step_start
+restore                          # Restorer: resume, load_step, initial load, or fresh; said in one banner
+before_fit
+for step in steps:               # until all are done, or the ranks agree to stop
+    before_step
     for microbatch: forward, backward
     before_optimizer_step        # CheckpointHook: waits until the last snapshot is copied
     clip, optimizer.step         # skipped on the device when gradients are not finite
-    on_metrics(row)              # of the step before: what the device holds is read one step late
-    validate                     # when due; adds val_loss to this step's row
-    step_end                     # samples written; CheckpointHook: save policies
-        flush: on_metrics(row)   # before a save this step's row is read at once
+    after_metrics(row)           # of the step before: what the device holds is read one step late
+    after_optimizer_step         # ValidationHook: when due; adds val_loss to this step's row
+    after_step                   # samples written; CheckpointHook: save policies
+        flush: after_metrics(row)  # before a save this step's row is read at once
         before_commit(step)      # rows up to this step are made durable
         snapshot                 # written and committed behind the steps that follow
-        on_committed(step)       # when it has become durable
-fit_end
-on_exception                     # no save, no collectives
+        after_commit(step)       # when it has become durable
+after_last_step                  # CheckpointHook: saves what a stop found unsaved, and waits for all saves
+after_fit
+on_exception(error)              # only after an error: no save, no collectives
+close                            # always, in reverse order
 """
 
 import logging
@@ -26,25 +27,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import Path
 from typing import Any, final
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from regrow.trainer.data.loader import Prefetcher, StepBatch
-from regrow.trainer.data.windows import Windows
 from regrow.trainer.device import memory_gib, peak_flops, seed_everything
 from regrow.trainer.hook import Hook
 from regrow.trainer.optimizer import Optimizer
 from regrow.trainer.parallel.context import ParallelContext
 from regrow.trainer.parallel.engine import Engine
 from regrow.trainer.reduction import PendingReduction, Slot, SlotKind, StepReduction
+from regrow.trainer.resources import Resources
+from regrow.trainer.restore import Restorer
 from regrow.trainer.schedules.base import Schedule
 from regrow.trainer.state import TrainState
 
-__all__ = ["FitResult", "NonFiniteLossError", "Resources", "StopReason", "Trainer", "TrainerOptions"]
+__all__ = ["FitResult", "NonFiniteLossError", "StopReason", "Trainer", "TrainerOptions"]
 
 log = logging.getLogger(__name__)
 
@@ -83,25 +83,6 @@ class TrainerOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Resources:
-    """What hooks may need of the run beside the trainer itself.
-
-    Attributes:
-        run_dir: the run's directory.
-        tokenizer: of the data.
-        validation: the held-out windows; may be empty.
-        micro_batch_size: rows of a forward pass.
-        document_mask: whether attention stays within documents.
-    """
-
-    run_dir: Path
-    tokenizer: Tokenizer
-    validation: Windows
-    micro_batch_size: int
-    document_mask: bool
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class FitResult:
     """How the loop ended."""
 
@@ -137,6 +118,7 @@ class Trainer:
         optimizer: over this rank's parameters.
         schedule: learning-rate factor.
         make_batches: given samples consumed, this rank's batches from there on.
+        restorer: finds the state to go on from; None for a run without checkpoints.
         hooks: in the order in which their methods run.
         state: at the start of a fresh run.
         stop_requested: whether somebody asks this rank to stop, looked at once a step.
@@ -152,6 +134,7 @@ class Trainer:
         optimizer: Optimizer,
         schedule: Schedule,
         make_batches: Callable[[int], Prefetcher],
+        restorer: Restorer | None,
         hooks: Sequence[Hook],
         state: TrainState,
         stop_requested: Callable[[], StopReason | None],
@@ -163,9 +146,13 @@ class Trainer:
         self.model = engine.model
         self.optimizer = optimizer
         self.schedule = schedule
+        self.restorer = restorer
         self.hooks = list(hooks)
         self.state = state
-        self.stop: StopReason | None = None
+        self._begun: list[Hook] = []
+        self._batches: Prefetcher | None = None
+        self._stop: StopReason | None = None
+        self._asked: StopReason | None = None
         self.batch: StepBatch | None = None
         self.measured: dict[str, float] = {}
         self._make_batches = make_batches
@@ -192,39 +179,47 @@ class Trainer:
         Raises:
             NonFiniteLossError: the loss is not finite.
         """
-        batches: Prefetcher | None = None
         try:
-            self._call("restore")
-            self._call("fit_start")
-            self.reduction.complete()
-            self.stop = self.agree_on_stop()
-            batches = self._make_batches(self.state.samples_consumed)
-            while self.state.step < self.options.steps and self.stop is None:
-                waited = time.perf_counter()
-                if not self._wait_for_data(batches):
-                    self._call("stopped")
-                    break
-                self._step(batches, waited)
-            self.flush()
-            self._call("fit_end")
+            self._train()
         except BaseException as error:
-            for hook in self.hooks:
-                try:
+            for hook in self._begun:
+                # The first error is the one to tell, and the hooks behind this one have their own to do.
+                with _only_logged(f"{type(hook).__name__}, told of an error,"):
                     hook.on_exception(self, error)
-                except Exception:
-                    # The first error is the one to tell, and the hooks behind this one have their own to do.
-                    log.exception("%s failed while it was told of an error", type(hook).__name__)
             raise
         finally:
-            if batches is not None:
-                batches.close()
-        done = self.state.step >= self.options.steps
-        reason = StopReason.finished if done else (self.stop or StopReason.finished)
-        return FitResult(reason=reason, step=self.state.step)
+            while self._begun:
+                hook = self._begun.pop()
+                with _only_logged(f"closing {type(hook).__name__}"):
+                    hook.close(self)
+            if self._batches is not None:
+                with _only_logged("closing the data loader"):
+                    self._batches.close()
+        if self.state.step >= self.options.steps:
+            return FitResult(reason=StopReason.finished, step=self.state.step)
+        assert self._stop is not None, "steps are left, and nobody has asked to stop"
+        return FitResult(reason=self._stop, step=self.state.step)
 
-    def _call(self, event: str) -> None:
+    def _train(self) -> None:
+        if self.restorer is not None:
+            restored = self.restorer.restore(self.context, self.engine, self.optimizer, self.options.steps)
+            self.state = restored or self.state
         for hook in self.hooks:
-            getattr(hook, event)(self)
+            self._begun.append(hook)
+            hook.before_fit(self)
+        self.reduction.complete()
+        self.agree_on_stop()
+        self._batches = self._make_batches(self.state.samples_consumed)
+        while self.state.step < self.options.steps and self._stop is None:
+            waited = time.perf_counter()
+            if not self._wait_for_data(self._batches):
+                break
+            self._step(self._batches, waited)
+        self.flush()
+        for hook in self.hooks:
+            hook.after_last_step(self)
+        for hook in self.hooks:
+            hook.after_fit(self)
 
     def _wait_for_data(self, batches: Prefetcher) -> bool:
         """Waits until every rank has its batch; false when a stop was agreed on meanwhile.
@@ -238,8 +233,8 @@ class Trainer:
             self._reduce_requests(ready, on_cpu=True)
             if ready.value == self.context.world_size:
                 return True
-            self.stop = self._agreed_stop()
-            if self.stop is not None:
+            self._stop = self._agreed_stop()
+            if self._stop is not None:
                 return False
 
     def _step(self, batches: Prefetcher, started: float) -> None:
@@ -253,9 +248,11 @@ class Trainer:
         self.batch = next(batches)
         data_wait_s = time.perf_counter() - started
         self.measured = {}
-        self._call("step_start")
+        for hook in self.hooks:
+            hook.before_step(self)
         loss_sum, tokens = self._forward_backward(self.batch)
-        self._call("before_optimizer_step")
+        for hook in self.hooks:
+            hook.before_optimizer_step(self)
         lr, grad_norm = self._update()
         self._loss_sum, self._grad_norm = loss_sum, grad_norm
         previous, self._pending = self._pending, self._start_reduction(lr)
@@ -263,8 +260,10 @@ class Trainer:
         # time is device time.
         self._settle(previous)
         self._add_timing(time.perf_counter() - started, data_wait_s, tokens)
-        self._call("validate")
-        self._call("step_end")
+        for hook in self.hooks:
+            hook.after_optimizer_step(self)
+        for hook in self.hooks:
+            hook.after_step(self)
 
     def _forward_backward(self, batch: StepBatch) -> tuple[Tensor, int]:
         """Gradients of the mean loss over the global batch; returns this rank's summed loss, on the device."""
@@ -275,6 +274,25 @@ class Trainer:
             seed_everything(self.options.seed, self.state.step, index, self.context.data_rank)
 
         return self.engine.forward_backward(batch.micro_batches, tokens, seed), tokens
+
+    @property
+    def stop(self) -> StopReason | None:
+        """Why all ranks have agreed to stop; None while they have not."""
+        return self._stop
+
+    def request_stop(self, reason: StopReason) -> None:
+        """Asks, on any rank, that all ranks stop. They agree on it with the step's reduction, so one step later.
+
+        Args:
+            reason: `terminated` or `preempted`; a run is finished when its steps are done.
+        """
+        if reason is StopReason.finished:
+            raise ValueError("a stop must be requested as terminated or preempted, but is finished; use terminated")
+        self._asked = self._asked or reason
+
+    def _own_request(self) -> StopReason | None:
+        """This rank's. The signal is looked at each time, since asking for it tells that signals can wait."""
+        return self._stop_requested() or self._asked
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -306,7 +324,7 @@ class Trainer:
     def _start_reduction(self, lr: float) -> _Pending:
         """Starts the step's one small reduction."""
         assert self.batch is not None
-        self._request = self._stop_requested()
+        self._request = self._own_request()
         return _Pending(
             step=self.state.step,
             reduction=self.reduction.start(),
@@ -334,13 +352,13 @@ class Trainer:
         if not math.isfinite(loss):
             ids = ", ".join(str(i) for i in pending.ids)
             raise NonFiniteLossError(f"the loss of step {pending.step} is {loss}; its sample ids were {ids}")
-        self.stop = self.stop or self._agreed_stop()
+        self._stop = self._stop or self._agreed_stop()
         norm = self._grad_norm_slot.value if math.isfinite(self._grad_norm_slot.value) else None
         if norm is None and self.context.is_main:
             log.warning("the gradients of step %d are not finite; its update was left out", pending.step)
         row = {"step": pending.step, "loss": loss, "grad_norm": norm, **pending.row, **known}
         for hook in self.hooks:
-            hook.on_metrics(self, row)
+            hook.after_metrics(self, row)
 
     def _add_timing(self, step_time_s: float, data_wait_s: float, tokens: int) -> None:
         assert self._pending is not None
@@ -354,16 +372,27 @@ class Trainer:
         }
 
     def agree_on_stop(self) -> StopReason | None:
-        """Asks all ranks whether one wants to stop; waits for the answer."""
-        self._reduce_requests()
-        return self._agreed_stop()
+        """Asks all ranks whether one is to stop, and waits for the answer, which then holds; every rank calls it."""
+        if self._stop is None:
+            self._reduce_requests()
+            self._stop = self._agreed_stop()
+        return self._stop
 
     def _reduce_requests(self, *more: Slot, on_cpu: bool = False) -> None:
         """Asks all ranks at once, outside of a step's reduction."""
-        self._request = self._stop_requested()
+        self._request = self._own_request()
         self.reduction.now(self._terminate_slot, self._preempt_slot, *more, on_cpu=on_cpu)
 
     def _agreed_stop(self) -> StopReason | None:
         if self._preempt_slot.value > 0:
             return StopReason.preempted
         return StopReason.terminated if self._terminate_slot.value > 0 else None
+
+
+@contextmanager
+def _only_logged(what: str) -> Iterator[None]:
+    """For what is done on the way out: whatever fails in it, a signal included, hides no error before it."""
+    try:
+        yield
+    except BaseException:
+        log.exception("%s failed", what)

@@ -10,7 +10,6 @@ import pickle
 import platform
 import sys
 from dataclasses import dataclass, field
-from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -168,13 +167,14 @@ def build_trainer(spec: RankSpec, context: "ParallelContext", flag: StopFlag, th
     import torch
 
     from regrow.launch.run.build import build_model, build_schedule
+    from regrow.launch.run.compose_checkpoint import compose_restorer
+    from regrow.launch.run.compose_hooks import compose_hooks, compose_resources
     from regrow.models.config import DecoderConfig
     from regrow.trainer.data.loader import Prefetcher
     from regrow.trainer.data.token_store import TokenStore
-    from regrow.trainer.data.tokenizer import load_tokenizer
     from regrow.trainer.data.windows import Windows
     from regrow.trainer.device import seed_everything
-    from regrow.trainer.loop import Resources, Trainer, TrainerOptions
+    from regrow.trainer.loop import Trainer, TrainerOptions
     from regrow.trainer.parallel.apply import initialise, parallelise
     from regrow.trainer.parallel.engine import Engine
     from regrow.trainer.state import TrainState
@@ -234,19 +234,14 @@ def build_trainer(spec: RankSpec, context: "ParallelContext", flag: StopFlag, th
             global_batch_size=data.global_batch_size,
             seq_len=data.seq_len,
         ),
-        resources=Resources(
-            run_dir=spec.run_dir,
-            tokenizer=load_tokenizer(store.tokenizer_file),
-            validation=validation,
-            micro_batch_size=data.micro_batch_size,
-            document_mask=data.document_mask,
-        ),
+        resources=compose_resources(spec, context, threads, store, validation),
         context=context,
         engine=engine,
         optimizer=build_optimizer_class(config)(config.optimizer, parallel.model),
         schedule=build_schedule(config),
         make_batches=make_batches,
-        hooks=_hooks(spec, context, threads, store.index.fingerprint),
+        restorer=compose_restorer(spec) if config.checkpoint.enable else None,
+        hooks=compose_hooks(config, context),
         state=TrainState(schedule_total=config.scheduler.total_steps or config.train.steps),
         stop_requested=_StopRequest(flag, compiles=config.train.compile),
     )
@@ -302,49 +297,6 @@ def _reason(flag: StopFlag) -> "StopReason | None":
     return StopReason.preempted if flag.received == signal.SIGUSR2 else StopReason.terminated
 
 
-def _hooks(spec: RankSpec, context: "ParallelContext", threads: int, fingerprint: str) -> list[Any]:
-    """All hooks in the order in which they run; the checkpoint is last, when the step's rows are written."""
-    from regrow.launch.run.build import build_hooks, uses_wandb
-    from regrow.trainer.hook import Hook
-    from regrow.trainer.hooks.begin import BeginHook
-    from regrow.trainer.hooks.metrics import MetricsHook, SamplesHook
-    from regrow.trainer.hooks.progress import ProgressHook
-    from regrow.trainer.hooks.record import RecordHook
-    from regrow.trainer.hooks.startup import StartupHook
-
-    config = spec.config
-    hooks: list[Hook] = [BeginHook(partial(_begin, spec)), *build_hooks(config), MetricsHook()]
-    if config.data.log_samples:
-        hooks.append(SamplesHook())
-    hooks.append(ProgressHook(config.train.log_every))
-    if uses_wandb(config):
-        from regrow.trainer.hooks.wandb import WandbHook
-
-        hooks.append(WandbHook(config.wandb, config.run.name, spec.config_dict, spec.sweep))
-    hooks.append(RecordHook(_attempt(context, threads)))
-    if config.checkpoint.enable:
-        hooks += _checkpoint_hooks(spec, fingerprint)
-    hooks.append(StartupHook())
-    if context.is_main:
-        log.info("hooks, in order: %s", ", ".join(type(h).__name__ for h in hooks))
-    return hooks
-
-
-def _begin(spec: RankSpec) -> None:
-    """Writes what this start changes in the run.
-
-    Raises:
-        LeaseLostError: another launcher has taken the run over meanwhile.
-    """
-    from regrow.launch.run.run_dir import begin_run, lease_place
-    from regrow.trainer.data.token_store import TokenStore
-
-    assert spec.record is not None, "the launcher opens the run before any rank starts"
-    if spec.ticket is not None:
-        spec.ticket.check_not_taken(lease_place(spec.config, spec.run_dir))
-    begin_run(spec.config_dict, spec.run_dir, TokenStore(spec.data_folder), spec.overrides, spec.record)
-
-
 def run_labels(spec: RankSpec, fingerprint: str) -> dict[str, Any]:
     """What each of a run's manifests says of the run.
 
@@ -368,18 +320,6 @@ def run_labels(spec: RankSpec, fingerprint: str) -> dict[str, Any]:
     }
 
 
-def _attempt(context: "ParallelContext", threads: int) -> Any:
-    from regrow.trainer.run_record import Attempt
-
-    return Attempt(
-        job=os.environ.get("SLURM_JOB_ID"),
-        host=platform.node(),
-        layout=context.layout.as_dict(),
-        threads=threads,
-        versions=software_versions(),
-    )
-
-
 def software_versions() -> dict[str, str]:
     """What a run or a checkpoint was made with."""
     import torch
@@ -400,75 +340,6 @@ def _git_revision() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _checkpoint_hooks(spec: RankSpec, fingerprint: str) -> list[Any]:
-    import torch
-
-    from regrow.checkpoint.load.initial_load import LoadRules
-    from regrow.checkpoint.save.saver import SaverOptions
-    from regrow.launch.run.build import (
-        checkpoint_folder,
-        export_folder,
-        hf_export,
-        open_initial,
-        policies,
-        rules,
-        tracked_metrics,
-    )
-    from regrow.launch.run.weights import shapes_of
-    from regrow.trainer.hooks.checkpoint import CheckpointHook, CheckpointPlan
-    from regrow.trainer.hooks.export import ExportHook, ExportPlan
-    from regrow.trainer.hooks.last_save import LastSave
-
-    config, record = spec.config, spec.record
-    assert record is not None, "the launcher opens the run before any rank starts"
-    options, folder = config.checkpoint, checkpoint_folder(config, spec.run_dir)
-    hooks: list[Any] = []
-    if options.export.every_n and policies(options):
-        hooks.append(
-            ExportHook(
-                ExportPlan(
-                    every_n=options.export.every_n,
-                    checkpoints=folder,
-                    folder=export_folder(spec.run_dir),
-                    export=hf_export(config, spec.run_dir),
-                    lineages=record.lineages,
-                )
-            )
-        )
-    plan = CheckpointPlan(
-        folder=folder,
-        policies=policies(options),
-        storage_options=options.storage_options,
-        rules=rules(options),
-        lineages=record.lineages,
-        tracked=tracked_metrics(options),
-        schedule_total=config.scheduler.total_steps,
-        stretched=record.stretched(),
-        labels=run_labels(spec, fingerprint),
-        mode=options.async_mode,
-        saver=SaverOptions(
-            files_per_rank=options.files_per_rank,
-            commit_timeout_s=options.commit_timeout_s,
-            ticket=spec.ticket,
-        ),
-        when_busy=options.when_busy,
-        reader_timeout_s=options.lease_timeout_s,
-        stop_on_error=options.on_save_error.value == "stop",
-        max_failures=options.max_save_errors,
-        grace_s=float(os.environ.get("REGROW_GRACE_S", "inf")),
-        last=LastSave(
-            model_only=options.last_save_model_only,
-            dtype=getattr(torch, options.export_dtype.name),
-            export=hf_export(config, spec.run_dir) if options.last_save_in_hf else None,
-            folder=export_folder(spec.run_dir),
-        ),
-        initial=LoadRules.from_config(options),
-        open_initial=lambda path: open_initial(config, path).source,
-        parameters=lambda: shapes_of(config.model).keys(),
-    )
-    return [*hooks, CheckpointHook(plan)]
 
 
 def run_rank(spec: RankSpec, flag: StopFlag) -> Outcome:

@@ -1,0 +1,87 @@
+"""The one ordered list of hooks, and what they are given of the run."""
+
+import logging
+import os
+import platform
+from functools import partial
+from typing import TYPE_CHECKING
+
+from regrow.launch.config.schema import Config
+from regrow.launch.run.build import build_hooks
+from regrow.launch.run.compose_checkpoint import compose_checkpoint, compose_export
+from regrow.launch.run.run_dir import begin_run, lease_place
+from regrow.launch.run.worker import software_versions
+from regrow.trainer.data.token_store import TokenStore
+from regrow.trainer.data.tokenizer import load_tokenizer
+from regrow.trainer.data.windows import Windows
+from regrow.trainer.hook import Hook
+from regrow.trainer.parallel.context import ParallelContext
+from regrow.trainer.resources import Resources
+from regrow.trainer.run_record import Attempt
+
+if TYPE_CHECKING:
+    from regrow.launch.run.worker import RankSpec
+
+__all__ = ["compose_hooks", "compose_resources"]
+
+log = logging.getLogger(__name__)
+
+
+def compose_hooks(config: Config, context: ParallelContext) -> list[Hook]:
+    """The hooks in the order in which they run, which rank 0 logs."""
+    hooks = build_hooks(config)
+    if context.is_main:
+        log.info("hooks, in order: %s", ", ".join(type(h).__name__ for h in hooks))
+    return hooks
+
+
+def compose_resources(
+    spec: "RankSpec", context: ParallelContext, threads: int, store: TokenStore, validation: Windows
+) -> Resources:
+    """What hooks may need of the run.
+
+    Args:
+        spec: of the run.
+        context: this rank's place.
+        threads: of this rank.
+        store: the run's tokens.
+        validation: the held-out windows.
+    """
+    config = spec.config
+    saves = config.checkpoint.enable
+    return Resources(
+        run_dir=spec.run_dir,
+        run_name=config.run.name,
+        sweep=spec.sweep,
+        config=spec.config_dict,
+        tokenizer=load_tokenizer(store.tokenizer_file),
+        validation=validation,
+        micro_batch_size=config.data.micro_batch_size,
+        document_mask=config.data.document_mask,
+        begin=partial(_begin, spec),
+        attempt=_attempt(context, threads),
+        checkpoint=compose_checkpoint(spec, store.index.fingerprint) if saves else None,
+        export=compose_export(spec) if saves else None,
+    )
+
+
+def _begin(spec: "RankSpec") -> None:
+    """Writes what this start changes in the run.
+
+    Raises:
+        LeaseLostError: another launcher has taken the run over meanwhile.
+    """
+    assert spec.record is not None, "the launcher opens the run before any rank starts"
+    if spec.ticket is not None:
+        spec.ticket.check_not_taken(lease_place(spec.config, spec.run_dir))
+    begin_run(spec.config_dict, spec.run_dir, TokenStore(spec.data_folder), spec.overrides, spec.record)
+
+
+def _attempt(context: ParallelContext, threads: int) -> Attempt:
+    return Attempt(
+        job=os.environ.get("SLURM_JOB_ID"),
+        host=platform.node(),
+        layout=context.layout.as_dict(),
+        threads=threads,
+        versions=software_versions(),
+    )
