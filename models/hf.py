@@ -37,6 +37,7 @@ __all__ = [
     "number",
     "parse_config",
     "read_config",
+    "register_families",
     "require",
     "require_full_attention",
     "rope_fields",
@@ -111,14 +112,34 @@ class HfFamily:
     read: Callable[[Mapping[str, Any], str], ModelConfig]
 
 
+# `hf` modules outside of `models`.
+_FURTHER: list[str] = []
+
+
+def register_families(modules: Iterable[str]) -> None:
+    """Takes up `hf` modules of packages that are not Regrow's, by their full names; again is the same as once."""
+    _FURTHER.extend(name for name in modules if name not in _FURTHER)
+
+
 def families() -> list[HfFamily]:
-    """Every family with a `hf` module below `models`."""
+    """Every family with a `hf` module below `models`, and those that were registered."""
     found = []
     for package in pkgutil.iter_modules(regrow.models.__path__, "regrow.models."):
         if package.ispkg and any(m.name == "hf" for m in pkgutil.iter_modules([_folder_of(package.name)])):
             found.append(importlib.import_module(f"{package.name}.hf").FAMILY)
+    found += [family for name in _FURTHER if (family := _family_in(name)) is not None]
     # A family may bring several architectures.
     return [f for entry in found for f in (entry if isinstance(entry, tuple) else (entry,))]
+
+
+def _family_in(module: str) -> Any:
+    try:
+        return getattr(importlib.import_module(module), "FAMILY", None)
+    except Exception as error:
+        reason = str(error).splitlines()[:1]
+        raise ValueError(
+            f"{module} must be importable, but is not ({': '.join([type(error).__name__, *reason])}); correct it"
+        ) from error
 
 
 def _folder_of(package: str) -> str:

@@ -22,6 +22,7 @@ from regrow.launch.commands.convert import (
     import_checkpoint,
     under_our_names,
 )
+from regrow.launch.config.package_configs import use_packages
 from regrow.launch.run.worker import log_to_console
 
 __all__ = ["main"]
@@ -67,6 +68,7 @@ def main() -> None:
     args = _parser().parse_args()
     log_to_console()
     try:
+        use_packages()
         code = _COMMANDS[args.command](args)
     except (ValueError, OSError) as error:
         if args.json:

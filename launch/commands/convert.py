@@ -22,6 +22,7 @@ from regrow.checkpoint.sources.hf_mapping import ToHfSource
 from regrow.checkpoint.storage.opening import as_storage, is_url
 from regrow.launch.commands.identify_model import UnknownModelError, model_of, run_folder_of, settings_of_model
 from regrow.launch.commands.torchtitan import adamw_of, beside_tensors, manifest_of
+from regrow.launch.config.package_configs import use_packages
 from regrow.launch.run.weights import OpenedWeights, WeightsSource, buffers_of, open_weights, shapes_of
 from regrow.launch.run.worker import log_to_console, software_versions
 from regrow.models.config import DecoderConfig, ModelConfig
@@ -313,6 +314,7 @@ def main() -> None:
     args.model, args.threads, args.max_shard_size = _flavour(args.model_name, args.model_flavor), 2, "5GB"
     args.format = "hf"
     try:
+        use_packages()
         result = import_checkpoint(args) if args.command == "from-hf" else _to_hf(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

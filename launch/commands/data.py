@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 from regrow.checkpoint.scratch import clear_dead_scratch
+from regrow.launch.config.errors import UserError
+from regrow.launch.config.package_configs import use_packages
 from regrow.launch.run.worker import log_to_console
 from regrow.trainer.data.cache import writing_to
 from regrow.trainer.data.config import StdlibConfig, TextConfig
@@ -86,13 +88,14 @@ def main() -> None:
     log_to_console()
     args = _parser().parse_args()
     try:
+        use_packages()
         if args.command == "tokenize":
             clear_dead_scratch()
             _tokenize(args)
             _show(args.out)
         else:
             _show(args.folder)
-    except (DataError, OSError) as error:
+    except (DataError, UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

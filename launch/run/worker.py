@@ -15,6 +15,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from regrow.launch.config.plugins import UserPackages, active_packages
 from regrow.launch.run.signals import StopFlag
 from regrow.trainer.process import PARENT_VARIABLE, die_with_parent
 
@@ -40,6 +41,8 @@ class RankSpec:
     """What every rank of a run is told.
 
     Attributes:
+        packages: the user's own. First, because a rank has them from there on, and what follows may be of their
+            classes.
         config: typed.
         config_dict: the same as plain values.
         layout: the degrees.
@@ -52,6 +55,7 @@ class RankSpec:
         ticket: of the lease that the launcher holds for this run.
     """
 
+    packages: UserPackages = field(default_factory=active_packages)
     config: "Config"
     config_dict: dict[str, Any]
     layout: "Layout"
@@ -353,13 +357,14 @@ def run_labels(spec: RankSpec, fingerprint: str) -> dict[str, Any]:
         fingerprint: of its data.
     """
     from regrow.launch.config.identity import config_hash
+    from regrow.launch.config.later_fields import later_defaults
 
     assert spec.record is not None, "the launcher opens the run before any rank starts"
     # Options for a storage may be credentials.
     checkpoint = {k: v for k, v in spec.config_dict["checkpoint"].items() if k != "storage_options"}
     return {
         "data_fingerprint": fingerprint,
-        "config_hash": config_hash(spec.config_dict),
+        "config_hash": config_hash(spec.config_dict, later_defaults(spec.config)),
         "model": spec.config_dict["model"],
         "versions": software_versions(),
         "run_id": spec.record.run_id,

@@ -83,7 +83,9 @@ def test_config_modules_import_little() -> None:
 
 
 def test_signal_handlers_stand_before_torch() -> None:
-    for name in ("launch/train.py", "launch/run/signals.py", "launch/run/worker.py", "trainer/process.py"):
+    early = ("regrow.launch.run.signals", "regrow.trainer.process", "regrow.launch.config.plugins")
+    sources = ("launch/train.py", "launch/run/signals.py", "launch/run/worker.py", "trainer/process.py")
+    for name in (*sources, "launch/config/plugins.py"):
         top_level = ast.parse((REPO / name).read_text()).body
         for node in top_level:
             modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
@@ -91,6 +93,4 @@ def test_signal_handlers_stand_before_torch() -> None:
             for module in modules:
                 assert module.split(".")[0] != "torch", f"{name} imports {module}"
                 if module.startswith("regrow."):
-                    assert module in ("regrow.launch.run.signals", "regrow.trainer.process"), (
-                        f"{name} imports {module}"
-                    )
+                    assert module in early, f"{name} imports {module}"
