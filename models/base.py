@@ -71,6 +71,14 @@ class LanguageModel(nn.Module, ABC):
         """How the model may be cut."""
 
     @abstractmethod
+    def vocabulary_parameters(self) -> tuple[str, ...]:
+        """Names of the parameters whose rows are tokens; of the whole model, and tied ones once."""
+
+    @abstractmethod
+    def tied_parameters(self) -> tuple[str, ...]:
+        """Names of the parameters that both the first and the last part use; of the whole model."""
+
+    @abstractmethod
     def decays(self, name: str) -> bool:
         """Whether weight decay acts on this parameter."""
 

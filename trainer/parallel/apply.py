@@ -26,7 +26,7 @@ from regrow.trainer.parallel.context import ParallelContext
 from regrow.trainer.parallel.expert import apply_expert_parallel, set_auxiliary_loss
 from regrow.trainer.parallel.sequence import ContextGroup, apply_context_parallel
 from regrow.trainer.parallel.stages import StagePlan, plan_stages
-from regrow.trainer.parallel.tensor import TensorGroup, apply_tensor_parallel
+from regrow.trainer.parallel.tensor import TensorGroup, apply_tensor_parallel, shared_parameters, tie
 
 __all__ = ["ParallelModel", "initialise", "local_shard", "parallelise", "reshard"]
 
@@ -92,8 +92,9 @@ def parallelise(
         apply_context_parallel(model, sequence, context_method(parallel, model_config, layout.tp, layout.cp))
     if layout.ep > 1:
         apply_expert_parallel(model, context.meshes.experts["ep"])
-    data = context.meshes.data
-    set_auxiliary_loss(model, [data.get_group(a) for a in ("cp", "tp") if data[a].size() > 1], sequences)
+    if model_config.n_experts > 0:
+        data = context.meshes.data
+        set_auxiliary_loss(model, [data.get_group(a) for a in ("cp", "tp") if data[a].size() > 1], sequences)
     if train.activation_checkpoint is not ActivationCheckpoint.none:
         _checkpoint_activations(model, selective=train.activation_checkpoint is ActivationCheckpoint.selective)
     if train.compile:
@@ -241,24 +242,15 @@ def initialise(parallel: ParallelModel, device: torch.device, seed: int, length:
         length: positions that its tables must cover.
     """
     for model in parallel.parts:
-        shared = _shared_parameters(model)
+        shared = shared_parameters(model)
         model.to_empty(device=device)
         # Giving memory makes a new tensor of every name, also of two names of one parameter.
-        for first, other in shared:
-            owner, _, leaf = other.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, model.get_parameter(first))
+        tie(model, shared)
         model.init_buffers(device, length)
         rules = model.init_rules()
         for name, parameter in model.named_parameters():
             local, offset = local_shard(parameter)
             fill_shard(local, name=name, rule=rules[name], global_shape=parameter.shape, offset=offset, seed=seed)
-
-
-def _shared_parameters(model: nn.Module) -> list[tuple[str, str]]:
-    """Pairs (first name, other name) of parameters that are one."""
-    first: dict[nn.Parameter, str] = {}
-    named = model.named_parameters(remove_duplicate=False)
-    return [(first[p], name) for name, p in named if first.setdefault(p, name) != name]
 
 
 def local_shard(parameter: nn.Parameter) -> tuple[torch.Tensor, tuple[int, ...]]:

@@ -6,7 +6,7 @@ from typing import final
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from regrow.models.config import DecoderConfig
@@ -23,7 +23,6 @@ from regrow.trainer.parallel.vocabulary import summed_vocabulary_cross_entropy
 
 __all__ = ["Engine"]
 
-_TIED = "tok_embeddings.weight"
 _COMPUTE = {
     PrecisionName.fp32: torch.float32,
     PrecisionName.bf16: torch.bfloat16,
@@ -55,6 +54,8 @@ class Engine:
         self._parallel, self._context, self._model_config = parallel, context, model_config
         self.model, self.names = parallel.model, parallel.names
         self._parameters = dict(parallel.model.named_parameters())
+        # Parameters that lie on the first stage and on the last, each with a gradient of its own.
+        self._tied_apart = parallel.model.tied_parameters() if context.layout.pp > 1 else ()
         self._mixtures = [m for m in parallel.model.modules() if isinstance(m, MixtureOfExperts)]
         self._losses: list[Tensor] = []
         self._tokens = 1
@@ -121,7 +122,9 @@ class Engine:
         if self._reports:
             for loss in self._losses:
                 total += loss
-        self._add_tied_gradients()
+        for name in self._tied_apart:
+            if name in self._parameters:
+                self._add_tied_gradient(self._parameters[name])
         return total
 
     @torch.no_grad()
@@ -207,15 +210,8 @@ class Engine:
         self._losses.append(loss.detach())
         return loss / self._tokens
 
-    @property
-    def _tied_apart(self) -> bool:
-        return self._model_config.tied_embeddings and self._context.layout.pp > 1
-
-    def _add_tied_gradients(self) -> None:
-        """Where embedding and output are one matrix on two ranks, both get the sum of their gradients."""
-        parameter = self._parameters.get(_TIED)
-        if not self._tied_apart or parameter is None:
-            return
+    def _add_tied_gradient(self, parameter: nn.Parameter) -> None:
+        """Gives the first and the last stage, which both hold this matrix, the sum of their gradients."""
         assert parameter.grad is not None
         own = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
         own, other = own.contiguous(), torch.empty_like(own)
@@ -234,7 +230,7 @@ class Engine:
     def grad_norm(self) -> Tensor:
         """The L2 norm of all gradients over all ranks, each parameter counted once; a scalar on the device."""
         context = self._context
-        skipped = {_TIED} if self._tied_apart and 0 not in self._parallel.stages.mine else set()
+        skipped = () if 0 in self._parallel.stages.mine else self._tied_apart
         counted = [p for n, p in self._parameters.items() if n not in skipped]
         return global_grad_norm(counted, context.meshes.data.get_group("pp") if context.layout.pp > 1 else None)
 
@@ -268,4 +264,4 @@ class Engine:
             return {}
         mine = self._context.stage_ranks(self._context.coordinate("pp"))
         first = self._context.stage_ranks(self._parallel.stages.ranks[0])
-        return {n: first if self._tied_apart and _TIED in n else mine for n in names}
+        return {n: first if any(tied in n for tied in self._tied_apart) else mine for n in names}

@@ -51,7 +51,7 @@ def _dispatch_and_combine(group: str, ranks: int, x_SD: Tensor, expert_S: Tensor
 
 
 def apply_expert_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Cuts the experts by number over the `ep` axis; a model without experts stays as it is."""
+    """Cuts the experts by number over the `ep` axis."""
     group = mesh.get_group()
     dispatch = functools.partial(_dispatch_and_combine, str(group.group_name), dist.get_world_size(group))
     for module in model.modules():
@@ -65,7 +65,7 @@ def set_auxiliary_loss(model: nn.Module, groups: list[dist.ProcessGroup], sequen
     """Makes the balancing loss a mean over a step's sequences, with counts of whole sequences.
 
     Args:
-        model: with or without experts.
+        model: with experts.
         groups: over whose ranks a sequence is cut.
         sequences: of a step.
     """

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from regrow.models.config import DecoderConfig, ModelConfig
-from regrow.models.qwen3.config import Qwen3MoeConfig
 from regrow.trainer.config import (
     ActivationCheckpoint,
     ContextMethod,
@@ -95,13 +94,10 @@ def _tensor(
         return
     yield from _divides("tp", layout.tp, model.n_kv_heads, "model.n_kv_heads")
     yield from _divides("tp", layout.tp, model.n_heads, "model.n_heads")
-    ffn_dim = getattr(model, "ffn_dim", None)
-    if ffn_dim is not None:
-        yield from _divides("tp", layout.tp, ffn_dim, "model.ffn_dim")
+    yield from _divides("tp", layout.tp, model.ffn_dim, "model.ffn_dim")
     if model.vocab_size < layout.tp:
         yield f"parallel.tp must be at most model.vocab_size ({model.vocab_size}), but is {layout.tp}; use 1"
-    cut = parallel.sequence_parallel or isinstance(model, Qwen3MoeConfig)
-    if cut and batch.seq_len % (layout.tp * layout.cp):
+    if (parallel.sequence_parallel or model.n_experts) and batch.seq_len % (layout.tp * layout.cp):
         yield (
             f"parallel.tp · parallel.cp must divide data.seq_len ({batch.seq_len}), which is cut over their ranks, "
             f"but is {layout.tp * layout.cp}; use data.seq_len={_next(batch.seq_len, layout.tp * layout.cp)}"
@@ -223,7 +219,7 @@ def _schedulable(kind: PipelineSchedule, count: int, stages: int, pp: int) -> bo
 
 
 def _experts(layout: Layout, model: DecoderConfig) -> Iterator[str]:
-    if not isinstance(model, Qwen3MoeConfig):
+    if not model.n_experts:
         if layout.ep > 1:
             yield f"parallel.ep must be 1 for {model.name}, which has no experts, but is {layout.ep}; use 1"
         return

@@ -6,6 +6,7 @@ arXiv:2205.05198) activations between blocks are cut along the sequence, too.
 """
 
 import fnmatch
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,15 @@ from regrow.trainer.parallel.collectives import (
     shard,
 )
 
-__all__ = ["TensorGroup", "apply_tensor_parallel", "distribute_parameters", "local", "mix_in"]
+__all__ = [
+    "TensorGroup",
+    "apply_tensor_parallel",
+    "distribute_parameters",
+    "local",
+    "mix_in",
+    "shared_parameters",
+    "tie",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -181,6 +190,20 @@ def distribute_parameters(module: nn.Module, mesh: DeviceMesh, placement: Placem
         setattr(module, name, nn.Parameter(placed, requires_grad=parameter.requires_grad))
 
 
+def shared_parameters(model: nn.Module) -> list[tuple[str, str]]:
+    """Pairs (first name, other name) of parameters that are one."""
+    first: dict[nn.Parameter, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    return [(first[p], name) for name, p in named if first.setdefault(p, name) != name]
+
+
+def tie(model: nn.Module, shared: Sequence[tuple[str, str]]) -> None:
+    """Makes pairs of names, as `shared_parameters` gives them, one parameter again."""
+    for first, other in shared:
+        owner, _, leaf = other.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, model.get_parameter(first))
+
+
 def apply_tensor_parallel(model: LanguageModel, mesh: DeviceMesh, *, sequence: bool) -> TensorGroup:
     """Cuts the matrices as the model's plan says.
 
@@ -193,14 +216,13 @@ def apply_tensor_parallel(model: LanguageModel, mesh: DeviceMesh, *, sequence: b
     member = TensorGroup(
         name=str(group.group_name), rank=dist.get_rank(group), ranks=dist.get_world_size(group), sequence=sequence
     )
-    tied = [m for m in (getattr(model, "tok_embeddings", None), getattr(model, "output", None)) if m is not None]
-    shared = len(tied) == 2 and tied[0].weight is tied[1].weight
+    shared = shared_parameters(model)
     for pattern, style in model.plan().items():
         for name, module in model.named_modules():
             if fnmatch.fnmatchcase(name, pattern) and name.count(".") == pattern.count("."):
                 _apply_style(module, style, mesh, member)
-    if shared:
-        tied[1].weight = tied[0].weight
+    # Each name got a DTensor of its own.
+    tie(model, shared)
     return member
 
 
