@@ -17,26 +17,10 @@ from torch.optim.adamw import adamw
 
 from regrow.models.base import LanguageModel
 from regrow.trainer.config import AdamWConfig
+from regrow.trainer.shards import like_parameter as _like
+from regrow.trainer.shards import local_part as _local
 
 __all__ = ["AdamW", "Optimizer", "global_grad_norm"]
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _like(local: Tensor, parameter: nn.Parameter) -> Tensor:
-    """`local` as the same kind of shard as `parameter`."""
-    if not isinstance(parameter, DTensor):
-        return local
-    return DTensor.from_local(
-        local,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
 
 
 class Optimizer(ABC):
