@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from regrow.checkpoint.scratch import clear_dead_scratch
-from regrow.launch.config.errors import UserError
+from regrow.errors import ConfigError
 from regrow.launch.config.package_configs import use_packages
 from regrow.launch.run.worker import log_to_console
 from regrow.trainer.data.cache import writing_to
@@ -95,7 +95,7 @@ def main() -> None:
             _show(args.out)
         else:
             _show(args.folder)
-    except (DataError, UserError, OSError) as error:
+    except (DataError, ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -14,7 +14,6 @@ from hydra.plugins.config_source import ConfigLoadError
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
 import regrow.conf
-from regrow.launch.config.errors import UserError
 from regrow.launch.config.plugins import (
     PackageError,
     UserPackages,
@@ -33,20 +32,17 @@ def use_packages(environ: Mapping[str, str] = os.environ) -> UserPackages:
     """Finds the user's own packages, imports them, and makes their configs known to Hydra.
 
     Raises:
-        UserError: one sentence on what is wrong with them.
+        PackageError: one sentence on what is wrong with them.
     """
     try:
         folder = Path.cwd()
     except FileNotFoundError:
         folder = Path("/")  # the working directory has been removed, and with it the project
-    try:
-        packages = find_packages(environ, folder)
-        load_packages(packages)
-        register_schemas()
-        for name in packages.names:
-            _register(name)
-    except PackageError as error:
-        raise UserError(str(error)) from error
+    packages = find_packages(environ, folder)
+    load_packages(packages)
+    register_schemas()
+    for name in packages.names:
+        _register(name)
     Plugins.instance().register(_OwnConfigs)
     return packages
 

@@ -2,7 +2,7 @@
 
 Naming a package is the permission to import it. Packages are named by a project, by an installed distribution or by
 the environment; a config that was read from a checkpoint never names one. Ranks need this before they can read what
-they are told, so nothing but the standard library is imported here.
+they are told, so little more than the standard library is imported here.
 """
 
 import importlib
@@ -16,6 +16,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from regrow.errors import ConfigError
 
 __all__ = [
     "PATH_VARIABLE",
@@ -39,7 +41,7 @@ _GROUP = "regrow.plugins"
 _PROJECT = "pyproject.toml"
 
 
-class PackageError(ValueError):
+class PackageError(ConfigError):
     """A package of the user's own cannot be used; the message is the whole explanation."""
 
 

@@ -171,7 +171,7 @@ def build_trainer(spec: RankSpec, context: "ParallelContext", flag: StopFlag, th
     """Everything that this rank trains with."""
     import torch
 
-    from regrow.launch.run.build import build_model, build_schedule
+    from regrow.launch.run.build import build_model, build_optimizer, build_schedule
     from regrow.models.config import DecoderConfig
     from regrow.trainer.data.loader import Prefetcher
     from regrow.trainer.data.token_store import TokenStore
@@ -227,8 +227,6 @@ def build_trainer(spec: RankSpec, context: "ParallelContext", flag: StopFlag, th
             depth=data.prefetch,
         )
 
-    from regrow.launch.run.build import build_optimizer_class
-
     return Trainer(
         options=TrainerOptions(
             seed=config.seed,
@@ -247,7 +245,7 @@ def build_trainer(spec: RankSpec, context: "ParallelContext", flag: StopFlag, th
         ),
         context=context,
         engine=engine,
-        optimizer=build_optimizer_class(config)(config.optimizer, parallel.model),
+        optimizer=build_optimizer(config, parallel.model),
         schedule=build_schedule(config),
         make_batches=make_batches,
         hooks=_hooks(spec, context, threads, store.index.fingerprint),

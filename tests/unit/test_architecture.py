@@ -83,7 +83,7 @@ def test_config_modules_import_little() -> None:
 
 
 def test_signal_handlers_stand_before_torch() -> None:
-    early = ("regrow.launch.run.signals", "regrow.trainer.process", "regrow.launch.config.plugins")
+    early = ("regrow.launch.run.signals", "regrow.trainer.process", "regrow.launch.config.plugins", "regrow.errors")
     sources = ("launch/train.py", "launch/run/signals.py", "launch/run/worker.py", "trainer/process.py")
     for name in (*sources, "launch/config/plugins.py"):
         top_level = ast.parse((REPO / name).read_text()).body
