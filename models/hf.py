@@ -16,6 +16,7 @@ from typing import Any
 
 import regrow.models
 from regrow.models.config import DecoderConfig, ModelConfig
+from regrow.models.further import family_modules
 
 __all__ = [
     "CONFIG",
@@ -37,7 +38,6 @@ __all__ = [
     "number",
     "parse_config",
     "read_config",
-    "register_families",
     "require",
     "require_full_attention",
     "rope_fields",
@@ -112,22 +112,13 @@ class HfFamily:
     read: Callable[[Mapping[str, Any], str], ModelConfig]
 
 
-# `hf` modules outside of `models`.
-_FURTHER: list[str] = []
-
-
-def register_families(modules: Iterable[str]) -> None:
-    """Takes up `hf` modules of packages that are not Regrow's, by their full names; again is the same as once."""
-    _FURTHER.extend(name for name in modules if name not in _FURTHER)
-
-
 def families() -> list[HfFamily]:
     """Every family with a `hf` module below `models`, and those that were registered."""
     found = []
     for package in pkgutil.iter_modules(regrow.models.__path__, "regrow.models."):
         if package.ispkg and any(m.name == "hf" for m in pkgutil.iter_modules([_folder_of(package.name)])):
             found.append(importlib.import_module(f"{package.name}.hf").FAMILY)
-    found += [family for name in _FURTHER if (family := _family_in(name)) is not None]
+    found += [family for name in family_modules() if (family := _family_in(name)) is not None]
     # A family may bring several architectures.
     return [f for entry in found for f in (entry if isinstance(entry, tuple) else (entry,))]
 

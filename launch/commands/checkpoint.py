@@ -23,7 +23,7 @@ from regrow.launch.commands.convert import (
     under_our_names,
 )
 from regrow.launch.config.package_configs import use_packages
-from regrow.launch.run.worker import log_to_console
+from regrow.launch.run.logs import log_to_console
 
 __all__ = ["main"]
 

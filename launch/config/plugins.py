@@ -1,8 +1,7 @@
 """A user's own packages: which ones are named, and making them importable here and in every process of a run.
 
 Naming a package is the permission to import it. Packages are named by a project, by an installed distribution or by
-the environment; a config that was read from a checkpoint never names one. Ranks need this before they can read what
-they are told, so little more than the standard library is imported here.
+the environment; a config that was read from a checkpoint never names one.
 """
 
 import importlib
@@ -18,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from regrow.errors import ConfigError
+from regrow.models.further import register_families
 
 __all__ = [
     "PATH_VARIABLE",
@@ -162,7 +162,7 @@ def load_packages(packages: UserPackages) -> None:
     for name in packages.names:
         _import_package(name, packages)
     _active = packages
-    _register_families(packages)
+    register_families(m for name in packages.names for m in modules_named(name, lambda stem: stem == "hf"))
 
 
 def _received(names: tuple[str, ...], folder: str, named_in: str) -> UserPackages:
@@ -205,14 +205,6 @@ def _failed(name: str, error: Exception) -> PackageError:
         f"the package {name.partition('.')[0]} must be importable, but importing {name} fails "
         f"({type(error).__name__}: {reason}); correct it"
     )
-
-
-def _register_families(packages: UserPackages) -> None:
-    if packages.names:
-        # Ranks load this module before their signal handlers stand, and this one takes a moment.
-        from regrow.models.hf import register_families
-
-        register_families(n for name in packages.names for n in modules_named(name, lambda stem: stem == "hf"))
 
 
 def modules_named(package: str, wanted: Callable[[str], bool]) -> Iterator[str]:

@@ -34,7 +34,6 @@ from regrow.models.hf import (
     HfKey,
     check_not_quantised,
     family_of,
-    from_folder,
     has_hf_names,
     parse_config,
     read_config,
@@ -44,8 +43,8 @@ from regrow.models.torchtitan import fused_keys, our_name
 __all__ = [
     "OpenedWeights",
     "WeightsSource",
+    "as_stored",
     "buffers_of",
-    "config_of_folder",
     "contradictions",
     "model_of_folder",
     "open_weights",
@@ -194,30 +193,25 @@ def contradictions(place: Storage, config: ModelConfig) -> list[str]:
     ]
 
 
-def config_of_folder(folder: Path, name: str, *, weights: bool) -> ModelConfig:
-    """The model that a local Hugging Face folder is of.
-
-    Args:
-        folder: holds `config.json`.
-        name: for the variant.
-        weights: its weights are to be used: they have a say where they contradict `config.json`.
+def model_of_folder(storage: Storage) -> ModelConfig:
+    """The model that a Hugging Face folder on any storage is of, weights included; named as the folder.
 
     Raises:
         ValueError: it is of none that we have.
     """
-    config = from_folder(folder, name)[1]
-    return _as_stored(as_storage(folder), config) if weights else config
-
-
-def model_of_folder(storage: Storage) -> ModelConfig:
-    """The same of any storage, weights included; named as the folder."""
     where = f"{storage.url}/{CONFIG}"
     fields = parse_config(storage.read(CONFIG), where)
-    return _as_stored(storage, read_config(fields, storage.url.rstrip("/").rpartition("/")[2], where)[1])
+    return as_stored(storage, read_config(fields, storage.url.rstrip("/").rpartition("/")[2], where)[1])
 
 
-def _as_stored(storage: Storage, config: ModelConfig) -> ModelConfig:
-    """Untied where the folder holds an output layer of its own, as transformers has it."""
+def as_stored(place: Storage | Path, config: ModelConfig) -> ModelConfig:
+    """A folder's model, untied where the folder holds an output layer of its own, as transformers has it.
+
+    Args:
+        place: the folder, whose weights have a say where they contradict its `config.json`.
+        config: as that file describes the model.
+    """
+    storage = as_storage(place)
     sizes = storage.sizes()
     if not getattr(config, "tied_embeddings", False) or not any(n.endswith(".safetensors") for n in sizes):
         return config

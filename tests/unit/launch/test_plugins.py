@@ -18,7 +18,7 @@ from regrow.launch.config import plugins
 from regrow.launch.config.package_configs import use_packages
 from regrow.launch.config.plugins import UserPackages, active_packages, find_packages
 from regrow.launch.config.resolve import resolve
-from regrow.models import hf
+from regrow.models import further
 from regrow.models.hf import families
 from regrow.trainer.hook import Hook
 
@@ -45,9 +45,9 @@ HOOK = """
 def no_packages() -> Iterator[None]:
     """This process names none before and after, and has not grown."""
     path, modules, before = list(sys.path), set(sys.modules), active_packages()
-    further = list(hf._FURTHER)
+    families_before = list(further._MODULES)
     yield
-    plugins._active, hf._FURTHER[:] = before, further
+    plugins._active, further._MODULES[:] = before, families_before
     sys.path[:] = path
     for name in set(sys.modules) - modules:
         if name.startswith("own_"):
