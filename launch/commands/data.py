@@ -9,6 +9,7 @@ from pathlib import Path
 from regrow.checkpoint.scratch import clear_dead_scratch
 from regrow.errors import ConfigError
 from regrow.launch.config.package_configs import use_packages
+from regrow.launch.exit_code import ExitCode
 from regrow.launch.run.logs import log_to_console
 from regrow.trainer.data.cache import writing_to
 from regrow.trainer.data.config import StdlibConfig, TextConfig
@@ -97,7 +98,7 @@ def main() -> None:
             _show(args.folder)
     except (DataError, ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(ExitCode.bad_input)
 
 
 if __name__ == "__main__":

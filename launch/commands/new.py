@@ -10,6 +10,7 @@ from pathlib import Path
 
 import regrow.launch.template
 from regrow.launch.config.errors import UserError
+from regrow.launch.exit_code import ExitCode
 from regrow.launch.run.versions import own_version
 
 __all__ = ["main", "write_project"]
@@ -29,7 +30,7 @@ def main() -> None:
         name = write_project(folder, arguments.package)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(ExitCode.bad_input)
     print(f"wrote {folder} with the package {name}; now: cd {folder} && regrow experiment=first")
 
 
