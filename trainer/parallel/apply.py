@@ -24,6 +24,7 @@ from regrow.models.moe import MixtureOfExperts
 from regrow.trainer.config import ActivationCheckpoint, ContextMethod, ParallelConfig, PrecisionName, TrainConfig
 from regrow.trainer.parallel.context import ParallelContext
 from regrow.trainer.parallel.expert import apply_expert_parallel, set_auxiliary_loss
+from regrow.trainer.parallel.heads import kv_heads_per_rank
 from regrow.trainer.parallel.sequence import ContextGroup, apply_context_parallel
 from regrow.trainer.parallel.stages import StagePlan, plan_stages
 from regrow.trainer.parallel.tensor import TensorGroup, apply_tensor_parallel, shared_parameters, tie
@@ -81,7 +82,9 @@ def parallelise(
     model, parts = _take_stages(whole, stages)
     tensor = sequence = None
     if layout.tp > 1:
-        tensor = apply_tensor_parallel(model, context.meshes.dense["tp"], sequence=parallel.sequence_parallel)
+        tensor = apply_tensor_parallel(
+            model, model_config, context.meshes.dense["tp"], sequence=parallel.sequence_parallel
+        )
     if layout.cp > 1:
         sequence = ContextGroup(
             name=context.group_name("cp"),
@@ -116,7 +119,8 @@ def context_method(parallel: ParallelConfig, model_config: DecoderConfig, tp: in
     """What `auto` stands for."""
     if parallel.cp_method is not ContextMethod.auto:
         return parallel.cp_method
-    divides = model_config.n_heads // tp % cp == 0 and model_config.n_kv_heads // tp % cp == 0
+    kv_heads = kv_heads_per_rank(model_config.n_kv_heads, tp)
+    divides = model_config.n_heads // tp % cp == 0 and kv_heads % cp == 0
     return ContextMethod.ulysses if divides else ContextMethod.gather
 
 

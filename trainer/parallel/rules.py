@@ -12,6 +12,7 @@ from regrow.trainer.config import (
     PipelineSchedule,
     TrainConfig,
 )
+from regrow.trainer.parallel.heads import kv_heads_per_rank
 from regrow.trainer.parallel.layout import Layout, divisors_of
 from regrow.trainer.parallel.stages import stages_per_rank
 
@@ -92,7 +93,6 @@ def _tensor(
         )
     if layout.tp == 1:
         return
-    yield from _divides("tp", layout.tp, model.n_kv_heads, "model.n_kv_heads")
     yield from _divides("tp", layout.tp, model.n_heads, "model.n_heads")
     yield from _divides("tp", layout.tp, model.ffn_dim, "model.ffn_dim")
     if model.vocab_size < layout.tp:
@@ -118,7 +118,7 @@ def _context(layout: Layout, parallel: ParallelConfig, model: DecoderConfig, bat
             f"data.seq_len must be a multiple of {multiple} with parallel.cp={layout.cp}, whose ranks hold {pieces} "
             f"piece(s) each, but is {batch.seq_len}; use {_next(batch.seq_len, multiple)}"
         )
-    heads, kv_heads = model.n_heads // layout.tp, model.n_kv_heads // layout.tp
+    heads, kv_heads = model.n_heads // layout.tp, kv_heads_per_rank(model.n_kv_heads, layout.tp)
     if parallel.cp_method is ContextMethod.ulysses and (heads % layout.cp or kv_heads % layout.cp):
         yield (
             f"parallel.cp must divide the heads of a rank ({heads} and {kv_heads} for keys) with "

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from regrow.models.base import LanguageModel
+from regrow.models.config import DecoderConfig
 from regrow.models.plan import Style
 from regrow.trainer.parallel.collectives import (
     all_gather_slice_grad,
@@ -28,6 +29,7 @@ from regrow.trainer.parallel.collectives import (
     reduce_scatter,
     shard,
 )
+from regrow.trainer.parallel.heads import KvHeads, kv_heads_of_rank
 
 __all__ = [
     "TensorGroup",
@@ -91,6 +93,27 @@ class _ColwiseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, local(self.weight))
+
+
+class _SharedKvHeads(nn.Module):
+    """Key/value heads that several ranks use: the weight is whole on each, which computes what its queries need.
+
+    So a checkpoint keeps it once and the norm counts it once; its gradients, zero for heads that a rank does not use,
+    are summed.
+    """
+
+    weight: nn.Parameter
+    tensor_group: TensorGroup
+    kv_heads: KvHeads
+    head_dim: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, heads = copy_to(local(self.weight), self.tensor_group.name), self.kv_heads
+        out = F.linear(x, weight.narrow(0, heads.first * self.head_dim, heads.count * self.head_dim))
+        if heads.repeats == tuple(range(heads.count)):
+            return out
+        parts = torch.split(out, self.head_dim, dim=-1)
+        return torch.cat([parts[head] for head in heads.repeats], dim=-1)
 
 
 class _RowwiseLinear(nn.Module):
@@ -204,11 +227,14 @@ def tie(model: nn.Module, shared: Sequence[tuple[str, str]]) -> None:
         setattr(model.get_submodule(owner), leaf, model.get_parameter(first))
 
 
-def apply_tensor_parallel(model: LanguageModel, mesh: DeviceMesh, *, sequence: bool) -> TensorGroup:
+def apply_tensor_parallel(
+    model: LanguageModel, config: DecoderConfig, mesh: DeviceMesh, *, sequence: bool
+) -> TensorGroup:
     """Cuts the matrices as the model's plan says.
 
     Args:
         model: on the meta device.
+        config: the model's.
         mesh: the `tp` axis.
         sequence: cut activations along the sequence between the matrices.
     """
@@ -216,14 +242,25 @@ def apply_tensor_parallel(model: LanguageModel, mesh: DeviceMesh, *, sequence: b
     member = TensorGroup(
         name=str(group.group_name), rank=dist.get_rank(group), ranks=dist.get_world_size(group), sequence=sequence
     )
+    kv_heads = kv_heads_of_rank(config.n_kv_heads, member.ranks, member.rank)
     shared = shared_parameters(model)
     for pattern, style in model.plan().items():
         for name, module in model.named_modules():
             if fnmatch.fnmatchcase(name, pattern) and name.count(".") == pattern.count("."):
-                _apply_style(module, style, mesh, member)
+                if style is Style.kv_heads and kv_heads.shared:
+                    _share_kv_heads(module, config.head_width, kv_heads, mesh, member)
+                else:
+                    _apply_style(module, style, mesh, member)
     # Each name got a DTensor of its own.
     tie(model, shared)
     return member
+
+
+def _share_kv_heads(
+    module: nn.Module, head_dim: int, kv_heads: KvHeads, mesh: DeviceMesh, member: TensorGroup
+) -> None:
+    distribute_parameters(module, mesh, Replicate())
+    mix_in(module, _SharedKvHeads, tensor_group=member, kv_heads=kv_heads, head_dim=head_dim)
 
 
 def _apply_style(module: nn.Module, style: Style, mesh: DeviceMesh, member: TensorGroup) -> None:
@@ -236,7 +273,7 @@ def _apply_style(module: nn.Module, style: Style, mesh: DeviceMesh, member: Tens
             )
         case Style.gather_input:
             mix_in(module, _GatherInput, tensor_group=member)
-        case Style.colwise:
+        case Style.colwise | Style.kv_heads:
             distribute_parameters(module, mesh, Shard(0))
             mix_in(module, _ColwiseLinear)
         case Style.rowwise:
