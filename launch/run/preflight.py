@@ -31,7 +31,7 @@ from regrow.launch.run.build import (
     rules,
 )
 from regrow.launch.run.ranks import detect_ranks
-from regrow.launch.run.weights import buffers_of, contradictions, shapes_of
+from regrow.launch.run.weights import buffers_of, contradictions, shapes_of, vocabulary_of
 from regrow.models.config import DecoderConfig
 from regrow.models.hf import CONFIG, HEAD
 from regrow.trainer.data.config import TextConfig, TokensConfig
@@ -115,7 +115,7 @@ def _check_checkpoint(config: CheckpointConfig) -> None:
         raise ValueError(
             "checkpoint.enable must be true with checkpoint.create_seed_checkpoint, but is false; use checkpoint=seed"
         )
-    LoadRules.from_config(config)
+    LoadRules.from_config(config, ())
     _at_least(config.export.every_n, 0, "checkpoint.export.every_n", "1000")
     size_in_bytes(config.export.max_shard_size, "checkpoint.export.max_shard_size")
     _at_least(config.interval, 1, "checkpoint.interval", "500")
@@ -213,7 +213,7 @@ def check_initial_load(config: Config, start: StartPoint) -> LoadPlan:
         plan = check_load(
             source,
             shapes,
-            LoadRules.from_config(config.checkpoint),
+            LoadRules.from_config(config.checkpoint, vocabulary_of(config.model)),
             unused=opened.unused,
             beside=(*opened.same, *buffers_of(config.model)),
             idle_rules=opened.idle_rules,

@@ -416,7 +416,7 @@ def _checkpoint_hooks(spec: RankSpec, fingerprint: str) -> list[Any]:
         rules,
         tracked_metrics,
     )
-    from regrow.launch.run.weights import shapes_of
+    from regrow.launch.run.weights import shapes_of, vocabulary_of
     from regrow.trainer.hooks.checkpoint import CheckpointHook, CheckpointPlan
     from regrow.trainer.hooks.export import ExportHook, ExportPlan
     from regrow.trainer.hooks.last_save import LastSave
@@ -464,7 +464,7 @@ def _checkpoint_hooks(spec: RankSpec, fingerprint: str) -> list[Any]:
             export=hf_export(config, spec.run_dir) if options.last_save_in_hf else None,
             folder=export_folder(spec.run_dir),
         ),
-        initial=LoadRules.from_config(options),
+        initial=LoadRules.from_config(options, vocabulary_of(config.model)),
         open_initial=lambda path: open_initial(config, path).source,
         parameters=lambda: shapes_of(config.model).keys(),
     )
