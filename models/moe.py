@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regrow.models.linear import Linear
+from regrow.torch_compat import is_in_backward
 
 __all__ = ["Experts", "MixtureOfExperts", "Router", "add_loss"]
 
@@ -151,7 +152,7 @@ class MixtureOfExperts(nn.Module):
         scores_SE, weights_SC, chosen_SC = self.router(x_SD, self.expert_bias)
         per_token = chosen_SC.shape[1]
         # A backward pass that computes the block again must not count a second time.
-        if self.training and torch._C._current_graph_task_id() == -1:
+        if self.training and not is_in_backward():
             self._count(chosen_SC, valid_BT)
         rows_RD = x_SD.repeat_interleave(per_token, dim=0)
         out_RD = self.run_experts(rows_RD, chosen_SC.flatten(), self.experts)

@@ -34,6 +34,7 @@ from regrow.launch.run.ranks import detect_ranks
 from regrow.launch.run.weights import buffers_of, contradictions, shapes_of, vocabulary_of
 from regrow.models.config import DecoderConfig
 from regrow.models.hf import CONFIG, HEAD
+from regrow.torch_compat import splits_backward
 from regrow.trainer.data.config import TextConfig, TokensConfig
 from regrow.trainer.data.prepare import cache_folder, prepare
 from regrow.trainer.data.token_store import TokenStore
@@ -50,7 +51,6 @@ __all__ = [
     "check_parallel",
     "check_seed",
     "prepare_data",
-    "splits_backward",
 ]
 
 log = logging.getLogger(__name__)
@@ -165,11 +165,6 @@ def check_parallel(config: Config, layout: Layout, device_type: str) -> None:
         device_type=device_type,
         splits_backward=splits_backward(),
     )
-
-
-def splits_backward() -> bool:
-    """Whether this torch runs the two halves of a backward pass through autograd functions of one's own."""
-    return tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13)
 
 
 def check_seed(environ: Mapping[str, str]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from regrow.launch.run.preflight import splits_backward
+from regrow.torch_compat import splits_backward
 from tests.layouts import Observed, observe, relative
 from tests.support import TINY_MODEL, tiny
 

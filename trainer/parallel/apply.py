@@ -21,6 +21,7 @@ from regrow.models.config import DecoderConfig
 from regrow.models.cpu import CPU_PRODUCTS
 from regrow.models.init import fill_shard
 from regrow.models.moe import MixtureOfExperts
+from regrow.torch_compat import ATTENTION_OPERATORS, overlap_tensor_parallel
 from regrow.trainer.config import ActivationCheckpoint, ContextMethod, ParallelConfig, PrecisionName, TrainConfig
 from regrow.trainer.parallel.context import ParallelContext
 from regrow.trainer.parallel.expert import apply_expert_parallel, set_auxiliary_loss
@@ -136,11 +137,7 @@ def _take_stages(whole: LanguageModel, stages: StagePlan) -> tuple[LanguageModel
 def _compile(model: LanguageModel, backend: str, overlap: ParallelContext | None) -> None:
     """Compiles each block's forward alone: FSDP's hooks stay outside of the graph, and names stay as they are."""
     if overlap is not None:
-        from torch._inductor import config as inductor
-        from torch.distributed._symmetric_memory import enable_symm_mem_for_group
-
-        inductor._micro_pipeline_tp = True
-        enable_symm_mem_for_group(overlap.meshes.data.get_group("tp").group_name)
+        overlap_tensor_parallel(overlap.group_name("tp"))
     for block in model.blocks():
         # How many rows each expert gets is known on the host alone: there the attention is compiled, not the experts.
         mixture = any(isinstance(m, MixtureOfExperts) for m in block.modules())
@@ -153,10 +150,7 @@ _KEPT = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    *ATTENTION_OPERATORS,
     *CPU_PRODUCTS,
 }
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.distributed.tensor.debug as tensor_debug
 from torch.distributed.rendezvous import rendezvous
 
+from regrow.torch_compat import clear_sharding_cache
 from regrow.trainer.parallel.layout import Layout
 from regrow.trainer.parallel.mesh import Meshes, make_meshes
 
@@ -102,5 +102,5 @@ def close_parallel() -> None:
     """Leaves the process groups."""
     if dist.is_initialized():
         dist.destroy_process_group()
-    # What DTensor remembers of operations holds meshes; the next run of this process would get groups that are gone.
-    tensor_debug._clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
+    # The next run of this process would get groups that are gone.
+    clear_sharding_cache()

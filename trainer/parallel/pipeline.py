@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
 
+from regrow.torch_compat import set_micro_batches
 from regrow.trainer.config import PipelineSchedule
 from regrow.trainer.parallel.stages import StagePlan
 
@@ -63,8 +64,7 @@ class Pipeline:
         schedule = self._built[key]
         arguments: list[Any] = [(t,) for t, _, _ in inputs] if self._has(0) else [()] * len(inputs)
         options = [o for _, o, _ in inputs]
-        # The schedule would cut one large batch; micro-batches come cut already.
-        schedule._split_inputs = lambda _args, _kwargs=None: (arguments, options)
+        set_micro_batches(schedule, arguments, options)
         if self._has(self._stages.count - 1):
             schedule.step(target=torch.cat([label for _, _, label in inputs]), losses=[], return_outputs=False)
         else:

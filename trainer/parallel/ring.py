@@ -18,12 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from regrow.torch_compat import (
+    cpu_attention,
+    cpu_attention_backward,
+    efficient_attention,
+    efficient_attention_backward,
+    flash_attention,
+    flash_attention_backward,
+)
 from regrow.trainer.parallel.collectives import ring_send_recv_start, ring_send_recv_wait
 from regrow.trainer.parallel.sequence_chunks import sequence_chunks
 
 __all__ = ["block_attention", "block_gradients", "ring_attention"]
-
-_aten: Any = torch.ops.aten
 
 
 def block_attention(
@@ -40,13 +46,11 @@ def block_attention(
     """
     bias = _bias(q_BNIH, k_BNJH, mask)
     if q_BNIH.device.type == "cpu":
-        out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
-            q_BNIH, k_BNJH, v_BNJH, 0.0, causal, attn_mask=bias
-        )
+        out, lse = cpu_attention(q_BNIH, k_BNJH, v_BNJH, 0.0, causal, attn_mask=bias)
     elif _flash(q_BNIH, mask):
-        out, lse, *_ = _aten._scaled_dot_product_flash_attention(q_BNIH, k_BNJH, v_BNJH, 0.0, causal)
+        out, lse, *_ = flash_attention(q_BNIH, k_BNJH, v_BNJH, 0.0, causal)
     else:
-        out, lse, *_ = _aten._scaled_dot_product_efficient_attention(q_BNIH, k_BNJH, v_BNJH, bias, True, 0.0, causal)
+        out, lse, *_ = efficient_attention(q_BNIH, k_BNJH, v_BNJH, bias, True, 0.0, causal)
         lse = lse[..., : q_BNIH.shape[2]]
     if mask is not None:
         # What the kernels give for a row that sees nothing differs.
@@ -81,7 +85,7 @@ def block_gradients(
     """
     bias = _bias(q_BNIH, k_BNJH, mask)
     if q_BNIH.device.type == "cpu":
-        grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grads = cpu_attention_backward(
             grad_BNIH, q_BNIH, k_BNJH, v_BNJH, out_BNIH, lse_BNI, 0.0, causal, attn_mask=bias
         )
         return grads[0], grads[1], grads[2]
@@ -89,14 +93,14 @@ def block_gradients(
     none = torch.empty((), dtype=torch.uint64, device=q_BNIH.device)
     if _flash(q_BNIH, mask):
         longest = (q_BNIH.shape[2], k_BNJH.shape[2])
-        grads = _aten._scaled_dot_product_flash_attention_backward(
+        grads = flash_attention_backward(
             grad_BNIH, q_BNIH, k_BNJH, v_BNJH, out_BNIH, lse_BNI, None, None, *longest, 0.0, causal, none, none
         )
         return grads[0], grads[1], grads[2]
     padded = F.pad(lse_BNI, (0, -lse_BNI.shape[2] % 32))
     needed = [True, True, True, False]
     seed = torch.empty((), dtype=torch.int64, device=q_BNIH.device)
-    grads = _aten._scaled_dot_product_efficient_attention_backward(
+    grads = efficient_attention_backward(
         grad_BNIH, q_BNIH, k_BNJH, v_BNJH, bias, out_BNIH, padded, seed, seed, 0.0, needed, causal
     )
     return grads[0], grads[1], grads[2]

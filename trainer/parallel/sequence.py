@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 from regrow.models.layers import Attention, attend
 from regrow.trainer.config import ContextMethod
@@ -90,8 +91,6 @@ def _attend_up_to(q_BTNH: Tensor, k: Tensor, v: Tensor, start: int, mask: Tensor
         allowed = mask[:, :, start:stop, :stop]
     elif q_BTNH.device.type == "cuda":
         # Keeps the flash kernel, which takes no explicit mask.
-        from torch.nn.attention.bias import causal_lower_right
-
         allowed = causal_lower_right(stop - start, stop)
     else:
         places = torch.arange(stop, device=q_BTNH.device)
