@@ -348,7 +348,7 @@ def rope_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
         )
     rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
     rope["rope_theta"] = rope.get("rope_theta") or fields.get("rope_theta") or 10_000.0
-    # Rotates a part of each head alone; it may stand in either place.
+    # Rotates a part of each head alone; either object may have the field.
     require({**fields, **rope}, "partial_rotary_factor", 1.0, "Regrow")
     return rope
 

@@ -77,7 +77,7 @@ class Experts(nn.Module):
 def _grouped(x_SI: Tensor, w_EOI: Tensor, ends_E: Tensor) -> Tensor:
     w_EOI = w_EOI.to(x_SI.dtype)
     if x_SI.shape[0] == 0:
-        # Nothing came: a result that still leads the gradient, a zero, to input and weights.
+        # No rows: a result through which input and weights still get a gradient, zero.
         return x_SI @ w_EOI[0].T
     if x_SI.dtype == torch.float64:
         # The grouped product knows no float64, which is there to check numerics.
@@ -181,7 +181,7 @@ class MixtureOfExperts(nn.Module):
         chosen_BTE = torch.zeros_like(scores_SE).scatter_(1, chosen_SC, 1.0).view(batch, length, -1)
         with torch.no_grad():
             counts_BE = self.sum_counts((chosen_BTE * counted_BT[..., None]).sum(1))
-            # Without dividing by zero for a row that only fills up.
+            # Without dividing by zero for a row of padding.
             tokens_B1 = (counts_BE.sum(-1, keepdim=True) / chosen_SC.shape[1]).clamp(min=1.0)
             fractions_BE = counts_BE * self.n_experts / (chosen_SC.shape[1] * tokens_B1)
         shares_BTE = (scores_SE / scores_SE.sum(-1, keepdim=True)).view(batch, length, -1)

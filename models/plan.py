@@ -1,4 +1,4 @@
-"""How a model may be cut, as data: module patterns and styles; what each style does is the trainer's business."""
+"""How a model may be split over ranks, as data: module patterns and styles. The trainer decides what a style does."""
 
 from enum import Enum
 

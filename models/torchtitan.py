@@ -57,10 +57,10 @@ def todays_name(name: str) -> str:
 def _groups(config: DecoderConfig) -> dict[str, RowGroups]:
     """Where queries, keys and values lie in the fused matrix."""
     queries = config.n_heads // config.n_kv_heads
-    places = {"wq": (0, queries), "wk": (queries, 1), "wv": (queries + 1, 1)}
+    blocks = {"wq": (0, queries), "wk": (queries, 1), "wv": (queries + 1, 1)}
     return {
         which: RowGroups(groups=config.n_kv_heads, blocks=queries + 2, first=first, count=count)
-        for which, (first, count) in places.items()
+        for which, (first, count) in blocks.items()
     }
 
 

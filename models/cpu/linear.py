@@ -28,7 +28,7 @@ PRODUCTS = () if _ONEDNN is None else (_ONEDNN.default,)
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     """`x @ weight.T`; `weight` is a matrix, `x` may have more dimensions."""
     rows = _ONEDNN(x.flatten(0, -2), weight, None, "none", [], "")
-    # As `matmul` does: the matrix is nobody else's, so what is returned is no view to autograd.
+    # As `matmul` does: the matrix is used nowhere else, so that autograd need not know the result as a view.
     out: Tensor = view_of_nothing_else(rows, [*x.shape[:-1], weight.shape[0]])
     return out
 

@@ -1,4 +1,4 @@
-"""How Llama 3 may be cut."""
+"""How Llama 3 may be split over ranks."""
 
 from regrow.models.plan import ShardingPlan, Style
 

@@ -40,7 +40,7 @@ def problem_of(config: Config, device: str = "cpu") -> str | None:
     [
         (["parallel.tp=3"], "parallel.tp must divide model.n_heads (4), but is 3; use 1, 2 or 4"),
         (["parallel.tp=2", "model.ffn_dim=65"], "parallel.tp must divide model.ffn_dim (65), but is 2"),
-        (["parallel.tp=2", "data.seq_len=31"], "parallel.tp · parallel.cp must divide data.seq_len (31), which is cut"),
+        (["parallel.tp=2", "data.seq_len=31"], "parallel.tp · parallel.cp must divide data.seq_len (31), which is split"),
         (["parallel.cp=2", "data.seq_len=30"], "data.seq_len must be a multiple of 4 with parallel.cp=2"),
         (["parallel.cp=4", "parallel.cp_method=ulysses"], "use parallel.cp_method=gather"),
         (["parallel.pp=4"], "parallel.pp · stages per rank must be at most model.n_layers (2), but is 4; use parallel.pp=2 or less"),

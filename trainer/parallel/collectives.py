@@ -37,7 +37,7 @@ def all_reduce_no_grad(x: Tensor, operation: str, group: str) -> Tensor:
 
 
 def all_to_all_no_grad(x: Tensor, received: list[int] | None, sent: list[int] | None, group: str) -> Tensor:
-    """Rows to ranks and from them, as many each way where no numbers are given; autograd does not see it."""
+    """Sends rows to ranks and receives theirs, equally many where no numbers are given; autograd does not see it."""
     out: Tensor = _f.wait_tensor(_f.all_to_all_single(x.contiguous(), received, sent, group))
     return out
 
@@ -162,7 +162,7 @@ def reduce_from(x: Tensor, group: str) -> Tensor:
 
 
 def all_gather_sum_grad(x: Tensor, dim: int, group: str) -> Tensor:
-    """The ranks' parts joined along `dim`, used for different things; gradients are summed and cut again."""
+    """The ranks' parts joined along `dim`, used for different things; gradients are summed and split again."""
     out: Tensor = _AllGatherSumGrad.apply(x, dim, group)  # type: ignore[no-untyped-call]
     return out
 

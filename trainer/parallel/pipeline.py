@@ -1,7 +1,7 @@
-"""The pipeline: stages of torch.distributed.pipelining for training, and one after the other where nothing is learnt.
+"""The pipeline: stages of torch.distributed.pipelining for training, and one after the other without gradients.
 
-The schedules get micro-batches as they are (no splitting), sums of losses (no scaling) and the shapes that travel, so
-that nothing is run to find them out.
+The schedules get micro-batches as they are (no splitting), sums of losses (no scaling) and the shapes that are sent,
+so that nothing is run to infer them.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,7 +33,7 @@ class Pipeline:
         schedule: of training.
         group: the ranks of the pipeline.
         device: where this rank computes.
-        shape_of: the shape of what leaves a stage, given a micro-batch' tokens and whether the stage is the last.
+        shape_of: the shape of what leaves a stage, given a micro-batch's tokens and whether the stage is the last.
         dtype: of what leaves a stage.
         loss: of the last stage's output and the labels.
     """

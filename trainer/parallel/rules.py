@@ -99,7 +99,7 @@ def _tensor(
         yield f"parallel.tp must be at most model.vocab_size ({model.vocab_size}), but is {layout.tp}; use 1"
     if (parallel.sequence_parallel or model.n_experts) and batch.seq_len % (layout.tp * layout.cp):
         yield (
-            f"parallel.tp · parallel.cp must divide data.seq_len ({batch.seq_len}), which is cut over their ranks, "
+            f"parallel.tp · parallel.cp must divide data.seq_len ({batch.seq_len}), which is split over their ranks, "
             f"but is {layout.tp * layout.cp}; use data.seq_len={_next(batch.seq_len, layout.tp * layout.cp)}"
         )
 
@@ -111,12 +111,12 @@ def _next(value: int, multiple: int) -> int:
 def _context(layout: Layout, parallel: ParallelConfig, model: DecoderConfig, batch: Batch) -> Iterator[str]:
     if layout.cp == 1:
         return
-    pieces = 2 if parallel.cp_balance else 1
-    multiple = math.lcm(pieces * layout.cp, layout.cp * layout.tp)
+    chunks = 2 if parallel.cp_balance else 1
+    multiple = math.lcm(chunks * layout.cp, layout.cp * layout.tp)
     if batch.seq_len % multiple:
         yield (
-            f"data.seq_len must be a multiple of {multiple} with parallel.cp={layout.cp}, whose ranks hold {pieces} "
-            f"piece(s) each, but is {batch.seq_len}; use {_next(batch.seq_len, multiple)}"
+            f"data.seq_len must be a multiple of {multiple} with parallel.cp={layout.cp}, whose ranks hold {chunks} "
+            f"chunk(s) each, but is {batch.seq_len}; use {_next(batch.seq_len, multiple)}"
         )
     heads, kv_heads = model.n_heads // layout.tp, kv_heads_per_rank(model.n_kv_heads, layout.tp)
     if parallel.cp_method is ContextMethod.ulysses and (heads % layout.cp or kv_heads % layout.cp):

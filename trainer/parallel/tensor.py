@@ -1,8 +1,8 @@
-"""Tensor parallelism: each rank has a part of every matrix, and of the sequence between the matrices.
+"""Tensor parallelism: each rank holds a shard of every matrix, and of the sequence between the matrices.
 
 Parameters are DTensors, so that checkpoints, initialisation and the gradient norm know what a rank holds; the
 computation is on local tensors with explicit collectives. With sequence parallelism (Korthikanti et al. 2022,
-arXiv:2205.05198) activations between blocks are cut along the sequence, too.
+arXiv:2205.05198) activations between blocks are split along the sequence, too.
 """
 
 import fnmatch
@@ -48,9 +48,9 @@ class TensorGroup:
 
     Attributes:
         name: of the process group.
-        rank: this one's place.
+        rank: this one's number among them.
         ranks: how many.
-        sequence: whether the sequence is cut between the matrices.
+        sequence: whether activations are split along the sequence between the matrices.
     """
 
     name: str
@@ -140,12 +140,12 @@ class _Vocabulary(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         weight = local(self.weight)
         if weight.shape[0] == 0:
-            # Fewer rows than ranks: nothing here, but a gradient of the right shape.
+            # Fewer rows than ranks: no rows here, but a gradient of the right shape.
             rows = weight.sum() + weight.new_zeros(*tokens.shape, weight.shape[1])
             return _leave(rows, self.tensor_group)
-        places = tokens - self.first_row
-        outside = (places < 0) | (places >= weight.shape[0])
-        rows = F.embedding(places.masked_fill(outside, 0), weight).masked_fill(outside[..., None], 0.0)
+        local_rows = tokens - self.first_row
+        outside = (local_rows < 0) | (local_rows >= weight.shape[0])
+        rows = F.embedding(local_rows.masked_fill(outside, 0), weight).masked_fill(outside[..., None], 0.0)
         return _leave(rows, self.tensor_group)
 
 
@@ -203,14 +203,14 @@ def distribute_parameters(module: nn.Module, mesh: DeviceMesh, placement: Placem
             continue
         shape = list(parameter.shape)
         if isinstance(placement, Shard):
-            size, piece = shape[placement.dim], -(-shape[placement.dim] // mesh.size())
-            start = min(mesh.get_local_rank() * piece, size)
-            shape[placement.dim] = min(start + piece, size) - start
+            size, chunk = shape[placement.dim], -(-shape[placement.dim] // mesh.size())
+            start = min(mesh.get_local_rank() * chunk, size)
+            shape[placement.dim] = min(start + chunk, size) - start
         part = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
-        placed = DTensor.from_local(
+        distributed = DTensor.from_local(
             part, mesh, [placement], run_check=False, shape=parameter.shape, stride=parameter.stride()
         )
-        setattr(module, name, nn.Parameter(placed, requires_grad=parameter.requires_grad))
+        setattr(module, name, nn.Parameter(distributed, requires_grad=parameter.requires_grad))
 
 
 def shared_parameters(model: nn.Module) -> list[tuple[str, str]]:
@@ -230,13 +230,13 @@ def tie(model: nn.Module, shared: Sequence[tuple[str, str]]) -> None:
 def apply_tensor_parallel(
     model: LanguageModel, config: DecoderConfig, mesh: DeviceMesh, *, sequence: bool
 ) -> TensorGroup:
-    """Cuts the matrices as the model's plan says.
+    """Shards the matrices as the model's plan says.
 
     Args:
         model: on the meta device.
         config: the model's.
         mesh: the `tp` axis.
-        sequence: cut activations along the sequence between the matrices.
+        sequence: split activations along the sequence between the matrices.
     """
     group = mesh.get_group()
     member = TensorGroup(
@@ -297,5 +297,5 @@ def _apply_style(module: nn.Module, style: Style, mesh: DeviceMesh, member: Tens
         case Style.split_tokens:
             mix_in(module, _SplitTokens, tensor_group=member)
         case Style.expert:
-            # Experts see different tokens on every rank; they are cut by the expert mesh alone.
+            # Experts see different tokens on every rank; they are sharded over the expert mesh alone.
             pass
