@@ -2,10 +2,10 @@
 
 Stages of the pipeline, tensor, context and expert parallelism, activation checkpointing, compilation, FSDP or HSDP.
 
-A module's behaviour is changed in three ways, each for one purpose: where parameters become DTensors, its class becomes
-a subclass that computes with local shards (`mix_in`); where an algorithm differs, a field that the model declares for it
-is set (`Attention.attend`, `MixtureOfExperts.run_experts`); what wraps any forward pass, recomputation and compilation,
-replaces `forward`.
+A module's behaviour is changed in three ways, each for one purpose: where parameters become DTensors, its class
+becomes a subclass that computes with local shards (`mix_in`); where an algorithm differs, a field that the model
+declares for it is set (`Attention.attend`, `MixtureOfExperts.run_experts`); what wraps any forward pass,
+recomputation and compilation, replaces `forward`.
 """
 
 import functools
