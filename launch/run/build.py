@@ -77,7 +77,8 @@ def open_initial(config: Config, path: str, *, find_copies: bool = False) -> Ope
         CheckpointError: it is not there, or cannot be read.
     """
     place = open_storage(path, config.checkpoint.storage_options)
-    return open_weights(place, config.model, LoadRules.from_config(config.checkpoint).rename, find_copies=find_copies)
+    renamed = LoadRules.from_config(config.checkpoint, ()).rename
+    return open_weights(place, config.model, renamed, find_copies=find_copies)
 
 
 def build_source(config: Config) -> Source:

@@ -17,7 +17,7 @@ from regrow.launch.run.build import (
 )
 from regrow.launch.run.labels import run_labels
 from regrow.launch.run.rank_spec import RankSpec
-from regrow.launch.run.weights import shapes_of
+from regrow.launch.run.weights import shapes_of, vocabulary_of
 from regrow.trainer.hook import Hook
 from regrow.trainer.hooks.checkpoint import CheckpointHook, CheckpointPlan
 from regrow.trainer.hooks.export import ExportHook, ExportPlan
@@ -70,7 +70,7 @@ def checkpoint_hooks(spec: RankSpec, fingerprint: str) -> list[Hook]:
             export=hf_export(config, spec.run_dir) if options.last_save_in_hf else None,
             folder=export_folder(spec.run_dir),
         ),
-        initial=LoadRules.from_config(options),
+        initial=LoadRules.from_config(options, vocabulary_of(config.model)),
         open_initial=lambda path: open_initial(config, path).source,
         parameters=lambda: shapes_of(config.model).keys(),
     )

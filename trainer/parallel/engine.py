@@ -36,7 +36,7 @@ class Engine:
 
     Args:
         parallel: this rank's part of the model, initialised.
-        context: this rank's place.
+        context: this rank's process groups, meshes and device.
         model_config: the model's dimensions.
         schedule: of the pipeline.
         precision: of the computation.
@@ -81,9 +81,9 @@ class Engine:
         size, tensor = self._model_config.vocab_size, self._parallel.tensor
         if tensor is None:
             return 0, size
-        piece = -(-size // tensor.ranks)
-        first = min(tensor.rank * piece, size)
-        return first, min(first + piece, size) - first
+        chunk = -(-size // tensor.ranks)
+        first = min(tensor.rank * chunk, size)
+        return first, min(first + chunk, size) - first
 
     def _shape_of(self, tokens: Tensor, last: bool) -> tuple[int, ...]:
         rows, length = tokens.shape
@@ -159,8 +159,8 @@ class Engine:
         given, options, _ = self._inputs(micro_batch)
         logits = self._forward(given, options)
         out = torch.zeros(self._model_config.vocab_size, dtype=torch.float32, device=device)
-        places = options.get("positions", torch.arange(padded.shape[1], device=device))
-        here = (places == at).nonzero().flatten().tolist()
+        positions = options.get("positions", torch.arange(padded.shape[1], device=device))
+        here = (positions == at).nonzero().flatten().tolist()
         if logits is not None and here:
             first, count = self._vocabulary
             out[first : first + count] = logits[0, here[0]].float()
@@ -170,7 +170,7 @@ class Engine:
         return out
 
     def reshard(self) -> None:
-        """Gives back what forward passes without backward passes left gathered."""
+        """Frees what forward passes without backward passes left gathered."""
         reshard(self._parallel.parts)
 
     def _forward(self, tokens: Tensor, options: dict[str, Tensor]) -> Tensor | None:
@@ -193,7 +193,7 @@ class Engine:
             tokens, labels = tokens[:, positions], labels[:, positions]
             options["positions"] = positions
         elif self._pipeline is not None:
-            # Later stages cannot tell from what reaches them, which may be cut along the sequence.
+            # Later stages cannot tell from their input, which may be split along the sequence.
             options["positions"] = torch.arange(tokens.shape[1], device=device)
         if self._mixtures:
             options["valid"] = labels != IGNORE

@@ -12,6 +12,7 @@ from regrow.trainer.config import (
     PipelineSchedule,
     TrainConfig,
 )
+from regrow.trainer.parallel.heads import kv_heads_per_rank
 from regrow.trainer.parallel.layout import Layout, divisors_of
 from regrow.trainer.parallel.stages import stages_per_rank
 
@@ -92,14 +93,13 @@ def _tensor(
         )
     if layout.tp == 1:
         return
-    yield from _divides("tp", layout.tp, model.n_kv_heads, "model.n_kv_heads")
     yield from _divides("tp", layout.tp, model.n_heads, "model.n_heads")
     yield from _divides("tp", layout.tp, model.ffn_dim, "model.ffn_dim")
     if model.vocab_size < layout.tp:
         yield f"parallel.tp must be at most model.vocab_size ({model.vocab_size}), but is {layout.tp}; use 1"
     if (parallel.sequence_parallel or model.n_experts) and batch.seq_len % (layout.tp * layout.cp):
         yield (
-            f"parallel.tp · parallel.cp must divide data.seq_len ({batch.seq_len}), which is cut over their ranks, "
+            f"parallel.tp · parallel.cp must divide data.seq_len ({batch.seq_len}), which is split over their ranks, "
             f"but is {layout.tp * layout.cp}; use data.seq_len={_next(batch.seq_len, layout.tp * layout.cp)}"
         )
 
@@ -111,14 +111,14 @@ def _next(value: int, multiple: int) -> int:
 def _context(layout: Layout, parallel: ParallelConfig, model: DecoderConfig, batch: Batch) -> Iterator[str]:
     if layout.cp == 1:
         return
-    pieces = 2 if parallel.cp_balance else 1
-    multiple = math.lcm(pieces * layout.cp, layout.cp * layout.tp)
+    chunks = 2 if parallel.cp_balance else 1
+    multiple = math.lcm(chunks * layout.cp, layout.cp * layout.tp)
     if batch.seq_len % multiple:
         yield (
-            f"data.seq_len must be a multiple of {multiple} with parallel.cp={layout.cp}, whose ranks hold {pieces} "
-            f"piece(s) each, but is {batch.seq_len}; use {_next(batch.seq_len, multiple)}"
+            f"data.seq_len must be a multiple of {multiple} with parallel.cp={layout.cp}, whose ranks hold {chunks} "
+            f"chunk(s) each, but is {batch.seq_len}; use {_next(batch.seq_len, multiple)}"
         )
-    heads, kv_heads = model.n_heads // layout.tp, model.n_kv_heads // layout.tp
+    heads, kv_heads = model.n_heads // layout.tp, kv_heads_per_rank(model.n_kv_heads, layout.tp)
     if parallel.cp_method is ContextMethod.ulysses and (heads % layout.cp or kv_heads % layout.cp):
         yield (
             f"parallel.cp must divide the heads of a rank ({heads} and {kv_heads} for keys) with "
