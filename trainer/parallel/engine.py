@@ -20,6 +20,7 @@ from regrow.trainer.parallel.context import ParallelContext
 from regrow.trainer.parallel.pipeline import Pipeline, StageInput
 from regrow.trainer.parallel.sequence_chunks import positions_of
 from regrow.trainer.parallel.vocabulary import summed_vocabulary_cross_entropy
+from regrow.trainer.reduction import StepReduction
 
 __all__ = ["Engine"]
 
@@ -58,6 +59,7 @@ class Engine:
         self._tied_apart = parallel.model.tied_parameters() if context.layout.pp > 1 else ()
         self._mixtures = [m for m in parallel.model.modules() if isinstance(m, MixtureOfExperts)]
         self._losses: list[Tensor] = []
+        self._busiest: Tensor | None = None
         self._tokens = 1
         last = parallel.stages.count - 1 in parallel.stages.mine
         # One of the ranks with the same loss reports it.
@@ -234,16 +236,18 @@ class Engine:
         counted = [p for n, p in self._parameters.items() if n not in skipped]
         return global_grad_norm(counted, context.meshes.data.get_group("pp") if context.layout.pp > 1 else None)
 
-    @torch.no_grad()
-    def balance(self) -> Tensor | None:
-        """After an update: moves the experts' biases by what the step's load was, and forgets the load.
-
-        Returns:
-            The busiest expert's load in any layer, as a multiple of the layer's mean, on the device; None without
-            experts.
+    def register(self, reduction: StepReduction) -> None:
+        """Registers what all ranks are to know of a step: with experts, the busiest one's load in any layer, as a
+        multiple of the layer's mean.
         """
+        if self._mixtures:
+            reduction.max("expert_load_max", lambda: 0.0 if self._busiest is None else self._busiest, in_row=True)
+
+    @torch.no_grad()
+    def after_update(self) -> None:
+        """Moves the experts' biases by what the step's load was, and forgets the load."""
         if not self._mixtures:
-            return None
+            return
         loads_LE = torch.stack([m.load for m in self._mixtures])
         dense = self._context.meshes.dense
         for axis in ("dp_replicate", "fsdp", "tp"):
@@ -253,10 +257,7 @@ class Engine:
         for mixture, load_E, mean in zip(self._mixtures, loads_LE, means_L1, strict=True):
             mixture.expert_bias += mixture.bias_update_speed * (mean - load_E).sign()
             mixture.load.zero_()
-        busiest = (loads_LE / means_L1).max()
-        if self._context.layout.pp > 1:
-            dist.all_reduce(busiest, dist.ReduceOp.MAX, group=self._context.meshes.data.get_group("pp"))
-        return busiest
+        self._busiest = (loads_LE / means_L1).max()
 
     def owner_ranks(self, names: Sequence[str]) -> dict[str, list[int]]:
         """The ranks that hold tensors which not all ranks hold, for the checkpoint."""

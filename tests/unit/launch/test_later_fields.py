@@ -105,7 +105,8 @@ def schemas() -> dict[str, dict[str, bool]]:
     found: dict[str, dict[str, bool]] = {"": root}
     for section, nodes in ConfigStore.instance().repo.items():
         for name, node in nodes.items() if isinstance(nodes, dict) else ():
-            kind = node.node._metadata.object_type
+            # Below `hydra` lie groups of groups.
+            kind = None if isinstance(node, dict) else node.node._metadata.object_type
             if kind is not None and kind.__module__.startswith("regrow."):
                 found[f"{section}/{name.removesuffix('.yaml')}"] = identity_fields(kind, section)
     return {name: fields for name, fields in found.items() if fields}

@@ -28,7 +28,7 @@ class SpikesHook(Hook):
         self._recent: deque[float] = deque(maxlen=config.window)
         self._log: StepLog | None = None
 
-    def fit_start(self, trainer: Trainer) -> None:
+    def before_fit(self, trainer: Trainer) -> None:
         if not trainer.context.is_main:
             return
         run_dir, step = trainer.resources.run_dir, trainer.state.step
@@ -36,7 +36,7 @@ class SpikesHook(Hook):
         # Rows beyond the step that the run resumes from are dropped, so that each step is written once.
         self._log = StepLog(run_dir / SPIKES, step)
 
-    def on_metrics(self, trainer: Trainer, row: Mapping[str, Any]) -> None:
+    def after_metrics(self, trainer: Trainer, row: Mapping[str, Any]) -> None:
         if self._log is None:
             return
         mean = sum(self._recent) / max(1, len(self._recent))
@@ -49,7 +49,10 @@ class SpikesHook(Hook):
         if self._log is not None:
             self._log.make_durable()
 
-    def fit_end(self, trainer: Trainer) -> None:
+    def after_fit(self, trainer: Trainer) -> None:
         if self._log is not None:
             self._log.make_durable()
+
+    def close(self, trainer: Trainer) -> None:
+        if self._log is not None:
             self._log.close()
