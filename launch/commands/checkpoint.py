@@ -23,7 +23,6 @@ from regrow.launch.commands.convert import (
     import_checkpoint,
     under_our_names,
 )
-from regrow.launch.config.package_configs import use_packages
 from regrow.launch.exit_code import ExitCode
 from regrow.launch.run.logs import log_to_console
 
@@ -70,7 +69,6 @@ def main() -> None:
     args = _parser().parse_args()
     log_to_console()
     try:
-        use_packages()
         code = _COMMANDS[args.command](args)
     except (ValueError, OSError) as error:
         if args.json:

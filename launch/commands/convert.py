@@ -25,7 +25,6 @@ from regrow.checkpoint.sources.hf_mapping import ToHfSource
 from regrow.checkpoint.storage.opening import as_storage, is_url
 from regrow.launch.commands.identify_model import UnknownModelError, model_of, run_folder_of, settings_of_model
 from regrow.launch.commands.torchtitan import adamw_of, beside_tensors, manifest_of
-from regrow.launch.config.package_configs import use_packages
 from regrow.launch.exit_code import ExitCode
 from regrow.launch.run.logs import log_to_console
 from regrow.launch.run.versions import software_versions
@@ -370,7 +369,6 @@ def main() -> None:
         hf_assets_path=args.hf_assets_path,
     )
     try:
-        use_packages()
         result = import_checkpoint(request) if args.command == "from-hf" else export_checkpoint(request)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 
 from regrow.checkpoint.scratch import clear_dead_scratch
-from regrow.errors import ConfigError
-from regrow.launch.config.package_configs import use_packages
 from regrow.launch.exit_code import ExitCode
 from regrow.launch.run.logs import log_to_console
 from regrow.trainer.data.cache import writing_to
@@ -89,14 +87,13 @@ def main() -> None:
     log_to_console()
     args = _parser().parse_args()
     try:
-        use_packages()
         if args.command == "tokenize":
             clear_dead_scratch()
             _tokenize(args)
             _show(args.out)
         else:
             _show(args.folder)
-    except (DataError, ConfigError, OSError) as error:
+    except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(ExitCode.bad_input)
 

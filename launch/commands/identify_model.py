@@ -20,7 +20,7 @@ from regrow.checkpoint.storage.base import Storage
 from regrow.checkpoint.storage.local import LocalStorage
 from regrow.checkpoint.storage.opening import as_storage
 from regrow.launch.config.composition import compose_config
-from regrow.launch.config.package_configs import schemas_of
+from regrow.launch.config.package_configs import schemas_of, use_packages
 from regrow.launch.config.plugins import active_packages, allowed_roots, how_to_name
 from regrow.launch.config.refusals import refusing
 from regrow.launch.config.schema import config_modules
@@ -119,7 +119,7 @@ def run_folder_of(step: Storage) -> Path | None:
 
 
 def model_of(place: str, forced: str | None, overrides: Collection[str] = ()) -> ModelConfig:
-    """The model that a checkpoint is of.
+    """The model that a checkpoint is of, of Regrow's or of a package that is named now.
 
     Args:
         place: what `open_source` opens.
@@ -129,6 +129,7 @@ def model_of(place: str, forced: str | None, overrides: Collection[str] = ()) ->
     Raises:
         ValueError: it cannot be found out.
     """
+    use_packages()
     strange = next((o for o in overrides if forced is None or not o.startswith("model.")), None)
     if strange is not None:
         raise ValueError(

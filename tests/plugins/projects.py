@@ -41,6 +41,46 @@ POLICY_CONFIG = '''
         _target_: str = "checkpoint.policy.Thirds"
         after: int = 0
 '''
+LOGGER = '''
+    """A logger: the losses as a table."""
+
+    from typing import final
+
+    from regrow.trainer.hook import Hook
+
+
+    @final
+    class TableHook(Hook):
+        def __init__(self, config):
+            self._file = None
+
+        def before_fit(self, trainer):
+            if trainer.context.is_main:
+                self._file = (trainer.resources.run_dir / "losses.csv").open("a")
+
+        def after_metrics(self, trainer, row):
+            if self._file is not None:
+                self._file.write(f"{row['step']},{row['loss']}\\n")
+
+        def close(self, trainer):
+            if self._file is not None:
+                self._file.close()
+'''
+LOGGER_CONFIG = '''
+    """Its settings."""
+
+    from dataclasses import dataclass
+    from typing import ClassVar
+
+    from regrow.trainer.config import HookConfig, HookStage
+
+
+    @dataclass(kw_only=True, slots=True)
+    class TableConfig(HookConfig):
+        SCHEMA: ClassVar[tuple[str, str]] = ("hook", "table_schema")
+        _target_: str = "trainer.table.TableHook"
+        stage: HookStage = HookStage.log
+'''
 
 
 def written(root: Path) -> Path:
@@ -50,7 +90,7 @@ def written(root: Path) -> Path:
 
 
 def bare_names(root: Path) -> Path:
-    """`models`, `trainer` and `checkpoint` hold the project's own model, optimizer, hook and save policy; `conf`, and a
+    """`models`, `trainer` and `checkpoint` hold the project's own model, optimizer, hook, logger and save policy; `conf`, and a
     module that bears a name of the standard library, are something else altogether.
     """
     write_project(root / "new", "mylab")
@@ -71,6 +111,10 @@ def bare_names(root: Path) -> Path:
     for name, text in {
         "pyproject.toml": f"[tool.regrow]\npackages = {names}\n",
         "trainer/__init__.py": "",
+        "trainer/table.py": LOGGER,
+        "trainer/table_config.py": LOGGER_CONFIG,
+        "trainer/conf/hook/table.yaml": "defaults: [table_schema, _self_]\n",
+        "trainer/conf/logger/table.yaml": "# @package _global_\ndefaults:\n  - /hook@hooks.table: table\n",
         "checkpoint/__init__.py": "",
         "checkpoint/config.py": POLICY_CONFIG,
         "checkpoint/policy.py": POLICY,

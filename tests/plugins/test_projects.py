@@ -69,13 +69,15 @@ def kill_and_go_on(project: Path, arguments: Sequence[str], run_dir: Path) -> No
 
 def test_packages_named_as_ours(corpus: Path, tmp_path: Path) -> None:
     project = bare_names(tmp_path)
-    mine = first(corpus, "+save_policy@checkpoint.save_policies.thirds=thirds", "checkpoint.interval=50")
+    policy = ["+save_policy@checkpoint.save_policies.thirds=thirds", "checkpoint.interval=50"]
+    mine = first(corpus, *policy, "logger=table")
     # In a sweep, here: its first run is what the others are compared with.
     code, out = regrow([*mine, "-m", "seed=0,1", "hydra/launcher=local", "run.root=sweep"], project, 300.0)
     assert code == 0, out
     (whole,) = (project / "sweep").glob("*seed=0*")
     (other,) = (project / "sweep").glob("*seed=1*")
     assert len(curve(whole)) == len(curve(other)) == STEPS
+    assert (whole / "losses.csv").read_text().count("\n") == STEPS
     assert (whole / "spikes.jsonl").read_text().count("\n") > 2
     assert {p.name for p in (whole / "checkpoint").glob("step-*")} >= {"step-20", "step-40", "step-60"}
 
