@@ -1,7 +1,6 @@
 """What a run is told about its checkpoints, from its config."""
 
 import os
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,18 +15,16 @@ from regrow.launch.run.build import (
     rules,
     tracked_metrics,
 )
-from regrow.launch.run.weights import shapes_of
-from regrow.launch.run.worker import run_labels
+from regrow.launch.run.labels import run_labels
+from regrow.launch.run.rank_spec import RankSpec
+from regrow.launch.run.weights import shapes_of, vocabulary_of
 from regrow.trainer.checkpoint_plans import CheckpointPlan, ExportPlan, LastSave, RestorePlan
 from regrow.trainer.restore import Restorer
-
-if TYPE_CHECKING:
-    from regrow.launch.run.worker import RankSpec
 
 __all__ = ["compose_checkpoint", "compose_export", "compose_restorer"]
 
 
-def compose_restorer(spec: "RankSpec") -> Restorer:
+def compose_restorer(spec: RankSpec) -> Restorer:
     """Finds the state that a run goes on from."""
     config, record = spec.config, spec.record
     assert record is not None, "the launcher opens the run before any rank starts"
@@ -39,7 +36,7 @@ def compose_restorer(spec: "RankSpec") -> Restorer:
             lineages=record.lineages,
             schedule_total=config.scheduler.total_steps,
             stretched=record.stretched(),
-            initial=LoadRules.from_config(options),
+            initial=LoadRules.from_config(options, vocabulary_of(config.model)),
             open_initial=lambda path: open_initial(config, path).source,
             parameters=lambda: shapes_of(config.model).keys(),
             reader_timeout_s=options.lease_timeout_s,
@@ -49,7 +46,7 @@ def compose_restorer(spec: "RankSpec") -> Restorer:
     )
 
 
-def compose_checkpoint(spec: "RankSpec", fingerprint: str) -> CheckpointPlan:
+def compose_checkpoint(spec: RankSpec, fingerprint: str) -> CheckpointPlan:
     """When and how a run is saved.
 
     Args:
@@ -86,7 +83,7 @@ def compose_checkpoint(spec: "RankSpec", fingerprint: str) -> CheckpointPlan:
     )
 
 
-def compose_export(spec: "RankSpec") -> ExportPlan | None:
+def compose_export(spec: RankSpec) -> ExportPlan | None:
     """What is exported while training goes on; None where nothing is."""
     config, record = spec.config, spec.record
     assert record is not None, "the launcher opens the run before any rank starts"

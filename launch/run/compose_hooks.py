@@ -4,13 +4,13 @@ import logging
 import os
 import platform
 from functools import partial
-from typing import TYPE_CHECKING
 
 from regrow.launch.config.schema import Config
 from regrow.launch.run.build import build_hooks
 from regrow.launch.run.compose_checkpoint import compose_checkpoint, compose_export
+from regrow.launch.run.rank_spec import RankSpec
 from regrow.launch.run.run_dir import begin_run, lease_place
-from regrow.launch.run.worker import software_versions
+from regrow.launch.run.versions import software_versions
 from regrow.trainer.data.token_store import TokenStore
 from regrow.trainer.data.tokenizer import load_tokenizer
 from regrow.trainer.data.windows import Windows
@@ -18,9 +18,6 @@ from regrow.trainer.hook import Hook
 from regrow.trainer.parallel.context import ParallelContext
 from regrow.trainer.resources import Resources
 from regrow.trainer.run_record import Attempt
-
-if TYPE_CHECKING:
-    from regrow.launch.run.worker import RankSpec
 
 __all__ = ["compose_hooks", "compose_resources"]
 
@@ -36,7 +33,7 @@ def compose_hooks(config: Config, context: ParallelContext) -> list[Hook]:
 
 
 def compose_resources(
-    spec: "RankSpec", context: ParallelContext, threads: int, store: TokenStore, validation: Windows
+    spec: RankSpec, context: ParallelContext, threads: int, store: TokenStore, validation: Windows
 ) -> Resources:
     """What hooks may need of the run.
 
@@ -65,7 +62,7 @@ def compose_resources(
     )
 
 
-def _begin(spec: "RankSpec") -> None:
+def _begin(spec: RankSpec) -> None:
     """Writes what this start changes in the run.
 
     Raises:

@@ -11,9 +11,10 @@ from typing import Any
 import psutil
 import torch
 
-from regrow.launch.app import _open
+from regrow.launch.run.compose import compose_trainer
+from regrow.launch.run.rank_spec import RankSpec
 from regrow.launch.run.signals import StopFlag
-from regrow.launch.run.worker import RankSpec, build_trainer
+from regrow.launch.run.start import open_spec
 from regrow.trainer.hook import Hook
 from regrow.trainer.loop import StopReason, Trainer
 from regrow.trainer.parallel.context import close_parallel, open_parallel
@@ -90,7 +91,7 @@ def _fail_in(event: str, ranks: Sequence[int], spec: RankSpec) -> Seen:
     """One run in which a hook fails on these ranks; a rank ends after it, as it would in a real one."""
     torch.set_num_threads(1)
     context, seen = open_parallel(spec.layout, "cpu", 30.0), Seen()
-    trainer = build_trainer(spec, context, StopFlag(), 1)
+    trainer = compose_trainer(spec, context, StopFlag(), 1)
     # In the middle of the real ones, before checkpoints are saved.
     trainer.hooks.insert(0, Witness("first", seen))
     trainer.hooks.insert(-2, failing(event, seen) if context.rank in ranks else Witness("failing", seen))
@@ -126,7 +127,7 @@ def _specs(corpus: Path, folder: Path, world_size: int) -> list[tuple[str, RankS
     for event in EVENTS:
         (folder / event).mkdir()
         own = dataclasses.replace(spec, run_dir=folder / event)
-        specs.append((event, dataclasses.replace(own, record=_open(own).record)))
+        specs.append((event, dataclasses.replace(own, record=open_spec(own).record)))
     return specs
 
 
@@ -166,7 +167,7 @@ def _stop_from_a_hook(spec: RankSpec) -> tuple[str, int]:
 
     torch.set_num_threads(1)
     context = open_parallel(spec.layout, "cpu", 30.0)
-    trainer = build_trainer(spec, context, StopFlag(), 1)
+    trainer = compose_trainer(spec, context, StopFlag(), 1)
     trainer.hooks.insert(1, Asks())
     result = trainer.fit()
     close_parallel()
@@ -179,7 +180,7 @@ def test_a_hook_on_one_rank_stops_all_of_them(corpus: Path, tmp_path: Path) -> N
     )  # fmt: skip
     (tmp_path / "run").mkdir()
     spec = spec_of(overrides, tmp_path / "run", 2)
-    spec = dataclasses.replace(spec, record=_open(spec).record)
+    spec = dataclasses.replace(spec, record=open_spec(spec).record)
     results = run_distributed(_stop_from_a_hook, spec, world_size=2)
     assert results == [("terminated", 5)] * 2
     assert (tmp_path / "run/checkpoint/step-5").is_dir()
