@@ -63,6 +63,16 @@ class DecoderConfig(ModelConfig):
         """Elements of one head."""
         return self.dim // self.n_heads
 
+    @property
+    def n_experts(self) -> int:
+        """Experts of each layer; 0 for a dense model. A family with experts has a field of this name."""
+        return 0
+
+    @property
+    def ffn_dim(self) -> int:
+        """Width of the dense feed-forward layers; 0 where there are none. A dense family has a field of this name."""
+        return 0
+
     def check_dimensions(self, *others: str) -> None:
         """Raises ConfigError where the shared dimensions, or one of the `others` below 1, are impossible."""
         for name in ("vocab_size", "max_seq_len", "dim", "n_layers", "n_heads", "n_kv_heads", *others):

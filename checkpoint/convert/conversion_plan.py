@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 from regrow.checkpoint.errors import CheckpointError
@@ -34,6 +32,7 @@ from regrow.checkpoint.save.writer import file_name
 from regrow.checkpoint.sources.safetensors import INDEX, SINGLE, header_bytes
 from regrow.checkpoint.storage.local import LocalStorage
 from regrow.errors import ConfigError
+from regrow.torch_compat import FakeTensorMode, StorageInfo
 
 __all__ = ["OutputPlan", "TensorPlacement", "plan_safetensors", "plan_step", "plan_torch", "size_in_bytes"]
 
@@ -242,7 +241,7 @@ def _with_objects(metadata: Metadata, objects: Mapping[str, Any]) -> tuple[bytes
         torch.save(value, stream)
         body = stream.getvalue()
         entries[name] = BytesStorageMetadata()
-        storage[MetadataIndex(name)] = _StorageInfo(relative_path=_OBJECTS, offset=file.tell(), length=len(body))
+        storage[MetadataIndex(name)] = StorageInfo(relative_path=_OBJECTS, offset=file.tell(), length=len(body))
         file.write(body)
     described = dataclasses.replace(
         metadata,

@@ -34,9 +34,10 @@ from regrow.launch.run.build import (
     rules,
 )
 from regrow.launch.run.ranks import detect_ranks
-from regrow.launch.run.weights import buffers_of, contradictions, shapes_of
+from regrow.launch.run.weights import buffers_of, contradictions, shapes_of, vocabulary_of
 from regrow.models.config import DecoderConfig
 from regrow.models.hf import CONFIG, HEAD
+from regrow.torch_compat import splits_backward
 from regrow.trainer.data.config import TextConfig, TokensConfig
 from regrow.trainer.data.prepare import cache_folder, prepare
 from regrow.trainer.data.token_store import TokenStore
@@ -53,7 +54,6 @@ __all__ = [
     "check_parallel",
     "check_seed",
     "prepare_data",
-    "splits_backward",
 ]
 
 log = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ def _check_checkpoint(config: CheckpointConfig) -> None:
         raise ConfigError(
             "checkpoint.enable must be true with checkpoint.create_seed_checkpoint, but is false; use checkpoint=seed"
         )
-    LoadRules.from_config(config)
+    LoadRules.from_config(config, ())
     _at_least(config.export.every_n, 0, "checkpoint.export.every_n", "1000")
     size_in_bytes(config.export.max_shard_size, "checkpoint.export.max_shard_size")
     _at_least(config.interval, 1, "checkpoint.interval", "500")
@@ -172,11 +172,6 @@ def check_parallel(config: Config, layout: Layout, device_type: str) -> None:
     )
 
 
-def splits_backward() -> bool:
-    """Whether this torch runs the two halves of a backward pass through autograd functions of one's own."""
-    return tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13)
-
-
 def check_seed(environ: Mapping[str, str]) -> None:
     """Whether this process is alone.
 
@@ -218,7 +213,7 @@ def check_initial_load(config: Config, start: StartPoint) -> LoadPlan:
         plan = check_load(
             source,
             shapes,
-            LoadRules.from_config(config.checkpoint),
+            LoadRules.from_config(config.checkpoint, vocabulary_of(config.model)),
             unused=opened.unused,
             beside=(*opened.same, *buffers_of(config.model)),
             idle_rules=opened.idle_rules,

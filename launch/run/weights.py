@@ -28,6 +28,7 @@ from regrow.errors import ConfigError
 from regrow.launch.config.resolve import construct
 from regrow.models.base import LanguageModel
 from regrow.models.config import DecoderConfig, ModelConfig
+from regrow.models.derived import is_derived
 from regrow.models.hf import (
     CONFIG,
     EMBEDDING,
@@ -50,6 +51,7 @@ __all__ = [
     "model_of_folder",
     "open_weights",
     "shapes_of",
+    "vocabulary_of",
 ]
 
 log = logging.getLogger(__name__)
@@ -110,6 +112,7 @@ def open_weights(
         renamed = RenamedSource(raw, rules)
         in_hf = has_hf_names(renamed.infos, config)
         stored: TensorSource = renamed if in_hf else RenamedSource(renamed, (), our_name)
+        stored.infos = {n: info for n, info in stored.infos.items() if not is_derived(n)}
         opened = _from_hf(place, stored, config) if in_hf else _from_ours(stored, config)
         embedding, head = (k.hf_name if in_hf else k.name for k in (EMBEDDING, HEAD))
         tied = getattr(config, "tied_embeddings", False) and embedding in stored.infos and head in stored.infos
@@ -158,6 +161,11 @@ def _with_either_name(
 def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Of all of a model's parameters, by name; tied ones once."""
     return {name: tuple(p.shape) for name, p in _on_meta(config).named_parameters()}
+
+
+def vocabulary_of(config: ModelConfig) -> tuple[str, ...]:
+    """The names of the parameters whose rows are tokens."""
+    return _on_meta(config).vocabulary_parameters()
 
 
 def buffers_of(config: ModelConfig) -> set[str]:

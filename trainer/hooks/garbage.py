@@ -20,16 +20,13 @@ class GarbageCollectionHook(Hook):
             raise ConfigError(f"hooks.garbage.every must be at least 1, but is {config.every}; use 50")
         self._every = config.every
 
-    def fit_start(self, trainer: Trainer) -> None:
+    def before_fit(self, trainer: Trainer) -> None:
         gc.collect()
         gc.disable()
 
-    def step_end(self, trainer: Trainer) -> None:
+    def after_step(self, trainer: Trainer) -> None:
         if trainer.state.step % self._every == 0:
             gc.collect(1)
 
-    def fit_end(self, trainer: Trainer) -> None:
-        gc.enable()
-
-    def on_exception(self, trainer: Trainer, error: BaseException) -> None:
+    def close(self, trainer: Trainer) -> None:
         gc.enable()

@@ -29,7 +29,7 @@ class SampleHook(Hook):
             raise ConfigError(f"hooks.sample.temperature must be at least 0, but is {config.temperature}; use 0.7")
         self._config = config
 
-    def fit_end(self, trainer: Trainer) -> None:
+    def after_fit(self, trainer: Trainer) -> None:
         if trainer.state.step < trainer.options.steps:
             return
         tokenizer = trainer.resources.tokenizer

@@ -1,7 +1,6 @@
 """Loss on the validation split, the same under every layout."""
 
 import logging
-import math
 from typing import final
 
 import numpy as np
@@ -35,7 +34,7 @@ class ValidationHook(Hook):
             )
         self._config = config
 
-    def fit_start(self, trainer: Trainer) -> None:
+    def before_fit(self, trainer: Trainer) -> None:
         if not trainer.resources.validation and trainer.context.is_main:
             log.warning("no document falls into the validation split: no val_loss; raise data.validation_fraction")
 
@@ -47,7 +46,7 @@ class ValidationHook(Hook):
         chosen = step % self._config.every == 0 or step in (1, trainer.options.steps)
         return bool(trainer.resources.validation) and step > 0 and chosen
 
-    def validate(self, trainer: Trainer) -> None:
+    def after_optimizer_step(self, trainer: Trainer) -> None:
         if self._due(trainer):
             with trainer.evaluating():
                 loss = self._measure(trainer, trainer.resources.validation)
@@ -65,8 +64,7 @@ class ValidationHook(Hook):
         with trainer.evaluating():
             loss = self._measure(trainer, trainer.resources.validation)
         if loss is not None:
-            best = trainer.state.best.get("val_loss", math.inf)
-            trainer.state.best["val_loss"] = min(best, loss)
+            trainer.state.note_best("val_loss", loss, lower_is_better=True)
         if loss is not None and context.is_main:
             rows[-1]["val_loss"] = loss
             rewrite_rows(path, rows)
@@ -89,8 +87,7 @@ class ValidationHook(Hook):
                 document_mask=trainer.resources.document_mask,
             )
             total += trainer.engine.losses(batch.micro_batches)
-            trainer.stop = trainer.stop or trainer.agree_on_stop()
-            if trainer.stop is not None:
+            if trainer.agree_on_stop() is not None:
                 return None
         if trainer.context.world_size > 1:
             dist.all_reduce(total)
