@@ -16,13 +16,15 @@ from regrow.checkpoint.scratch import clear_dead_scratch
 from regrow.checkpoint.storage.base import Storage
 from regrow.checkpoint.storage.opening import as_storage, is_url, open_storage
 from regrow.launch.commands.convert import (
+    ConversionRequest,
     add_conversions,
     buffers_beside,
     export_checkpoint,
     import_checkpoint,
     under_our_names,
 )
-from regrow.launch.run.worker import log_to_console
+from regrow.launch.exit_code import ExitCode
+from regrow.launch.run.logs import log_to_console
 
 __all__ = ["main"]
 
@@ -72,7 +74,7 @@ def main() -> None:
         if args.json:
             print(json.dumps({"error": str(error)}))
         print(f"error: {error}", file=sys.stderr)
-        code = 2
+        code = ExitCode.bad_input
     sys.stdout.flush()
     sys.exit(code)
 
@@ -213,11 +215,11 @@ def _repair(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    return _converted(args, export_checkpoint(args))
+    return _converted(args, export_checkpoint(ConversionRequest.from_arguments(args)))
 
 
 def _import(args: argparse.Namespace) -> int:
-    return _converted(args, import_checkpoint(args))
+    return _converted(args, import_checkpoint(ConversionRequest.from_arguments(args)))
 
 
 def _converted(args: argparse.Namespace, result: Any) -> int:

@@ -8,9 +8,12 @@ import json
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from regrow.checkpoint.convert.conversion_plan import plan_safetensors, plan_step, plan_torch, size_in_bytes
 from regrow.checkpoint.convert.convert import CastSource, ConversionResult, convert
@@ -22,15 +25,75 @@ from regrow.checkpoint.sources.hf_mapping import ToHfSource
 from regrow.checkpoint.storage.opening import as_storage, is_url
 from regrow.launch.commands.identify_model import UnknownModelError, model_of, run_folder_of, settings_of_model
 from regrow.launch.commands.torchtitan import adamw_of, beside_tensors, manifest_of
+from regrow.launch.exit_code import ExitCode
+from regrow.launch.run.logs import log_to_console
+from regrow.launch.run.versions import software_versions
 from regrow.launch.run.weights import OpenedWeights, WeightsSource, buffers_of, open_weights, shapes_of
-from regrow.launch.run.worker import log_to_console, software_versions
 from regrow.models.config import DecoderConfig, ModelConfig
 from regrow.models.torchtitan import todays_keys
 from regrow.trainer.hf_folder import HfExport, export_hf
 
-__all__ = ["add_conversions", "buffers_beside", "export_checkpoint", "import_checkpoint", "main", "under_our_names"]
+__all__ = [
+    "ConversionRequest",
+    "add_conversions",
+    "buffers_beside",
+    "export_checkpoint",
+    "import_checkpoint",
+    "main",
+    "under_our_names",
+]
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConversionRequest:
+    """What is to be converted, from what into what.
+
+    Attributes:
+        checkpoint: a step, a run, a Hugging Face folder or a file; a path or URL.
+        out: a new or empty folder, or a new file.
+        format: of what is written by an export; of what is read by an import, which finds it out where it is None.
+        dtype: of the floating-point weights; theirs where it is None.
+        model: a variant of `conf/model`, where the checkpoint does not say of which model it is, or is wrong.
+        overrides: `model.FIELD=VALUE` of that variant.
+        threads: that read and write.
+        max_shard_size: of a file of a Hugging Face folder, as in `5GB`.
+        hf_assets_path: a folder whose config and tokenizer files are taken over.
+        shows_progress: a bar on a terminal.
+    """
+
+    checkpoint: str
+    out: Path
+    format: str | None = None
+    dtype: torch.dtype | None = None
+    model: str | None = None
+    overrides: tuple[str, ...] = ()
+    threads: int = 2
+    max_shard_size: str = "5GB"
+    hf_assets_path: Path | None = None
+    shows_progress: bool = True
+
+    @classmethod
+    def from_arguments(cls, args: argparse.Namespace) -> "ConversionRequest":
+        """Of `export`'s or `import`'s command line."""
+        request = cls(
+            checkpoint=args.checkpoint,
+            out=args.out,
+            format=args.format,
+            dtype=_dtype(args.dtype),
+            model=args.model,
+            overrides=tuple(args.override),
+            threads=args.threads,
+            shows_progress=not args.json,
+        )
+        if args.command != "export":
+            return request
+        return replace(request, max_shard_size=args.max_shard_size, hf_assets_path=args.hf_assets_path)
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    return None if name is None else getattr(torch, name)
 
 
 def under_our_names(place: str) -> TensorSource:
@@ -51,13 +114,8 @@ def buffers_beside(place: str) -> set[str]:
     return buffers_of(model_of(place, None))
 
 
-def _model(args: argparse.Namespace) -> ModelConfig:
-    return model_of(args.checkpoint, args.model, _overrides(args))
-
-
-def _overrides(args: argparse.Namespace) -> list[str]:
-    # The reference's own arguments have none.
-    return list(getattr(args, "override", ()))
+def _model(request: ConversionRequest) -> ModelConfig:
+    return model_of(request.checkpoint, request.model, request.overrides)
 
 
 def _model_or_none(place: str, forced: str | None = None, overrides: Collection[str] = ()) -> ModelConfig | None:
@@ -91,52 +149,52 @@ def add_conversions(command: Callable[[str, str], argparse.ArgumentParser]) -> N
         parser.add_argument("--threads", type=int, default=2)
 
 
-def export_checkpoint(args: argparse.Namespace) -> ConversionResult:
+def export_checkpoint(request: ConversionRequest) -> ConversionResult:
     """`regrow-ckpt export`.
 
     Raises:
         ValueError: one sentence.
     """
-    _check(args)
-    needs_model = args.format in ("hf", "torchtitan")
-    config = _model(args) if needs_model else _model_or_none(args.checkpoint, args.model, _overrides(args))
-    opened = open_weights(as_storage(args.checkpoint), config)
-    with opened.source as source, _progress(args) as progress:
+    _check(request)
+    needs_model = request.format in ("hf", "torchtitan")
+    config = _model(request) if needs_model else _model_or_none(request.checkpoint, request.model, request.overrides)
+    opened = open_weights(as_storage(request.checkpoint), config)
+    with opened.source as source, _progress(request) as progress:
         if config is not None:
             check_fit(opened, config)
-        if args.format == "hf":
+        if request.format == "hf":
             assert config is not None
-            return _export_hf(args, source, config, progress)
-        if args.format == "torchtitan":
+            return _export_hf(request, source, config, progress)
+        if request.format == "torchtitan":
             assert config is not None
-            return _export_torchtitan(args, source, config, progress)
+            return _export_torchtitan(request, source, config, progress)
         return convert(
-            _cast(WeightsSource(source), args),
+            _cast(WeightsSource(source), request),
             plan_torch
-            if args.format == "torch"
+            if request.format == "torch"
             else lambda infos, _work: plan_safetensors(infos, max_shard_bytes=None, small={}),
-            args.out,
-            identity={"from": source.place, "format": args.format},
-            threads=args.threads,
+            request.out,
+            identity={"from": source.place, "format": request.format},
+            threads=request.threads,
             progress=progress,
         )
 
 
 def _export_hf(
-    args: argparse.Namespace, source: TensorSource, config: ModelConfig, progress: Callable[[int, int], None]
+    request: ConversionRequest, source: TensorSource, config: ModelConfig, progress: Callable[[int, int], None]
 ) -> ConversionResult:
     export = HfExport(
         config=config,
-        dtype=_dtype(args),
-        max_shard_bytes=size_in_bytes(args.max_shard_size, "--max-shard-size"),
-        assets=_assets(args.hf_assets_path, config),
+        dtype=request.dtype,
+        max_shard_bytes=size_in_bytes(request.max_shard_size, "--max-shard-size"),
+        assets=_assets(request.hf_assets_path, config),
         tokenizer=_tokenizer(source.place),
     )
-    return export_hf(source, args.out, export, threads=args.threads, progress=progress)
+    return export_hf(source, request.out, export, threads=request.threads, progress=progress)
 
 
 def _export_torchtitan(
-    args: argparse.Namespace, source: TensorSource, config: ModelConfig, progress: Callable[[int, int], None]
+    request: ConversionRequest, source: TensorSource, config: ModelConfig, progress: Callable[[int, int], None]
 ) -> ConversionResult:
     """A DCP folder under torchtitan's names of today, with the optimizer's state where there is one.
 
@@ -146,11 +204,11 @@ def _export_torchtitan(
         raise ValueError(f"--format torchtitan must be of a decoder, but {config.name} is none; use --format torch")
     shapes, names = shapes_of(config), set(source.infos)
     moments = [m for n in shapes for m in moments_of(n)]
-    whole = names.issuperset(moments) and args.dtype is None
+    whole = names.issuperset(moments) and request.dtype is None
     step = stored_step(source)
     kept = [n for n in (*shapes, *sorted(buffers_of(config)), *(moments if whole else ())) if n in names]
     titans = ToHfSource(source, todays_keys(config, kept))
-    place = as_storage(args.checkpoint)
+    place = as_storage(request.checkpoint)
     stored = manifest_of(place)
     train_state = stored.train_state if whole and stored is not None else {}
     manifest = Manifest(
@@ -163,39 +221,34 @@ def _export_torchtitan(
     )
     objects = beside_tensors(titans.infos, step or 0, train_state, adamw_of(place)) if whole else {}
     return convert(
-        _cast(titans, args),
+        _cast(titans, request),
         lambda infos, _work: plan_step(infos, manifest, objects=objects),
-        args.out,
+        request.out,
         identity={"from": source.place, "format": "torchtitan", "model": json.dumps(manifest.model)},
-        threads=args.threads,
+        threads=request.threads,
         progress=progress,
     )
 
 
-def _dtype(args: argparse.Namespace) -> torch.dtype | None:
-    return getattr(torch, args.dtype) if args.dtype else None
+def _cast(source: TensorSource, request: ConversionRequest) -> TensorSource:
+    return source if request.dtype is None else CastSource(source, request.dtype)
 
 
-def _cast(source: TensorSource, args: argparse.Namespace) -> TensorSource:
-    dtype = _dtype(args)
-    return source if dtype is None else CastSource(source, dtype)
-
-
-def import_checkpoint(args: argparse.Namespace) -> ConversionResult:
+def import_checkpoint(request: ConversionRequest) -> ConversionResult:
     """`regrow-ckpt import`.
 
     Raises:
         ValueError: one sentence.
     """
-    _check(args)
-    place = as_storage(args.checkpoint)
-    config = _model(args) if is_hf_folder(place) or args.model else None
+    _check(request)
+    place = as_storage(request.checkpoint)
+    config = _model(request) if is_hf_folder(place) or request.model else None
     opened = open_weights(place, config)
-    with opened.source as ours, _progress(args) as progress:
-        if args.format is not None and (args.format == "hf") is not opened.in_hf:
+    with opened.source as ours, _progress(request) as progress:
+        if request.format is not None and (request.format == "hf") is not opened.in_hf:
             raise ValueError(
-                f"--format must be {'hf' if opened.in_hf else 'that of IN'} for {args.checkpoint}, but is "
-                f"{args.format}; leave it out"
+                f"--format must be {'hf' if opened.in_hf else 'that of IN'} for {request.checkpoint}, but is "
+                f"{request.format}; leave it out"
             )
         if config is not None:
             check_fit(opened, config)
@@ -208,11 +261,11 @@ def import_checkpoint(args: argparse.Namespace) -> ConversionResult:
             versions=software_versions(),
         )
         return convert(
-            _cast(_without(WeightsSource(ours), opened.same), args),
+            _cast(_without(WeightsSource(ours), opened.same), request),
             lambda infos, _work: plan_step(infos, manifest),
-            args.out,
+            request.out,
             identity={"from": ours.place, "format": "step", "model": json.dumps(manifest.model)},
-            threads=args.threads,
+            threads=request.threads,
             progress=progress,
         )
 
@@ -249,11 +302,11 @@ def check_fit(opened: OpenedWeights, config: ModelConfig) -> None:
         )
 
 
-def _check(args: argparse.Namespace) -> None:
-    if args.threads < 1:
-        raise ValueError(f"--threads must be at least 1, but is {args.threads}; use 2")
-    if is_url(str(args.out)) or str(args.out).startswith(("s3:/", "gs:/", "memory:/")):
-        raise ValueError(f"OUT must be a local path, but is {args.out}; write it here and copy it")
+def _check(request: ConversionRequest) -> None:
+    if request.threads < 1:
+        raise ValueError(f"--threads must be at least 1, but is {request.threads}; use 2")
+    if is_url(str(request.out)) or str(request.out).startswith(("s3:/", "gs:/", "memory:/")):
+        raise ValueError(f"OUT must be a local path, but is {request.out}; write it here and copy it")
 
 
 def _assets(given: Path | None, config: ModelConfig) -> Path | None:
@@ -274,14 +327,11 @@ def _tokenizer(place: str) -> Path | None:
 
 
 @contextmanager
-def _progress(args: argparse.Namespace) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal; nothing elsewhere, nor with --json."""
-    if getattr(args, "json", False) or not sys.stderr.isatty():
+def _progress(request: ConversionRequest) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal; nothing elsewhere, nor where none is wanted."""
+    if not request.shows_progress or not sys.stderr.isatty():
         yield lambda _done, _total: None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("converting", total=None)
@@ -310,18 +360,20 @@ def main() -> None:
         made.add_argument("--export_dtype", dest="dtype", choices=DTYPES)
     args = parser.parse_args()
     log_to_console()
-    args.model, args.threads, args.max_shard_size = _flavour(args.model_name, args.model_flavor), 2, "5GB"
-    args.format = "hf"
+    request = ConversionRequest(
+        checkpoint=args.checkpoint,
+        out=args.out,
+        format="hf",
+        dtype=_dtype(args.dtype),
+        model=_flavour(args.model_name, args.model_flavor),
+        hf_assets_path=args.hf_assets_path,
+    )
     try:
-        result = import_checkpoint(args) if args.command == "from-hf" else _to_hf(args)
+        result = import_checkpoint(request) if args.command == "from-hf" else export_checkpoint(request)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(ExitCode.bad_input)
     print(f"wrote {result.out}: {result.tensors} tensors, verified")
-
-
-def _to_hf(args: argparse.Namespace) -> ConversionResult:
-    return export_checkpoint(args)
 
 
 if __name__ == "__main__":
