@@ -93,12 +93,7 @@ def parallelise(
             model, model_config, context.meshes.dense["tp"], sequence=parallel.sequence_parallel
         )
     if layout.cp > 1:
-        sequence = ContextGroup(
-            name=context.group_name("cp"),
-            rank=context.coordinate("cp"),
-            ranks=layout.cp,
-            balance=parallel.cp_balance,
-        )
+        sequence = _context_group(context, balance=parallel.cp_balance)
         apply_context_parallel(model, sequence, context_method(parallel, model_config, layout.tp, layout.cp))
     if layout.ep > 1:
         apply_expert_parallel(model, context.meshes.experts["ep"])
@@ -116,6 +111,12 @@ def parallelise(
         # As FSDP's mixed precision does it among several ranks, without its copies.
         model.compute_dtype = torch.bfloat16
     return ParallelModel(model=model, parts=parts, stages=stages, tensor=tensor, sequence=sequence, names=names)
+
+
+def _context_group(context: ParallelContext, *, balance: bool) -> ContextGroup:
+    return ContextGroup(
+        name=context.group_name("cp"), rank=context.coordinate("cp"), ranks=context.layout.cp, balance=balance
+    )
 
 
 def _stored_buffers(model: nn.Module) -> frozenset[str]:
