@@ -71,7 +71,7 @@ def check_layout(
     problems = (
         *_tensor(layout, parallel, model, batch, train, device_type),
         *_context(layout, parallel, model, batch),
-        *_pipeline(layout, parallel, model, batch, train, splits_backward),
+        *_pipeline(layout, parallel, model, batch, train, splits_backward=splits_backward),
         *_experts(layout, model),
     )
     for problem in problems:
@@ -132,6 +132,7 @@ def _pipeline(
     model: DecoderConfig,
     batch: Batch,
     train: TrainConfig,
+    *,
     splits_backward: bool,
 ) -> Iterator[str]:
     for name in ("pp_stages_per_rank", "pp_input_weight", "pp_output_weight"):
@@ -165,10 +166,10 @@ def _pipeline(
             "zbv_zero_bubble; use parallel.pp_schedule=interleaved_zero_bubble"
         )
     if kind in _SPLIT_BACKWARD:
-        yield from _split_backward(kind, train, splits_backward)
+        yield from _split_backward(kind, train, splits_backward=splits_backward)
 
 
-def _split_backward(kind: PipelineSchedule, train: TrainConfig, splits_backward: bool) -> Iterator[str]:
+def _split_backward(kind: PipelineSchedule, train: TrainConfig, *, splits_backward: bool) -> Iterator[str]:
     """What a schedule asks for whose backward pass runs in two halves."""
     if not splits_backward:
         yield (
