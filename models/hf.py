@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import regrow.models
+from regrow.errors import ConfigError
 from regrow.models.config import DecoderConfig, ModelConfig
 from regrow.models.hf_rows import KeyTransform
 
@@ -100,8 +101,8 @@ class HfFamily:
         config_class: of the models here.
         keys: all of a model's tensors in the files; tied ones once.
         describe: a config as `config.json`'s fields.
-        read: the inverse of `describe`; the second argument is a name for the variant. Raises ValueError for what the
-            model here cannot do.
+        read: the inverse of `describe`; the second argument is a name for the variant. Raises ConfigError for what
+            the model here cannot do.
     """
 
     architecture: str
@@ -130,12 +131,12 @@ def family_of(config: ModelConfig) -> HfFamily:
     """The family of a config.
 
     Raises:
-        ValueError: it has no Hugging Face counterpart.
+        ConfigError: it has no Hugging Face counterpart.
     """
     for family in families():
         if type(config) is family.config_class:
             return family
-    raise ValueError(
+    raise ConfigError(
         f"model must be of a family with a Hugging Face layout ({_names()}), but is {config.name}; "
         "export it with --format torch or safetensors"
     )
@@ -153,30 +154,32 @@ def from_folder(folder: Path, name: str | None = None) -> tuple[HfFamily, ModelC
         name: for the variant; by default the folder's.
 
     Raises:
-        ValueError: no `config.json`, or one of a model that Regrow does not have.
+        ConfigError: no `config.json`, or one of a model that Regrow does not have.
     """
     path = folder / CONFIG
     try:
         kind = path.stat()
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise ValueError(
+        raise ConfigError(
             f"{folder} must be a Hugging Face folder, but has no config.json; give the folder that holds it"
         ) from error
     # Reading a named pipe would never end.
     if not stat.S_ISREG(kind.st_mode) or kind.st_size > _CONFIG_BYTES:
-        raise ValueError(f"{path} must be a file of at most {_CONFIG_BYTES >> 20} MiB, but is not; download it again")
+        raise ConfigError(
+            f"{path} must be a file of at most {_CONFIG_BYTES >> 20} MiB, but is not; download it again"
+        )
     fields = parse_config(path.read_bytes(), str(path))
     return read_config(fields, name or folder.resolve().name, str(path))
 
 
 def parse_config(body: bytes, where: str) -> dict[str, Any]:
-    """The fields of a `config.json`; raises ValueError where it is none."""
+    """The fields of a `config.json`; raises ConfigError where it is none."""
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} must be JSON, but is not ({error}); download it again") from error
+        raise ConfigError(f"{where} must be JSON, but is not ({error}); download it again") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"{where} must be a JSON object, but is {type(fields).__name__}; download it again")
+        raise ConfigError(f"{where} must be a JSON object, but is {type(fields).__name__}; download it again")
     return fields
 
 
@@ -184,26 +187,26 @@ def read_config(fields: Mapping[str, Any], name: str, where: str) -> tuple[HfFam
     """The family and config that `config.json`'s fields describe.
 
     Raises:
-        ValueError: they describe a model that Regrow does not have, or none.
+        ConfigError: they describe a model that Regrow does not have, or none.
     """
     named = fields.get("architectures") or []
     if not isinstance(named, list) or not all(isinstance(n, str) for n in named):
-        raise ValueError(f"architectures in {where} must be a list of names, but is {named!r}; download it again")
+        raise ConfigError(f"architectures in {where} must be a list of names, but is {named!r}; download it again")
     for family in families():
         if family.architecture in named or (not named and fields.get("model_type") == family.model_type):
             check_not_quantised(fields, where)
             try:
                 config = family.read(fields, name)
             except KeyError as error:
-                raise ValueError(f"{where} must have the field {error}, but has not; restore it") from error
+                raise ConfigError(f"{where} must have the field {error}, but has not; restore it") from error
             except (TypeError, AttributeError, OverflowError) as error:
-                raise ValueError(
+                raise ConfigError(
                     f"{where} must hold a model's dimensions, but one is of another type ({error}); download it again"
                 ) from error
             _check_read(config, where)
             return family, config
     shown = ", ".join(named) or fields.get("model_type") or "nothing"
-    raise ValueError(
+    raise ConfigError(
         f"architectures in {where} must be one of {_names()}, but is {shown}; Regrow has no model of that kind"
     )
 
@@ -214,7 +217,7 @@ def _check_read(config: ModelConfig, where: str) -> None:
     except ValueError as error:
         # The sentence names the config's fields and a remedy on the command line; the values are the file's.
         reason = str(error).partition(";")[0]
-        raise ValueError(
+        raise ConfigError(
             f"{where} must describe a model that can be built, but {reason}; download it again"
         ) from error
 
@@ -223,13 +226,13 @@ def check_not_quantised(fields: Mapping[str, Any], where: str) -> None:
     """Refuses a folder whose weights are codes that need scales, as its `config.json` says.
 
     Raises:
-        ValueError: they are.
+        ConfigError: they are.
     """
     for field in ("quantization_config", "compression_config"):
         value = fields.get(field)
         if value:
             method = value.get("quant_method") if isinstance(value, Mapping) else None
-            raise ValueError(
+            raise ConfigError(
                 f"{field} in {where} must not be set, but is ({method or 'of an unnamed method'}): quantised weights "
                 "are not supported; use the folder of the model in bfloat16, or dequantise it with transformers"
             )
@@ -291,11 +294,11 @@ def require(fields: Mapping[str, Any], field: str, wanted: Any, model: str) -> N
     """Refuses what a model here does not have.
 
     Raises:
-        ValueError: the field is there with another value.
+        ConfigError: the field is there with another value.
     """
     value = fields.get(field, wanted)
     if value not in (wanted, None):
-        raise ValueError(
+        raise ConfigError(
             f"{field} in config.json must be {wanted!r} for {model}, but is {value!r}; it is not supported"
         )
 
@@ -304,33 +307,33 @@ def require_full_attention(fields: Mapping[str, Any], model: str) -> None:
     """Refuses layers that see a window of the sequence alone, or are of another kind.
 
     Raises:
-        ValueError: `layer_types` names one.
+        ConfigError: `layer_types` names one.
     """
     kinds = fields.get("layer_types") or []
     others = [k for k in kinds if k != "full_attention"] if isinstance(kinds, list) else [kinds]
     if others:
-        raise ValueError(
+        raise ConfigError(
             f"layer_types in config.json must be 'full_attention' alone for {model}, but has {others[0]!r}; it is "
             "not supported"
         )
 
 
 def whole(fields: Mapping[str, Any], name: str, *, default: int | None = None, most: int = _LARGEST) -> int:
-    """A dimension; raises KeyError where it is missing and has no default, ValueError where it cannot be one."""
+    """A dimension; raises KeyError where it is missing and has no default, ConfigError where it cannot be one."""
     value = fields[name] if default is None else fields.get(name, default)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise ValueError(
+        raise ConfigError(
             f"{name} in config.json must be a whole number from 1 to {most}, but is {value!r}; download it again"
         )
     return value
 
 
 def number(fields: Mapping[str, Any], name: str) -> float:
-    """A positive number; raises KeyError where it is missing, ValueError where it is none."""
+    """A positive number; raises KeyError where it is missing, ConfigError where it is none."""
     value = fields[name]
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise ValueError(f"{name} in config.json must be a number above 0, but is {value!r}; download it again")
+        raise ConfigError(f"{name} in config.json must be a number above 0, but is {value!r}; download it again")
     return float(value)
 
 
@@ -339,10 +342,10 @@ def rope_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     # The older name wins, as in transformers.
     given = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
     if not isinstance(given, Mapping):
-        raise ValueError(f"rope_parameters in config.json must be an object, but is {given!r}; download it again")
+        raise ConfigError(f"rope_parameters in config.json must be an object, but is {given!r}; download it again")
     rope = dict(given)
     if any(isinstance(value, Mapping) for value in rope.values()):
-        raise ValueError(
+        raise ConfigError(
             "rope_parameters in config.json must be those of all layers alike, but differ between kinds of layers; "
             "it is not supported"
         )

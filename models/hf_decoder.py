@@ -64,7 +64,7 @@ def read_decoder(fields: Mapping[str, Any], name: str, rope: Mapping[str, Any], 
 
     Raises:
         KeyError: a field is missing.
-        ValueError: a field says what the decoders here cannot do.
+        ConfigError: a field says what the decoders here cannot do.
     """
     require(fields, "hidden_act", "silu", model)
     require(fields, "attention_bias", wanted=False, model=model)

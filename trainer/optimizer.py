@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim.adamw import adamw
 
+from regrow.errors import ConfigError
 from regrow.models.base import LanguageModel
 from regrow.torch_compat import StridedShard, foreach_divide, foreach_norm
 from regrow.trainer.config import AdamWConfig
@@ -44,7 +45,7 @@ class Optimizer(ABC):
 
     @staticmethod  # noqa: B027 (an optimizer may have nothing to check)
     def check(config: Any) -> None:
-        """Looks at the config before there is a model; raises ValueError where a field is out of its range.
+        """Looks at the config before there is a model; raises a ValueError where a field is out of its range.
 
         Args:
             config: the section `optimizer`.
@@ -96,7 +97,7 @@ class AdamW(Optimizer):
 
     @staticmethod
     def check(config: AdamWConfig) -> None:
-        """Raises ValueError where a field is out of its range."""
+        """Raises ConfigError where a field is out of its range."""
         rules = {
             "lr": (config.lr >= 0, "at least 0", "3e-4"),
             "weight_decay": (config.weight_decay >= 0, "at least 0", "0.1"),
@@ -106,7 +107,7 @@ class AdamW(Optimizer):
         }
         for name, (holds, rule, remedy) in rules.items():
             if not holds:
-                raise ValueError(f"optimizer.{name} must be {rule}, but is {getattr(config, name)}; use {remedy}")
+                raise ConfigError(f"optimizer.{name} must be {rule}, but is {getattr(config, name)}; use {remedy}")
 
     @torch.no_grad()
     def step(self, lr: float, grad_scale: Tensor, skip: Tensor) -> None:

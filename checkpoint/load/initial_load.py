@@ -19,6 +19,7 @@ from regrow.checkpoint.format.tensor_source import Box, TensorInfo, TensorSource
 from regrow.checkpoint.load.loading import resolve_foreign
 from regrow.checkpoint.storage.base import Storage
 from regrow.checkpoint.storage.opening import as_storage
+from regrow.errors import ConfigError
 
 __all__ = [
     "LoadPlan",
@@ -68,7 +69,7 @@ class LoadRules:
             vocabulary: names of the tensors whose rows are tokens.
 
         Raises:
-            ValueError: a rule that cannot be read.
+            ConfigError: a rule that cannot be read.
         """
         pairs = []
         for rule in config.load_rename:
@@ -77,12 +78,12 @@ class LoadRules:
                 re.compile(pattern)
                 re.sub(pattern, replacement.strip(), "")
             except re.error as error:
-                raise ValueError(
+                raise ConfigError(
                     f"checkpoint.load_rename must hold rules PATTERN=>REPLACEMENT, but {rule!r} is no regular "
                     f"expression ({error}); write for instance {_RULE_EXAMPLE}"
                 ) from error
             if not arrow or not pattern.strip():
-                raise ValueError(
+                raise ConfigError(
                     f"checkpoint.load_rename must hold rules PATTERN=>REPLACEMENT, but holds {rule!r}; "
                     f"write for instance {_RULE_EXAMPLE}"
                 )

@@ -23,6 +23,7 @@ from regrow.launch.commands.convert import (
     import_checkpoint,
     under_our_names,
 )
+from regrow.launch.config.errors import EXPLAINED
 from regrow.launch.exit_code import ExitCode
 from regrow.launch.run.logs import log_to_console
 
@@ -70,7 +71,7 @@ def main() -> None:
     log_to_console()
     try:
         code = _COMMANDS[args.command](args)
-    except (ValueError, OSError) as error:
+    except (*EXPLAINED, OSError) as error:
         if args.json:
             print(json.dumps({"error": str(error)}))
         print(f"error: {error}", file=sys.stderr)

@@ -23,8 +23,10 @@ from regrow.checkpoint.load.initial_load import check_types, moments_of, plan_lo
 from regrow.checkpoint.load.open_source import is_hf_folder
 from regrow.checkpoint.sources.hf_mapping import ToHfSource
 from regrow.checkpoint.storage.opening import as_storage, is_url
+from regrow.errors import ConfigError
 from regrow.launch.commands.identify_model import UnknownModelError, model_of, run_folder_of, settings_of_model
 from regrow.launch.commands.torchtitan import adamw_of, beside_tensors, manifest_of
+from regrow.launch.config.errors import EXPLAINED
 from regrow.launch.exit_code import ExitCode
 from regrow.launch.run.logs import log_to_console
 from regrow.launch.run.versions import software_versions
@@ -100,7 +102,7 @@ def under_our_names(place: str) -> TensorSource:
     """Any checkpoint under our names.
 
     Raises:
-        ValueError: it cannot be read, or is of a model that we do not have.
+        ConfigError: it cannot be read, or is of a model that we do not have.
     """
     storage = as_storage(place)
     opened = open_weights(storage, _model_or_none(place))
@@ -153,7 +155,7 @@ def export_checkpoint(request: ConversionRequest) -> ConversionResult:
     """`regrow-ckpt export`.
 
     Raises:
-        ValueError: one sentence.
+        ConfigError: one sentence.
     """
     _check(request)
     needs_model = request.format in ("hf", "torchtitan")
@@ -201,7 +203,7 @@ def _export_torchtitan(
     It is one of our steps all the same, so that it is verified wherever we read it.
     """
     if not isinstance(config, DecoderConfig):
-        raise ValueError(f"--format torchtitan must be of a decoder, but {config.name} is none; use --format torch")
+        raise ConfigError(f"--format torchtitan must be of a decoder, but {config.name} is none; use --format torch")
     shapes, names = shapes_of(config), set(source.infos)
     moments = [m for n in shapes for m in moments_of(n)]
     whole = names.issuperset(moments) and request.dtype is None
@@ -238,7 +240,7 @@ def import_checkpoint(request: ConversionRequest) -> ConversionResult:
     """`regrow-ckpt import`.
 
     Raises:
-        ValueError: one sentence.
+        ConfigError: one sentence.
     """
     _check(request)
     place = as_storage(request.checkpoint)
@@ -246,7 +248,7 @@ def import_checkpoint(request: ConversionRequest) -> ConversionResult:
     opened = open_weights(place, config)
     with opened.source as ours, _progress(request) as progress:
         if request.format is not None and (request.format == "hf") is not opened.in_hf:
-            raise ValueError(
+            raise ConfigError(
                 f"--format must be {'hf' if opened.in_hf else 'that of IN'} for {request.checkpoint}, but is "
                 f"{request.format}; leave it out"
             )
@@ -280,23 +282,23 @@ def check_fit(opened: OpenedWeights, config: ModelConfig) -> None:
     """Whether a checkpoint holds a model's tensors, all of them, in their shapes, and no more.
 
     Raises:
-        ValueError: it does not.
+        ConfigError: it does not.
     """
     source, shapes = opened.source, shapes_of(config)
     plan = plan_load(source, shapes, unused=opened.unused, beside=(*opened.same, *buffers_of(config)))
     remedy = f"give the --model that it is of, which {config.name} is not"
     if plan.missing:
-        raise ValueError(
+        raise ConfigError(
             f"{source.place} must hold {plan.missing[0]}, but does not ({len(plan.missing)} of {len(shapes)} are "
             f"missing); {remedy}"
         )
     if plan.unused:
-        raise ValueError(
+        raise ConfigError(
             f"{source.place} holds {plan.unused[0]}, which the model does not have ({len(plan.unused)} such names); "
             f"{remedy}"
         )
     for name in plan.resized:
-        raise ValueError(
+        raise ConfigError(
             f"{name} in {source.place} has shape {source.infos[name].shape}, but the model's has {shapes[name]}; "
             f"{remedy}"
         )
@@ -304,15 +306,15 @@ def check_fit(opened: OpenedWeights, config: ModelConfig) -> None:
 
 def _check(request: ConversionRequest) -> None:
     if request.threads < 1:
-        raise ValueError(f"--threads must be at least 1, but is {request.threads}; use 2")
+        raise ConfigError(f"--threads must be at least 1, but is {request.threads}; use 2")
     if is_url(str(request.out)) or str(request.out).startswith(("s3:/", "gs:/", "memory:/")):
-        raise ValueError(f"OUT must be a local path, but is {request.out}; write it here and copy it")
+        raise ConfigError(f"OUT must be a local path, but is {request.out}; write it here and copy it")
 
 
 def _assets(given: Path | None, config: ModelConfig) -> Path | None:
     if given is not None:
         if not (given / "config.json").is_file():
-            raise ValueError(
+            raise ConfigError(
                 f"--hf-assets-path must be a folder with config.json, but {given} is not; check the path"
             )
         return given
@@ -370,7 +372,7 @@ def main() -> None:
     )
     try:
         result = import_checkpoint(request) if args.command == "from-hf" else export_checkpoint(request)
-    except (ValueError, OSError) as error:
+    except (*EXPLAINED, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(ExitCode.bad_input)
     print(f"wrote {result.out}: {result.tensors} tensors, verified")

@@ -19,6 +19,7 @@ from regrow.checkpoint.load.open_source import is_hf_folder, open_source
 from regrow.checkpoint.storage.base import Storage
 from regrow.checkpoint.storage.local import LocalStorage
 from regrow.checkpoint.storage.opening import as_storage
+from regrow.errors import ConfigError
 from regrow.launch.config.composition import compose_config
 from regrow.launch.config.refusals import refusing
 from regrow.launch.config.schema import config_modules
@@ -56,7 +57,7 @@ def variant(name: str, overrides: Collection[str] = ()) -> ModelConfig:
         overrides: `model.FIELD=VALUE`.
 
     Raises:
-        ValueError: there is none of that name, or no such field.
+        ConfigError: there is none of that name, or no such field.
     """
     with refusing():
         return convert_config(compose_config([f"model={name}", *overrides]))[0].model
@@ -73,7 +74,7 @@ def model_from_settings(values: Mapping[str, Any], where: str) -> ModelConfig:
     """The inverse of `settings_of_model`; fields that this version does not have are left out.
 
     Raises:
-        ValueError: this version has no such model.
+        ConfigError: this version has no such model.
     """
     for module in config_modules(regrow.models):
         for kind in vars(module).values():
@@ -86,13 +87,13 @@ def model_from_settings(values: Mapping[str, Any], where: str) -> ModelConfig:
                     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), known))
                 except OmegaConfBaseException as error:
                     reason = str(error).splitlines()[0]
-                    raise ValueError(
+                    raise ConfigError(
                         f"{where} must hold a model's config, but {reason}; force one with --model"
                     ) from error
                 assert isinstance(config, ModelConfig)
                 config.check()
                 return config
-    raise ValueError(
+    raise ConfigError(
         f"{where} must be of a model that this version has, but is of {values.get('_target_')}; force one with "
         "--model"
     )
@@ -114,11 +115,11 @@ def model_of(place: str, forced: str | None, overrides: Collection[str] = ()) ->
         overrides: `model.FIELD=VALUE`, of that variant.
 
     Raises:
-        ValueError: it cannot be found out.
+        ConfigError: it cannot be found out.
     """
     strange = next((o for o in overrides if forced is None or not o.startswith("model.")), None)
     if strange is not None:
-        raise ValueError(
+        raise ConfigError(
             f"--override must be model.FIELD=VALUE beside --model, but is {strange}; write for instance "
             "--model llama3_debug --override model.dim=256"
         )

@@ -24,6 +24,7 @@ from regrow.checkpoint.load.open_source import open_source
 from regrow.checkpoint.sources.hf_mapping import FromHfSource
 from regrow.checkpoint.storage.base import Storage
 from regrow.checkpoint.storage.opening import as_storage
+from regrow.errors import ConfigError
 from regrow.launch.config.resolve import construct
 from regrow.models.base import LanguageModel
 from regrow.models.config import DecoderConfig, ModelConfig
@@ -189,7 +190,7 @@ def contradictions(place: Storage, config: ModelConfig) -> list[str]:
     where = f"{place.url}/{CONFIG}"
     try:
         family, stored = read_config(parse_config(place.read(CONFIG), where), config.name, where)
-    except ValueError as error:
+    except ConfigError as error:
         return [str(error)]
     if type(stored) is not type(config):
         return [f"{where} is of the family {family.architecture}, and the model is not"]

@@ -3,6 +3,7 @@
 import gc
 from typing import final
 
+from regrow.errors import ConfigError
 from regrow.trainer.hook import Hook
 from regrow.trainer.hooks.config import GarbageConfig
 from regrow.trainer.loop import Trainer
@@ -16,7 +17,7 @@ class GarbageCollectionHook(Hook):
 
     def __init__(self, config: GarbageConfig) -> None:
         if config.every < 1:
-            raise ValueError(f"hooks.garbage.every must be at least 1, but is {config.every}; use 50")
+            raise ConfigError(f"hooks.garbage.every must be at least 1, but is {config.every}; use 50")
         self._every = config.every
 
     def fit_start(self, trainer: Trainer) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from regrow.errors import ConfigError
 from regrow.trainer.data.loader import step_batch
 from regrow.trainer.data.windows import Windows
 from regrow.trainer.hook import Hook
@@ -27,9 +28,9 @@ class ValidationHook(Hook):
 
     def __init__(self, config: ValidationConfig) -> None:
         if config.every < 1:
-            raise ValueError(f"hooks.validation.every must be at least 1, but is {config.every}; use 100")
+            raise ConfigError(f"hooks.validation.every must be at least 1, but is {config.every}; use 100")
         if config.max_batches < 0:
-            raise ValueError(
+            raise ConfigError(
                 f"hooks.validation.max_batches must be at least 0, but is {config.max_batches}; use 0 for all"
             )
         self._config = config

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from regrow.errors import ConfigError
 from regrow.models.config import DecoderConfig, ModelConfig
 from regrow.trainer.config import (
     ActivationCheckpoint,
@@ -64,10 +65,10 @@ def check_layout(
         splits_backward: whether torch runs a backward pass in two halves through autograd functions of one's own.
 
     Raises:
-        ValueError: naming field, rule, value and remedy.
+        ConfigError: naming field, rule, value and remedy.
     """
     if not isinstance(model, DecoderConfig):
-        raise ValueError(f"model must be a decoder of models/layers.py, but is {model.name}; use llama3_debug")
+        raise ConfigError(f"model must be a decoder of models/layers.py, but is {model.name}; use llama3_debug")
     problems = (
         *_tensor(layout, parallel, model, batch, train, device_type),
         *_context(layout, parallel, model, batch),
@@ -75,7 +76,7 @@ def check_layout(
         *_experts(layout, model),
     )
     for problem in problems:
-        raise ValueError(problem)
+        raise ConfigError(problem)
 
 
 def _divides(name: str, value: int, number: int, what: str) -> Iterator[str]:
