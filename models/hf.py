@@ -166,7 +166,7 @@ def from_folder(folder: Path, name: str | None = None) -> tuple[HfFamily, ModelC
         name: for the variant; by default the folder's.
 
     Raises:
-        ValueError: no `config.json`, or one of a model that Regrow does not have.
+        ConfigError: no `config.json`, or one of a model that Regrow does not have.
     """
     path = folder / CONFIG
     try:
@@ -199,7 +199,7 @@ def read_config(fields: Mapping[str, Any], name: str, where: str) -> tuple[HfFam
     """The family and config that `config.json`'s fields describe.
 
     Raises:
-        ValueError: they describe a model that Regrow does not have, or none.
+        ConfigError: they describe a model that Regrow does not have, or none.
     """
     named = fields.get("architectures") or []
     if not isinstance(named, list) or not all(isinstance(n, str) for n in named):
@@ -331,7 +331,7 @@ def require_full_attention(fields: Mapping[str, Any], model: str) -> None:
 
 
 def whole(fields: Mapping[str, Any], name: str, *, default: int | None = None, most: int = _LARGEST) -> int:
-    """A dimension; raises KeyError where it is missing and has no default, ValueError where it cannot be one."""
+    """A dimension; raises KeyError where it is missing and has no default, ConfigError where it cannot be one."""
     value = fields[name] if default is None else fields.get(name, default)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
@@ -342,7 +342,7 @@ def whole(fields: Mapping[str, Any], name: str, *, default: int | None = None, m
 
 
 def number(fields: Mapping[str, Any], name: str) -> float:
-    """A positive number; raises KeyError where it is missing, ValueError where it is none."""
+    """A positive number; raises KeyError where it is missing, ConfigError where it is none."""
     value = fields[name]
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
         raise ConfigError(f"{name} in config.json must be a number above 0, but is {value!r}; download it again")

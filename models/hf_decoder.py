@@ -64,10 +64,10 @@ def read_decoder(fields: Mapping[str, Any], name: str, rope: Mapping[str, Any], 
 
     Raises:
         KeyError: a field is missing.
-        ValueError: a field says what the decoders here cannot do.
+        ConfigError: a field says what the decoders here cannot do.
     """
     require(fields, "hidden_act", "silu", model)
-    require(fields, "attention_bias", False, model)
+    require(fields, "attention_bias", wanted=False, model=model)
     require_full_attention(fields, model)
     heads = whole(fields, "num_attention_heads")
     return {

@@ -35,7 +35,7 @@ def _describe(config: Llama3Config) -> dict[str, Any]:
 
 
 def _read(fields: Mapping[str, Any], name: str) -> Llama3Config:
-    require(fields, "mlp_bias", False, "Llama 3")
+    require(fields, "mlp_bias", wanted=False, model="Llama 3")
     rope = rope_fields(fields)
     shared = read_decoder(fields, name, rope, "Llama 3")
     require(fields, "head_dim", shared["dim"] // shared["n_heads"], "Llama 3")

@@ -68,7 +68,7 @@ def _describe_moe(config: Qwen3MoeConfig) -> dict[str, Any]:
 
 def _read_common(fields: Mapping[str, Any], name: str, head_dim: int | None) -> dict[str, Any]:
     """`head_dim`: where the file has none; None is the quotient."""
-    require(fields, "use_sliding_window", False, "Qwen3")
+    require(fields, "use_sliding_window", wanted=False, model="Qwen3")
     rope = rope_fields(fields)
     require(rope, "rope_type", "default", "Qwen3")
     shared = read_decoder(fields, name, rope, "Qwen3")

@@ -1,8 +1,8 @@
 """What a user can cause. Standard library only.
 
-This is the one module that lies below `models`, `checkpoint`, `trainer` and `launch`: each of them refuses fields of
-the config, `models` and `checkpoint` do not know each other, and the command must tell a refusal from a bug by one
-class.
+This module lies below `models`, `checkpoint`, `trainer` and `launch`, as `torch_compat` does: each of them refuses
+fields of the config, `models` and `checkpoint` do not know each other, and the command must tell a refusal from a
+bug by one class.
 """
 
 __all__ = ["ConfigError"]

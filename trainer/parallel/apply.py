@@ -93,18 +93,10 @@ def parallelise(
             model, model_config, context.meshes.dense["tp"], sequence=parallel.sequence_parallel
         )
     if layout.cp > 1:
-        sequence = ContextGroup(
-            name=context.group_name("cp"),
-            rank=context.coordinate("cp"),
-            ranks=layout.cp,
-            balance=parallel.cp_balance,
-        )
+        sequence = _context_group(context, balance=parallel.cp_balance)
         apply_context_parallel(model, sequence, context_method(parallel, model_config, layout.tp, layout.cp))
-    if layout.ep > 1:
-        apply_expert_parallel(model, context.meshes.experts["ep"])
     if model_config.n_experts > 0:
-        data = context.meshes.data
-        set_auxiliary_loss(model, [data.get_group(a) for a in ("cp", "tp") if data[a].size() > 1], sequences)
+        _apply_to_experts(model, context, sequences)
     if train.activation_checkpoint is not ActivationCheckpoint.none:
         _checkpoint_activations(model, selective=train.activation_checkpoint is ActivationCheckpoint.selective)
     if train.compile:
@@ -116,6 +108,12 @@ def parallelise(
         # As FSDP's mixed precision does it among several ranks, without its copies.
         model.compute_dtype = torch.bfloat16
     return ParallelModel(model=model, parts=parts, stages=stages, tensor=tensor, sequence=sequence, names=names)
+
+
+def _context_group(context: ParallelContext, *, balance: bool) -> ContextGroup:
+    return ContextGroup(
+        name=context.group_name("cp"), rank=context.coordinate("cp"), ranks=context.layout.cp, balance=balance
+    )
 
 
 def _stored_buffers(model: nn.Module) -> frozenset[str]:
@@ -138,6 +136,14 @@ def _take_stages(whole: LanguageModel, stages: StagePlan) -> tuple[LanguageModel
     model = whole.part([n for s in stages.mine for n in stages.layers[s]], first=first, last=last)
     parts = [model.part(stages.layers[s], first=s == 0, last=s == stages.count - 1) for s in stages.mine]
     return model, parts
+
+
+def _apply_to_experts(model: LanguageModel, context: ParallelContext, sequences: int) -> None:
+    """Expert parallelism, and the balancing loss of sequences that ranks share."""
+    if context.layout.ep > 1:
+        apply_expert_parallel(model, context.meshes.experts["ep"])
+    data = context.meshes.data
+    set_auxiliary_loss(model, [data.get_group(a) for a in ("cp", "tp") if data[a].size() > 1], sequences)
 
 
 def _compile(model: LanguageModel, backend: str, overlap: ParallelContext | None) -> None:

@@ -73,7 +73,8 @@ class Engine:
                 schedule,
                 context.meshes.data.get_group("pp"),
                 context.device,
-                shape_of=self._shape_of,
+                hidden_shape=self._hidden_shape,
+                logits_shape=self._logits_shape,
                 dtype=_COMPUTE[precision],
                 loss=self._pipeline_loss,
             )
@@ -87,10 +88,11 @@ class Engine:
         first = min(tensor.rank * chunk, size)
         return first, min(first + chunk, size) - first
 
-    def _shape_of(self, tokens: Tensor, last: bool) -> tuple[int, ...]:
+    def _logits_shape(self, tokens: Tensor) -> tuple[int, ...]:
+        return *tokens.shape, self._vocabulary[1]
+
+    def _hidden_shape(self, tokens: Tensor) -> tuple[int, ...]:
         rows, length = tokens.shape
-        if last:
-            return rows, length, self._vocabulary[1]
         tensor = self._parallel.tensor
         parts = tensor.ranks if tensor is not None and tensor.sequence else 1
         return rows, length // parts, self._model_config.dim

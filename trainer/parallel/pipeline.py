@@ -33,7 +33,8 @@ class Pipeline:
         schedule: of training.
         group: the ranks of the pipeline.
         device: where this rank computes.
-        shape_of: the shape of what leaves a stage, given a micro-batch's tokens and whether the stage is the last.
+        hidden_shape: of what one stage gives to the next, for a micro-batch's tokens.
+        logits_shape: of the last stage's output, likewise.
         dtype: of what leaves a stage.
         loss: of the last stage's output and the labels.
     """
@@ -46,12 +47,14 @@ class Pipeline:
         group: dist.ProcessGroup,
         device: torch.device,
         *,
-        shape_of: Callable[[Tensor, bool], tuple[int, ...]],
+        hidden_shape: Callable[[Tensor], tuple[int, ...]],
+        logits_shape: Callable[[Tensor], tuple[int, ...]],
         dtype: torch.dtype,
         loss: Callable[[Tensor, Tensor], Tensor],
     ) -> None:
         self._parts, self._stages, self._group, self._device = parts, stages, group, device
-        self._kind, self._shape_of, self._dtype, self._loss = schedule, shape_of, dtype, loss
+        self._kind, self._dtype, self._loss = schedule, dtype, loss
+        self._hidden_shape, self._logits_shape = hidden_shape, logits_shape
         self._rank = dist.get_rank(group)
         self._built: dict[tuple[int, torch.Size], Any] = {}
 
@@ -75,8 +78,8 @@ class Pipeline:
 
     def _build(self, micro_batches: int, tokens: Tensor) -> Any:
         count = self._stages.count
-        hidden = torch.empty(self._shape_of(tokens, False), dtype=self._dtype, device="meta", requires_grad=True)
-        result = torch.empty(self._shape_of(tokens, True), dtype=self._dtype, device="meta", requires_grad=True)
+        hidden = torch.empty(self._hidden_shape(tokens), dtype=self._dtype, device="meta", requires_grad=True)
+        result = torch.empty(self._logits_shape(tokens), dtype=self._dtype, device="meta", requires_grad=True)
         made = [
             PipelineStage(
                 part,
@@ -102,7 +105,7 @@ class Pipeline:
             elif self._stages.ranks[number - 1] == self._rank and h is not None:
                 given = h
             else:
-                given = torch.empty(self._shape_of(tokens, False), dtype=self._dtype, device=self._device)
+                given = torch.empty(self._hidden_shape(tokens), dtype=self._dtype, device=self._device)
                 dist.recv(given, group=self._group, group_src=self._stages.ranks[number - 1])
             h = part(given, **options)
             assert h is not None

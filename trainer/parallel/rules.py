@@ -72,7 +72,7 @@ def check_layout(
     problems = (
         *_tensor(layout, parallel, model, batch, train, device_type),
         *_context(layout, parallel, model, batch),
-        *_pipeline(layout, parallel, model, batch, train, splits_backward),
+        *_pipeline(layout, parallel, model, batch, train, splits_backward=splits_backward),
         *_experts(layout, model),
     )
     for problem in problems:
@@ -133,6 +133,7 @@ def _pipeline(
     model: DecoderConfig,
     batch: Batch,
     train: TrainConfig,
+    *,
     splits_backward: bool,
 ) -> Iterator[str]:
     for name in ("pp_stages_per_rank", "pp_input_weight", "pp_output_weight"):
@@ -166,22 +167,27 @@ def _pipeline(
             "zbv_zero_bubble; use parallel.pp_schedule=interleaved_zero_bubble"
         )
     if kind in _SPLIT_BACKWARD:
-        if not splits_backward:
-            yield (
-                "parallel.pp_schedule must not run the backward pass in two halves with torch before 2.13, but is "
-                f"{kind.name}; use parallel.pp_schedule=interleaved"
-            )
-        if train.activation_checkpoint is not ActivationCheckpoint.none:
-            yield (
-                f"train.activation_checkpoint must be none with parallel.pp_schedule={kind.name}, whose backward "
-                f"pass runs in two halves, but is {train.activation_checkpoint.name}; "
-                "use parallel.pp_schedule=interleaved"
-            )
-        if train.compile:
-            yield (
-                f"train.compile must be false with parallel.pp_schedule={kind.name}, whose backward pass runs in two "
-                "halves, but is true; use parallel.pp_schedule=interleaved"
-            )
+        yield from _split_backward(kind, train, splits_backward=splits_backward)
+
+
+def _split_backward(kind: PipelineSchedule, train: TrainConfig, *, splits_backward: bool) -> Iterator[str]:
+    """What a schedule asks for whose backward pass runs in two halves."""
+    if not splits_backward:
+        yield (
+            "parallel.pp_schedule must not run the backward pass in two halves with torch before 2.13, but is "
+            f"{kind.name}; use parallel.pp_schedule=interleaved"
+        )
+    if train.activation_checkpoint is not ActivationCheckpoint.none:
+        yield (
+            f"train.activation_checkpoint must be none with parallel.pp_schedule={kind.name}, whose backward "
+            f"pass runs in two halves, but is {train.activation_checkpoint.name}; "
+            "use parallel.pp_schedule=interleaved"
+        )
+    if train.compile:
+        yield (
+            f"train.compile must be false with parallel.pp_schedule={kind.name}, whose backward pass runs in two "
+            "halves, but is true; use parallel.pp_schedule=interleaved"
+        )
 
 
 def _layers_of_stages(parallel: ParallelConfig, model: DecoderConfig, stages: int) -> Iterator[str]:
