@@ -119,7 +119,7 @@ def run_folder_of(step: Storage) -> Path | None:
     return next((p for p in step.path.resolve().parents[:4] if (p / "config.yaml").is_file()), None)
 
 
-def model_of(place: str, forced: str | None, overrides: Collection[str] = ()) -> ModelConfig:
+def model_of(place: Storage | str, forced: str | None, overrides: Collection[str] = ()) -> ModelConfig:
     """The model that a checkpoint is of.
 
     Args:
