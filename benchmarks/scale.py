@@ -30,8 +30,7 @@ from regrow.checkpoint.save.commit import assemble_metadata, complete_step
 from regrow.checkpoint.save.coordinator import report_of
 from regrow.checkpoint.save.writer import file_name
 from regrow.checkpoint.storage.local import LocalStorage
-from regrow.launch.config.run_name import register_resolver
-from regrow.launch.config.schema import register_schemas
+from regrow.launch.config.composition import compose_config
 from regrow.launch.config.typed import to_config
 from regrow.launch.run.build import build_model
 
@@ -43,12 +42,7 @@ ROWWISE = ("wo.weight", "w2.weight")
 
 def shapes_of(model: str) -> dict[str, tuple[int, ...]]:
     """The parameters' shapes."""
-    from hydra import compose, initialize_config_module
-
-    register_resolver()
-    register_schemas()
-    with initialize_config_module("regrow.conf", version_base="1.3"):
-        config = to_config(compose("config", overrides=[f"model={model}"]))
+    config = to_config(compose_config([f"model={model}"]))
     with torch.device("meta"):
         return {name: tuple(p.shape) for name, p in build_model(config).named_parameters()}
 

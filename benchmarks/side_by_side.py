@@ -10,26 +10,22 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-from hydra import compose, initialize_config_module
 
 from benchmarks.pairs import Seconds, Spread, clocks, counted, since
 from benchmarks.peers import TransformersLoop
 from benchmarks.products import Products
-from regrow.launch.config.run_name import register_resolver
-from regrow.launch.config.schema import Config, register_schemas
-from regrow.launch.config.typed import to_config, to_dict
-from regrow.launch.run.preflight import check_config, prepare_data
-from regrow.launch.run.run_dir import open_run
+from regrow.launch.config.composition import compose_config
+from regrow.launch.config.schema import Config
+from regrow.launch.run.compose import compose_trainer
+from regrow.launch.run.prepare import prepare_run
 from regrow.launch.run.signals import StopFlag
-from regrow.launch.run.worker import RankSpec, build_trainer
+from regrow.launch.run.start import open_spec
 from regrow.models.llama3.model import Llama3
 from regrow.trainer.config import AdamWConfig, PrecisionName
-from regrow.trainer.data.token_store import TokenStore
 from regrow.trainer.device import pin_threads
 from regrow.trainer.hook import Hook
 from regrow.trainer.loop import Trainer
 from regrow.trainer.parallel.context import close_parallel, open_parallel
-from regrow.trainer.parallel.layout import resolve_layout
 
 __all__ = ["Comparison", "Round", "compare", "profile_steps"]
 
@@ -103,28 +99,13 @@ class _InTurn(Hook):
 @contextmanager
 def one_rank(overrides: Sequence[str]) -> Iterator[tuple[Config, Trainer]]:
     """A trainer as the command would make it, in this process."""
-    register_resolver()
-    register_schemas()
-    with initialize_config_module("regrow.conf", version_base="1.3"):
-        composed = compose("config", overrides=list(overrides))
-    config, settings = to_config(composed), to_dict(composed)
-    check_config(config)
     with tempfile.TemporaryDirectory() as folder:
-        layout = resolve_layout(config.parallel, 1, ranks_are_given=False)
-        spec = RankSpec(
-            config=config,
-            config_dict=settings,
-            layout=layout,
-            device_type="cpu",
-            run_dir=Path(folder),
-            data_folder=prepare_data(config),
-            sweep=None,
-        )
-        opened = open_run(config, settings, spec.run_dir, TokenStore(spec.data_folder), overrides=overrides)
-        spec = dataclasses.replace(spec, record=opened.record)
-        threads = pin_threads(config.launch.threads_per_rank, 1)
+        config = compose_config([*overrides, "launch.device=cpu"])
+        spec = prepare_run(config, Path(folder), overrides=overrides, world_size=1)
+        spec = dataclasses.replace(spec, record=open_spec(spec).record)
+        threads = pin_threads(spec.config.launch.threads_per_rank, 1)
         try:
-            yield config, build_trainer(spec, open_parallel(layout, "cpu", 60.0), StopFlag(), threads)
+            yield spec.config, compose_trainer(spec, open_parallel(spec.layout, "cpu", 60.0), StopFlag(), threads)
         finally:
             close_parallel()
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from regrow.checkpoint.format.layout import local_box
+from regrow.launch.run.compose import compose_trainer
+from regrow.launch.run.rank_spec import RankSpec
 from regrow.launch.run.signals import StopFlag
-from regrow.launch.run.worker import RankSpec, build_trainer
 from regrow.models.moe import MixtureOfExperts
 from regrow.trainer.hook import Hook
 from regrow.trainer.loop import Trainer
@@ -146,7 +147,7 @@ def _observe(specs: Sequence[RankSpec]) -> list[Observed | str]:
         # Each layout has its own addresses in the store that all share.
         os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)
         context = open_parallel(spec.layout, "cpu", 60.0)
-        trainer = build_trainer(spec, context, StopFlag(), 1)
+        trainer = compose_trainer(spec, context, StopFlag(), 1)
         recorder = Recorder()
         trainer.hooks = [recorder]
         trainer.fit()

@@ -19,8 +19,8 @@ __all__ = ["context", "run_distributed"]
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
     ["torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.distributed.pipelining",
-     "torch._inductor.compile_fx", "networkx", "jinja2", "hydra", "regrow.launch.app", "regrow.launch.run.preflight", "regrow.launch.run.run_dir",
-     "regrow.launch.run.build", "regrow.launch.run.local", "regrow.trainer.hooks.checkpoint", "regrow.trainer.data.text", "regrow.trainer.parallel.engine", "regrow.trainer.schedules.base",
+     "torch._inductor.compile_fx", "networkx", "jinja2", "hydra", "regrow.launch.app", "regrow.launch.run.start",
+     "regrow.trainer.hooks.checkpoint", "regrow.trainer.data.text", "regrow.trainer.parallel.engine", "regrow.trainer.schedules.base",
      "regrow.launch.run.ranks", "regrow.launch.run.signals", "regrow.launch.run.lost_record", "regrow.trainer.hooks.begin", "tests.attack.warm"]
 )  # fmt: skip
 

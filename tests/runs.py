@@ -10,14 +10,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from regrow.launch.app import _open
-from regrow.launch.run.preflight import check_config, check_parallel, prepare_data
+from regrow.launch.config.composition import compose_config
+from regrow.launch.run.compose import compose_trainer
+from regrow.launch.run.prepare import prepare_run
+from regrow.launch.run.rank import run_rank
+from regrow.launch.run.rank_spec import RankSpec
 from regrow.launch.run.signals import StopFlag
-from regrow.launch.run.worker import RankSpec, build_trainer, run_rank
+from regrow.launch.run.start import open_spec
 from regrow.trainer.parallel.context import close_parallel, open_parallel
-from regrow.trainer.parallel.layout import resolve_layout
 from tests.pool import run_distributed
-from tests.support import compose_config
 
 
 @dataclass(frozen=True)
@@ -31,30 +32,15 @@ class Result:
 
 def spec_of(overrides: Sequence[str], run_dir: Path, world_size: int) -> RankSpec:
     """What the launcher would tell its ranks."""
-    from regrow.launch.config.typed import to_config, to_dict
-
-    composed = compose_config(overrides)
-    config = to_config(composed)
-    check_config(config)
-    layout = resolve_layout(config.parallel, world_size, ranks_are_given=True)
-    check_parallel(config, layout, "cpu")
-    return RankSpec(
-        config=config,
-        config_dict=to_dict(composed),
-        layout=layout,
-        device_type="cpu",
-        run_dir=run_dir,
-        data_folder=prepare_data(config),
-        sweep=None,
-        overrides=list(overrides),
-    )
+    config = compose_config([*overrides, "launch.device=cpu"])
+    return prepare_run(config, run_dir, overrides=overrides, world_size=world_size)
 
 
 def train(overrides: Sequence[str], run_dir: Path, world_size: int = 1) -> Result:
     """Opens the run and trains it on pool ranks, as `regrow` would."""
     run_dir.mkdir(parents=True, exist_ok=True)
     spec = spec_of(overrides, run_dir, world_size)
-    opened = _open(spec)
+    opened = open_spec(spec)
     if opened.reached is not None:
         return Result("finished", spec.config.train.steps, "")
     spec = dataclasses.replace(spec, record=opened.record)
@@ -70,7 +56,7 @@ def first_weights(overrides: Sequence[str], run_dir: Path, world_size: int) -> d
     """The whole model's starting weights under a layout."""
     run_dir.mkdir(parents=True, exist_ok=True)
     spec = spec_of(overrides, run_dir, world_size)
-    spec = dataclasses.replace(spec, record=_open(spec).record)
+    spec = dataclasses.replace(spec, record=open_spec(spec).record)
     results: list[dict[str, torch.Tensor]] = run_distributed(_weights_of, spec, world_size=world_size)
     return results[0]
 
@@ -80,7 +66,7 @@ def _weights_of(spec: RankSpec) -> dict[str, torch.Tensor]:
 
     torch.set_num_threads(1)
     context = open_parallel(spec.layout, "cpu", 30.0)
-    model = build_trainer(spec, context, StopFlag(), 1).model
+    model = compose_trainer(spec, context, StopFlag(), 1).model
     whole = {}
     for name, parameter in model.named_parameters():
         tensor = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter

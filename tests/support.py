@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_module
-from omegaconf import DictConfig
 
-from regrow.launch.config.run_name import register_resolver
-from regrow.launch.config.schema import Config, register_schemas
+from regrow.launch.config.composition import compose_config as compose_config
+from regrow.launch.config.schema import Config
 from regrow.launch.config.typed import to_config, to_dict
 from regrow.trainer.jsonlines import read_rows
 
@@ -37,14 +35,6 @@ TINY_DATA = ["data=text", "data.tokenizer_vocab_size=300", "data.seq_len=32", "d
 def tiny(corpus: Path, *overrides: str) -> list[str]:
     """Overrides for a tiny run over `corpus`."""
     return [*TINY_MODEL, *TINY_DATA, f"data.files=[{corpus}]", *ONE_THREAD, *overrides]
-
-
-def compose_config(overrides: Sequence[str]) -> DictConfig:
-    """The composed root config."""
-    register_resolver()
-    register_schemas()
-    with initialize_config_module("regrow.conf", version_base="1.3"):
-        return compose("config", overrides=list(overrides))
 
 
 def typed_config(overrides: Sequence[str]) -> Config:

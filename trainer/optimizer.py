@@ -6,7 +6,7 @@ of different meshes can share one fused call. State is named by parameter, never
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import final
+from typing import Any, final
 
 import torch
 import torch.distributed as dist
@@ -40,7 +40,15 @@ def _like(local: Tensor, parameter: nn.Parameter) -> Tensor:
 
 
 class Optimizer(ABC):
-    """Updates a model's parameters in place from their gradients."""
+    """Updates a model's parameters in place from their gradients. Made from its config and the model."""
+
+    @staticmethod  # noqa: B027 (an optimizer may have nothing to check)
+    def check(config: Any) -> None:
+        """Looks at the config before there is a model; raises ValueError where a field is out of its range.
+
+        Args:
+            config: the section `optimizer`.
+        """
 
     @abstractmethod
     def step(self, lr: float, grad_scale: Tensor, skip: Tensor) -> None:

@@ -16,9 +16,8 @@ from regrow.checkpoint.storage.base import Storage
 from regrow.checkpoint.storage.opening import as_storage
 from regrow.launch.commands.convert import check_fit
 from regrow.launch.commands.identify_model import model_of, run_folder_of
-from regrow.launch.config.resolve import resolve_target
 from regrow.launch.run.stored_run import steps_place
-from regrow.launch.run.weights import OpenedWeights, buffers_of, open_weights
+from regrow.launch.run.weights import OpenedWeights, buffers_of, model_on_meta, open_weights
 from regrow.models.base import LanguageModel
 from regrow.models.config import DecoderConfig
 from regrow.trainer.data.tokenizer import load_tokenizer, parse_tokenizer, tokenizer_file
@@ -66,8 +65,7 @@ def load_model(
         opened = open_weights(stored, config)
         held.callback(opened.source.close)
         check_fit(opened, config)
-        with torch.device("meta"):
-            model: LanguageModel = resolve_target(config._target_, "model")(config)
+        model = model_on_meta(config)
         _give_memory(model, dtype or _stored_dtype(opened, model), torch.device(device))
         assert isinstance(config, DecoderConfig), "other models have no tables of positions"
         model.init_buffers(torch.device(device), config.max_seq_len)

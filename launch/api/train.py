@@ -1,28 +1,31 @@
 """`regrow.train`: a run from a script or a notebook, as the command would do it."""
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig, OmegaConf
 
-from regrow.launch.api.execute import execute
-from regrow.launch.config.errors import UserError
+from regrow.errors import ConfigError
 from regrow.launch.config.schema import Config
+from regrow.launch.exit_code import ExitCode
+from regrow.launch.run.failures import RankFailed, first_failure
+from regrow.launch.run.logs import log_to_console
+from regrow.launch.run.prepare import prepare_run
+from regrow.launch.run.rank_spec import Outcome
 from regrow.launch.run.signals import SIGNALS, Interrupted, StopFlag
-from regrow.launch.run.worker import Outcome, log_to_console
+from regrow.launch.run.start import run_spec
 from regrow.trainer.hooks.metrics import METRICS
+from regrow.trainer.hooks.startup import begin
 from regrow.trainer.places import ensure_home
 
 __all__ = ["TrainResult", "TrainingFailedError", "train"]
-
-EXIT_RESUMABLE = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,23 +85,26 @@ def train(config: Config) -> TrainResult:
         How the run ended, where it finished or was stopped.
 
     Raises:
-        ValueError: bad input, found before training; one sentence.
+        ConfigError: bad input, found before training; one sentence.
         TrainingFailedError: the run failed while it trained.
         KeyboardInterrupt: Ctrl-C before the first step, when nothing is to be saved.
     """
     if dist.is_initialized():
-        raise UserError(
+        raise ConfigError(
             "regrow.train must be called outside of torch.distributed's process groups, but one is open; call "
             "torch.distributed.destroy_process_group() first"
         )
     ensure_home()
     log_to_console()
-    composed: DictConfig = OmegaConf.structured(config)
-    run_dir = Path(config.run.root, config.run.name).absolute()
-    flag = StopFlag()
-    with _torch_settings_kept(), _signals_handled(flag):
+    begin()
+    run_dir, flag = Path(config.run.root, config.run.name).absolute(), StopFlag()
+    with _signals_handled(flag), _torch_settings_kept():
         try:
-            outcome = execute(composed, run_dir, flag)
+            with _main_hidden():
+                spec = prepare_run(config, run_dir)
+            outcome = run_spec(spec, flag)
+        except RankFailed as error:
+            outcome = Outcome(kind="failed", step=0, message=first_failure(run_dir) or str(error))
         except Interrupted as stop:
             if stop.signal_number == signal.SIGINT:
                 raise KeyboardInterrupt from None
@@ -109,15 +115,15 @@ def train(config: Config) -> TrainResult:
 
 def _result(run_dir: Path, outcome: Outcome) -> TrainResult:
     if outcome.kind == "refused":
-        raise UserError(outcome.message)
+        raise ConfigError(outcome.message)
     result = TrainResult(
         run_dir=run_dir,
         step=outcome.step,
         reason=outcome.kind,
-        exit_code=outcome.exit_code,
+        exit_code=int(outcome.exit_code),
         message=outcome.message,
     )
-    if outcome.exit_code not in (0, EXIT_RESUMABLE):
+    if outcome.exit_code is ExitCode.failed:
         raise TrainingFailedError(result)
     return result
 
@@ -145,6 +151,17 @@ def _signals_handled(flag: StopFlag) -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _main_hidden() -> Iterator[None]:
+    """Keeps processes that tokenise a corpus from running the caller's script: Python's `spawn` imports it."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 @contextmanager

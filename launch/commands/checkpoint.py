@@ -18,8 +18,8 @@ from regrow.launch.commands.convert import (
     import_checkpoint,
     under_our_names,
 )
+from regrow.launch.run.logs import log_to_console
 from regrow.launch.run.stored_run import steps_place
-from regrow.launch.run.worker import log_to_console
 
 __all__ = ["main"]
 

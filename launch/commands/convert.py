@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from regrow.checkpoint.convert.conversion_plan import plan_safetensors, plan_step, plan_torch, size_in_bytes
 from regrow.checkpoint.convert.convert import CastSource, ConversionResult, convert
@@ -22,8 +24,9 @@ from regrow.checkpoint.sources.hf_mapping import ToHfSource
 from regrow.checkpoint.storage.opening import as_storage, is_url
 from regrow.launch.commands.identify_model import UnknownModelError, model_of, run_folder_of, settings_of_model
 from regrow.launch.commands.torchtitan import adamw_of, beside_tensors, manifest_of
+from regrow.launch.run.logs import log_to_console
+from regrow.launch.run.versions import software_versions
 from regrow.launch.run.weights import OpenedWeights, WeightsSource, buffers_of, open_weights, shapes_of
-from regrow.launch.run.worker import log_to_console, software_versions
 from regrow.models.config import DecoderConfig, ModelConfig
 from regrow.models.torchtitan import todays_keys
 from regrow.trainer.hf_folder import HfExport, export_hf
@@ -279,9 +282,6 @@ def _progress(args: argparse.Namespace) -> Iterator[Callable[[int, int], None]]:
     if getattr(args, "json", False) or not sys.stderr.isatty():
         yield lambda _done, _total: None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("converting", total=None)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from regrow.checkpoint.scratch import clear_dead_scratch
-from regrow.launch.run.worker import log_to_console
+from regrow.launch.run.logs import log_to_console
 from regrow.trainer.data.cache import writing_to
 from regrow.trainer.data.config import StdlibConfig, TextConfig
 from regrow.trainer.data.prepare import complete_store, only_one

@@ -19,8 +19,11 @@ from regrow.checkpoint.load.open_source import is_hf_folder, open_source
 from regrow.checkpoint.storage.base import Storage
 from regrow.checkpoint.storage.local import LocalStorage
 from regrow.checkpoint.storage.opening import as_storage
-from regrow.launch.config.schema import Config, config_modules, register_schemas
+from regrow.launch.config.composition import compose_config
+from regrow.launch.config.refusals import refusing
+from regrow.launch.config.schema import config_modules
 from regrow.launch.config.target_names import canonical_target
+from regrow.launch.run.prepare import convert_config
 from regrow.launch.run.weights import model_of_folder
 from regrow.models.config import ModelConfig
 
@@ -55,25 +58,8 @@ def variant(name: str, overrides: Collection[str] = ()) -> ModelConfig:
     Raises:
         ValueError: there is none of that name, or no such field.
     """
-    from hydra import compose, initialize_config_module
-    from hydra.core.global_hydra import GlobalHydra
-
-    from regrow.launch.config.errors import describe
-    from regrow.launch.config.run_name import register_resolver
-    from regrow.launch.config.typed import to_config
-
-    register_resolver()
-    register_schemas()
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_module("regrow.conf", version_base="1.3"):
-            config: Config = to_config(compose("config", overrides=[f"model={name}", *overrides]))
-    except Exception as error:
-        sentence = describe(error)
-        if sentence is None:
-            raise
-        raise ValueError(sentence) from error
-    return config.model
+    with refusing():
+        return convert_config(compose_config([f"model={name}", *overrides]))[0].model
 
 
 def settings_of_model(config: ModelConfig) -> dict[str, Any]:

@@ -13,8 +13,11 @@ from pathlib import Path
 from rich.console import Console
 
 from regrow.launch.config.errors import UserError
+from regrow.launch.exit_code import ExitCode
+from regrow.launch.run.logs import log_to_console
 from regrow.launch.run.versions import own_version
-from regrow.launch.run.worker import log_to_console
+from regrow.launch.sweep.local import run_here
+from regrow.launch.sweep.slurm import submit_runs
 from regrow.launch.sweep.slurm_jobs import Job, cancel, list_jobs
 from regrow.launch.sweep.status import RunStatus, Sweep, SweepRun, inspect_run
 from regrow.launch.sweep.table import status_table
@@ -33,7 +36,7 @@ def main() -> None:
         sys.exit(_run(arguments))
     except (UserError, OSError, subprocess.TimeoutExpired) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(ExitCode.bad_input)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -96,13 +99,9 @@ def _resubmit(sweep: Sweep) -> list[str]:
         run.arguments = [*(a for a in run.arguments if a not in again), *again]
     names: list[str] = []
     if slurm:
-        from regrow.launch.sweep.slurm import submit_runs
-
         names += submit_runs(sweep.folder, slurm)
     local = [r for r in unfinished if r.launcher == "local"]
     if local:
-        from regrow.launch.sweep.local import run_here
-
         codes = run_here(sweep.folder, local)
         names += [run.name for run, code in zip(local, codes, strict=True) if code is not None]
     return names

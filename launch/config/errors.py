@@ -27,6 +27,7 @@ from omegaconf.errors import (
     ValidationError,
 )
 
+from regrow.errors import ConfigError
 from regrow.launch.config.hints import example_of, nearest, one_line, quoted_override, section_fields, unknown_field
 from regrow.launch.config.identity import is_free
 from regrow.launch.config.overrides import is_multirun, parse_overrides, swept_keys
@@ -49,7 +50,7 @@ __all__ = [
 _ROOT_VALUES = ("seed", "mode")
 
 
-class UserError(ValueError):
+class UserError(ConfigError):
     """Bad input, found before training; its message is the whole explanation."""
 
 
@@ -238,7 +239,7 @@ def describe(error: BaseException) -> str | None:
 
 
 def _describe_one(error: BaseException) -> str | None:
-    if isinstance(error, UserError | DataError):
+    if isinstance(error, ConfigError | DataError):
         return str(error)
     if isinstance(error, MissingConfigException):
         return _unknown_choice(str(error))

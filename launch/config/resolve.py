@@ -1,30 +1,101 @@
-"""From `_target_` to a class. Importing by name runs code, so only Regrow's packages are allowed."""
+"""From `_target_` to a class. Importing by name runs code, so only named packages are allowed."""
 
 import importlib
-from typing import Any
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
 
+from regrow.errors import ConfigError
 from regrow.launch.config.target_names import canonical_target
 
-__all__ = ["ALLOWED", "resolve_target"]
+__all__ = ["ALLOWED", "checking", "construct", "resolve"]
 
+# What a target's name may begin with.
 ALLOWED = ("regrow.models.", "regrow.checkpoint.", "regrow.trainer.")
 
+T = TypeVar("T")
 
-def resolve_target(target: str, field: str) -> Any:
+
+def resolve(target: str, field: str, base: type[T]) -> type[T]:
     """The class named by `field`'s `_target_`.
 
+    Args:
+        target: the class' full name.
+        field: the section of the config that names it.
+        base: what the field asks for; the class must be one of its kind.
+
     Raises:
-        ValueError: outside the allowed packages, or not there.
+        ConfigError: outside the allowed packages, not there, or of another kind.
     """
     target = canonical_target(target)
+    found = _import(target, field)
+    kind = f"a class that extends {base.__module__}.{base.__qualname__}"
+    if not isinstance(found, type):
+        raise ConfigError(f"{field}._target_ must name {kind}, but {target} is no class; name another one")
+    if not issubclass(found, base):
+        parents = ", ".join(f"{c.__module__}.{c.__qualname__}" for c in found.__bases__)
+        raise ConfigError(
+            f"{field}._target_ must name {kind}, but {target} extends {parents}; name another class, or choose the "
+            "section that it belongs to"
+        )
+    if inspect.isabstract(found):
+        missing = ", ".join(n for n, member in inspect.getmembers(found) if _is_abstract(member))
+        raise ConfigError(
+            f"{field}._target_ must name a class with all methods of {base.__qualname__}, but {target} lacks "
+            f"{missing}; add them"
+        )
+    return found
+
+
+def _is_abstract(member: object) -> bool:
+    return bool(getattr(member, "__isabstractmethod__", False))
+
+
+def _import(target: str, field: str) -> object:
     if not target.startswith(ALLOWED):
-        raise ValueError(
+        raise ConfigError(
             f"{field}._target_ must begin with one of {', '.join(ALLOWED)}, but is {target}; put the class there"
         )
     module, _, name = target.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), name)
+        found: object = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(
+        raise ConfigError(
             f"{field}._target_ must name a class, but {target} cannot be imported ({error}); fix it"
         ) from error
+    return found
+
+
+def construct(target: str, field: str, base: type[T], *arguments: object) -> T:
+    """An object of the class named by `field`'s `_target_`.
+
+    Args:
+        target: the class' full name.
+        field: the section of the config that names it.
+        base: what the field asks for.
+        arguments: the class is called with these, which for most kinds is the section alone.
+
+    Raises:
+        ConfigError: the class cannot be used, or refuses its config.
+    """
+    kind: Callable[..., T] = resolve(target, field, base)
+    with checking():
+        return kind(*arguments)
+
+
+@contextmanager
+def checking() -> Iterator[None]:
+    """Takes a ValueError for a refusal, in a block in which a class that a config names looks at that config.
+
+    Users' own classes raise what Python has for a bad value; elsewhere only a ConfigError is a refusal.
+
+    Raises:
+        ConfigError: for a ValueError.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from regrow.launch.config.errors import UserError, check_no_hub_name, naming_fields
 from regrow.launch.config.schema import Config
 from regrow.models.from_hf_config import FromHfConfig
+from regrow.models.hf import from_folder
 
 __all__ = ["to_config", "to_dict"]
 
@@ -56,12 +57,10 @@ def _resolve_hf(config: DictConfig) -> DictConfig:
 
 def _with_model(config: DictConfig) -> DictConfig:
     """`model=from_hf` replaced by the family's own config, weights and tokenizer taken from the same folder."""
-    from regrow.launch.run.weights import config_of_folder
-
     given, path = config.model, Path(config.model.path).expanduser()
     check_no_hub_name("model.path", str(config.model.path))
     with naming_fields(("model.path", path)):
-        model = config_of_folder(path, str(given.name), weights=bool(given.load_weights))
+        model = from_folder(path, str(given.name))[1]
     for name in ("vocab_size", "max_seq_len"):
         if not OmegaConf.is_missing(given, name):
             setattr(model, name, given[name])

@@ -19,8 +19,8 @@ from torch.distributed.launcher.api import elastic_launch
 from regrow.checkpoint.scratch import scratch_folder
 from regrow.launch.config.errors import naming_fields
 from regrow.launch.run.failures import first_failure
-from regrow.launch.run.signals import SIGNALS
-from regrow.launch.run.worker import OUTCOME, STOP_NOTE, Outcome, RankSpec, read_outcome
+from regrow.launch.run.rank_spec import OUTCOME, Outcome, RankSpec, read_outcome
+from regrow.launch.run.signals import SIGNALS, STOP_NOTE
 from regrow.trainer.hooks.startup import STARTED_VARIABLE
 from regrow.trainer.process import PARENT_VARIABLE
 

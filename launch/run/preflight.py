@@ -18,13 +18,15 @@ from regrow.checkpoint.policy.lineage import LoadRequest, StartPoint
 from regrow.checkpoint.run.lease import LONGEST_TIMEOUT_S
 from regrow.checkpoint.storage.opening import is_url, open_storage
 from regrow.launch.config.errors import check_no_hub_name, naming_fields
+from regrow.launch.config.resolve import checking
 from regrow.launch.config.schema import Config
 from regrow.launch.run.build import (
     build_hooks,
     build_model,
-    build_optimizer_class,
     build_schedule,
     build_source,
+    check_kinds,
+    check_optimizer,
     hf_keys,
     open_initial,
     policies,
@@ -62,7 +64,9 @@ def check_config(config: Config) -> None:
     Raises:
         ValueError: naming field, rule, value and remedy.
     """
-    config.model.check()
+    check_kinds(config)
+    with checking():
+        config.model.check()
     _at_least(config.train.steps, 1, "train.steps", "100")
     _at_least(config.train.log_every, 1, "train.log_every", "10")
     _at_least(config.train.grad_clip, 0, "train.grad_clip", "1.0")
@@ -96,7 +100,7 @@ def check_config(config: Config) -> None:
     if config.checkpoint.last_save_in_hf or config.checkpoint.export.every_n:
         hf_keys(config)
     build_schedule(config)
-    build_optimizer_class(config)
+    check_optimizer(config)
     build_hooks(config)
 
 
@@ -276,7 +280,8 @@ def prepare_data(config: Config) -> Path:
         check_no_hub_name("data.tokenizer", str(config.data.tokenizer))
     source = build_source(config)
     with naming_fields(("data.cache", cache_folder(config.data)), *_data_places(config)):
-        source.check()
+        with checking():
+            source.check()
         folder = prepare(source, lambda size: _check_vocabulary(config, size))
         check_data(config, TokenStore(folder))
     return folder

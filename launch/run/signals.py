@@ -12,10 +12,12 @@ from typing import final
 
 from regrow.trainer.process import Interrupted
 
-__all__ = ["SIGNALS", "STOP_NOTE_VARIABLE", "Interrupted", "StopFlag", "write_note"]
+__all__ = ["SIGNALS", "STOP_NOTE", "STOP_NOTE_VARIABLE", "Interrupted", "StopFlag", "write_note"]
 
 # USR2 is a preemption or a time limit, announced by the scheduler; TERM and INT are somebody's wish.
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+# Beside a rank's spec: the signal that the launcher was stopped by.
+STOP_NOTE = "stop"
 # Names a file in which the batch script reads what its ranks were stopped by.
 STOP_NOTE_VARIABLE = "REGROW_STOP_NOTE"
 

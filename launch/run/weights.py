@@ -4,6 +4,9 @@ Hugging Face's names mean its order of rows, with or without a `config.json` bes
 torchtitan's of whichever year, whose rows are ours.
 """
 
+# mypy has no type for "a class that may be abstract", which is what a field asks for (PEP 747 would bring it).
+# mypy: disable-error-code="type-abstract"
+
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
@@ -21,7 +24,7 @@ from regrow.checkpoint.load.open_source import open_source
 from regrow.checkpoint.sources.hf_mapping import FromHfSource
 from regrow.checkpoint.storage.base import Storage
 from regrow.checkpoint.storage.opening import as_storage
-from regrow.launch.config.resolve import resolve_target
+from regrow.launch.config.resolve import construct
 from regrow.models.base import LanguageModel
 from regrow.models.config import DecoderConfig, ModelConfig
 from regrow.models.hf import (
@@ -31,7 +34,6 @@ from regrow.models.hf import (
     HfKey,
     check_not_quantised,
     family_of,
-    from_folder,
     has_hf_names,
     parse_config,
     read_config,
@@ -41,10 +43,11 @@ from regrow.models.torchtitan import fused_keys, our_name
 __all__ = [
     "OpenedWeights",
     "WeightsSource",
+    "as_stored",
     "buffers_of",
-    "config_of_folder",
     "contradictions",
     "model_of_folder",
+    "model_on_meta",
     "open_weights",
     "shapes_of",
 ]
@@ -154,19 +157,19 @@ def _with_either_name(
 
 def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Of all of a model's parameters, by name; tied ones once."""
-    return {name: tuple(p.shape) for name, p in _on_meta(config).named_parameters()}
+    return {name: tuple(p.shape) for name, p in model_on_meta(config).named_parameters()}
 
 
 def buffers_of(config: ModelConfig) -> set[str]:
     """What a checkpoint of ours holds beside the parameters."""
-    model = _on_meta(config)
+    model = model_on_meta(config)
     return set(model.state_dict()) - {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
 
-def _on_meta(config: ModelConfig) -> LanguageModel:
+def model_on_meta(config: ModelConfig) -> LanguageModel:
+    """The model that a config describes, without memory."""
     with torch.device("meta"):
-        model: LanguageModel = resolve_target(config._target_, "model")(config)
-    return model
+        return construct(config._target_, "model", LanguageModel, config)
 
 
 # What no shape shows.
@@ -192,30 +195,25 @@ def contradictions(place: Storage, config: ModelConfig) -> list[str]:
     ]
 
 
-def config_of_folder(folder: Path, name: str, *, weights: bool) -> ModelConfig:
-    """The model that a local Hugging Face folder is of.
-
-    Args:
-        folder: holds `config.json`.
-        name: for the variant.
-        weights: its weights are to be used: they have a say where they contradict `config.json`.
+def model_of_folder(storage: Storage) -> ModelConfig:
+    """The model that a Hugging Face folder on any storage is of, weights included; named as the folder.
 
     Raises:
         ValueError: it is of none that we have.
     """
-    config = from_folder(folder, name)[1]
-    return _as_stored(as_storage(folder), config) if weights else config
-
-
-def model_of_folder(storage: Storage) -> ModelConfig:
-    """The same of any storage, weights included; named as the folder."""
     where = f"{storage.url}/{CONFIG}"
     fields = parse_config(storage.read(CONFIG), where)
-    return _as_stored(storage, read_config(fields, storage.url.rstrip("/").rpartition("/")[2], where)[1])
+    return as_stored(storage, read_config(fields, storage.url.rstrip("/").rpartition("/")[2], where)[1])
 
 
-def _as_stored(storage: Storage, config: ModelConfig) -> ModelConfig:
-    """Untied where the folder holds an output layer of its own, as transformers has it."""
+def as_stored(place: Storage | Path, config: ModelConfig) -> ModelConfig:
+    """A folder's model, untied where the folder holds an output layer of its own, as transformers has it.
+
+    Args:
+        place: the folder, whose weights have a say where they contradict its `config.json`.
+        config: as that file describes the model.
+    """
+    storage = as_storage(place)
     sizes = storage.sizes()
     if not getattr(config, "tied_embeddings", False) or not any(n.endswith(".safetensors") for n in sizes):
         return config

@@ -4,6 +4,7 @@ import tempfile
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
+from joblib.externals.loky import get_reusable_executor
 from joblib.externals.loky.backend.synchronize import SemLock
 
 from regrow.checkpoint.scratch import semaphore_prefix
@@ -11,7 +12,7 @@ from regrow.launch.sweep.launcher_config import LocalConfig, SlurmConfig
 from regrow.launch.sweep.local import LocalLauncher
 from regrow.launch.sweep.slurm import SlurmLauncher
 
-__all__ = ["register_launchers"]
+__all__ = ["register_launchers", "stop_joblib"]
 
 
 def register_launchers() -> None:
@@ -28,3 +29,8 @@ def register_launchers() -> None:
     # `hydra/launcher=joblib`: its semaphores say whose they are, as ours do.
     names, prefix = tempfile._RandomNameSequence(), semaphore_prefix()  # type: ignore[attr-defined]
     SemLock._make_name = staticmethod(lambda: f"{prefix}-{next(names)}")
+
+
+def stop_joblib() -> None:
+    """Ends joblib's processes, which would outlive this one, that ends without Python's own clean-up, by minutes."""
+    get_reusable_executor(reuse=True).shutdown(wait=True, kill_workers=True)

@@ -19,6 +19,7 @@ from joblib import Parallel, delayed
 from omegaconf import DictConfig
 
 from regrow.launch.config.errors import UserError
+from regrow.launch.exit_code import ExitCode, gravest
 from regrow.launch.run.signals import SIGNALS
 from regrow.launch.sweep.launcher_config import LocalConfig
 from regrow.launch.sweep.plan import plan_runs
@@ -88,9 +89,10 @@ class LocalLauncher(Launcher):
 
 
 def _failure(run: SweepRun, code: int | None, codes: Sequence[int | None]) -> RunFailed:
-    gravest = min((3 if c is None else c for c in codes if c != 0), key=(1, 2, 3).index)
     how = "was not started" if code is None else f"ended with exit code {code}"
-    return RunFailed(f"{run.name} {how}; see {run.run_dir}/logs", exit_code=gravest)
+    # One that was not started can be: the sweep was asked to stop.
+    worst = gravest(ExitCode.resumable if c is None else c for c in codes)
+    return RunFailed(f"{run.name} {how}; see {run.run_dir}/logs", exit_code=worst)
 
 
 def local_config(fields: dict[str, Any]) -> LocalConfig:
@@ -136,6 +138,7 @@ def _gpus(wanted: int) -> list[str]:
         return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
+        # Only a sweep over GPUs that nothing names needs torch, which takes seconds to import.
         import torch
 
         names = [str(i) for i in range(torch.cuda.device_count())]
@@ -210,4 +213,4 @@ class _Children:
             log.info("%s: started", run.name)
             code = process.wait()
             log.info("%s: ended with exit code %d", run.name, code)
-            return code if code >= 0 else 1
+            return code if code in tuple(ExitCode) else ExitCode.failed

@@ -27,6 +27,7 @@ from regrow.launch.sweep.slurm_jobs import (
 )
 from regrow.launch.sweep.slurm_script import Script, ScriptRun, Shape, write_script
 from regrow.launch.sweep.status import Sweep, SweepRun, inspect_run, open_sweep
+from regrow.launch.sweep.wait import wait_for_runs
 
 __all__ = ["SlurmLauncher", "shape_of", "submit_runs"]
 
@@ -80,8 +81,6 @@ class SlurmLauncher(Launcher):
         submit_runs(folder, runs)
         if not self._settings.wait:
             return [_returned(list(o)) for o in job_overrides]
-        from regrow.launch.sweep.wait import wait_for_runs
-
         values = wait_for_runs(folder, [r.name for r in runs], self._settings.poll_s)
         return [_returned(list(o), v) for o, v in zip(job_overrides, values, strict=True)]
 

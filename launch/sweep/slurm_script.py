@@ -4,6 +4,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from regrow.launch.exit_code import ExitCode
+
 __all__ = ["Script", "ScriptRun", "Shape", "write_script"]
 
 
@@ -94,6 +96,7 @@ def write_script(script: Script) -> str:
         "max_requeues": script.max_requeues,
         "max_stuck": script.max_stuck,
         "folder": shlex.quote(script.folder).replace("%", "%%"),
+        **{code.name: int(code) for code in ExitCode},
     }
 
 
@@ -176,17 +179,17 @@ note() {
 steps() { sed -n "s/.*\"job\":\"$id\".*\"event\":\"$1\",\"step\":\([0-9]*\).*/\1/p" "$history" 2>/dev/null; }
 running() { [[ $(squeue -h -j "$id" -o %%T 2>/dev/null) == RUNNING ]]; }
 # Leaving the grace time of a preemption by oneself would end the job for good.
-wait_to_be_killed() { for _ in {1..180}; do running || exit 0; sleep 5; done; exit 3; }
+wait_to_be_killed() { for _ in {1..180}; do running || exit %(done)s; sleep 5; done; exit %(resumable)s; }
 requeue() {
   # A job that its user cancelled is no longer running, and a requeue would bring it back.
-  running || exit 3
+  running || exit %(resumable)s
   trap '' TERM
-  scontrol requeue "$id" || { note gave_up; exit 1; }
+  scontrol requeue "$id" || { note gave_up; exit %(failed)s; }
   # A job that has run keeps the size it had; one that may have another asks for its range again.
   [[ -z $range ]] || for _ in {1..5}; do scontrol update jobid="$id" $range && break; sleep 1; done
-  trap 'exit 0' TERM
+  trap 'exit %(done)s' TERM
   sleep 600 & wait
-  exit 3
+  exit %(resumable)s
 }
 
 mkdir -p "$run"
@@ -195,7 +198,7 @@ for step in $(steps start); do [[ $step == "$now" ]] && stuck=$((stuck + 1)) || 
 if ((stuck >= %(max_stuck)s)); then
   echo "error: $run has started $stuck times without reaching a newer checkpoint than step $now; see $run/logs" >&2
   note stuck
-  exit 1
+  exit %(failed)s
 fi
 note start
 rm -f "$run/stop.json" "$notes".*
@@ -219,9 +222,9 @@ code=$(cat "$notes.code" 2>/dev/null || echo 137)
 signal=$(head -n 1 "$REGROW_STOP_NOTE")
 end=$(sed -n 's/.*"kind": *"\([a-z]*\)".*/\1/p' "$run/stop.json" 2>/dev/null)
 rm -f "$notes".*
-if [[ $end == finished || ( $code == 0 && -z $end ) ]]; then note finished; exit 0; fi
-if [[ $code == 2 || $signal == REFUSED ]]; then note refused; exit 2; fi
-if [[ $end == failed ]]; then note failed; exit 1; fi
+if [[ $end == finished || ( $code == %(done)s && -z $end ) ]]; then note finished; exit %(done)s; fi
+if [[ $code == %(bad_input)s || $signal == REFUSED ]]; then note refused; exit %(bad_input)s; fi
+if [[ $end == failed ]]; then note failed; exit %(failed)s; fi
 if [[ $signal == USR2 || $end == preempted ]]; then note preempted; requeue; fi
 # When a rank dies, srun sends TERM to the others: who was first, and how it died, tells that from a real one.
 crashed=0
@@ -235,7 +238,7 @@ note crashed
 if (($(steps crashed | wc -l) > %(max_requeues)s)); then
   echo "error: $run has crashed more than %(max_requeues)s times (exit code $code); see $run/logs" >&2
   note gave_up
-  exit 1
+  exit %(failed)s
 fi
 requeue
 """

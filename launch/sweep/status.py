@@ -11,6 +11,7 @@ from typing import Any
 from regrow.checkpoint.files import read_json, write_json
 from regrow.checkpoint.format.step_name import parse_step_name
 from regrow.launch.config.errors import UserError
+from regrow.launch.exit_code import ExitCode
 from regrow.launch.sweep.slurm_jobs import Job
 from regrow.trainer.jsonlines import read_rows
 from regrow.trainer.run_record import RunRecord
@@ -44,7 +45,7 @@ class RunFailed(Exception):
         exit_code: for the command.
     """
 
-    def __init__(self, message: str, exit_code: int = 1) -> None:
+    def __init__(self, message: str, exit_code: int = ExitCode.failed) -> None:
         super().__init__(message)
         self.exit_code = exit_code
 

@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from regrow.errors import ConfigError
     from regrow.launch.api.compose import compose
     from regrow.launch.api.metrics import read_metrics
     from regrow.launch.api.model import load_model
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Config",
+    "ConfigError",
     "Run",
     "TrainResult",
     "TrainingFailedError",
@@ -32,6 +34,7 @@ __all__ = [
 
 _MODULES = {
     "Config": "regrow.launch.config.schema",
+    "ConfigError": "regrow.errors",
     "Run": "regrow.launch.api.runs",
     "TrainResult": "regrow.launch.api.train",
     "TrainingFailedError": "regrow.launch.api.train",

@@ -19,7 +19,7 @@ from regrow.checkpoint.policy.lineage import Lineage
 from regrow.checkpoint.run.catalog import Catalog
 from regrow.checkpoint.storage.local import LocalStorage
 from regrow.launch.run.failures import first_failure
-from regrow.launch.run.worker import read_outcome
+from regrow.launch.run.rank_spec import read_outcome
 from regrow.trainer.run_record import RunRecord, RunRecordError
 from regrow.trainer.state import TrainState
 from tests.forging import SOUND, forge, sound_step

@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from regrow.checkpoint.policy.retention import RetentionRule
+from regrow.checkpoint.policy.save import SavePolicy
+from regrow.errors import ConfigError
 from regrow.launch.config.errors import UserError, check_arguments
 from regrow.launch.config.identity import compare, config_hash, flatten, is_free
-from regrow.launch.config.resolve import resolve_target
+from regrow.launch.config.resolve import construct, resolve
 from regrow.launch.run.preflight import check_config
 from regrow.launch.run.ranks import detect_ranks
+from regrow.trainer.hook import Hook
 from tests.support import REPO, compose_config, settings_of, typed_config
 
 GROUPS = [
@@ -43,7 +47,7 @@ def test_every_choice_composes_and_converts(choice: str) -> None:
 @pytest.mark.parametrize("path", sorted((REPO / "conf" / "hook").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_hook_can_be_added(path: Path) -> None:
     config = typed_config(["hooks=none", f"+hook@hooks.mine={path.stem}"])
-    hook = resolve_target(config.hooks["mine"]._target_, "hooks.mine")(config.hooks["mine"])
+    hook = construct(config.hooks["mine"]._target_, "hooks.mine", Hook, config.hooks["mine"])
     assert type(hook).__name__.endswith("Hook")
 
 
@@ -55,7 +59,8 @@ def test_every_policy_and_rule_can_be_added(group: str) -> None:
     for path in (REPO / "conf" / folder).glob("*.yaml"):
         config = typed_config([f"+{group}.mine={path.stem}"])
         (item,) = getattr(config.checkpoint, section.split(".")[1]).values()
-        resolve_target(item._target_, section)(item)
+        base: type[SavePolicy] | type[RetentionRule] = SavePolicy if folder == "save_policy" else RetentionRule
+        construct(item._target_, section, base, item)
 
 
 def test_the_references_full_example_composes() -> None:
@@ -177,8 +182,8 @@ def test_right_forms_pass(arguments: list[str]) -> None:
     "target", ["os.system", "builtins.eval", "subprocess.run", "regrow.trainer.nothing.X", "trainer.loop.Trainer"]
 )
 def test_targets_outside_our_packages_are_refused(target: str) -> None:
-    with pytest.raises(ValueError, match="_target_ must"):
-        resolve_target(target, "hooks.x")
+    with pytest.raises(ConfigError, match="_target_ must"):
+        resolve(target, "hooks.x", Hook)
 
 
 def test_ranks_come_from_torchrun_or_a_fitting_srun() -> None:

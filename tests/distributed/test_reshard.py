@@ -7,15 +7,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import regrow.launch.run.build
+import regrow.launch.run.compose
 from regrow.checkpoint.config import AsyncMode
 from regrow.checkpoint.format.manifest import Manifest
 from regrow.checkpoint.load.loading import load_tensors
 from regrow.checkpoint.save.saver import StepSaver
-from regrow.launch.app import _open
 from regrow.launch.config.schema import Config
+from regrow.launch.run.build import build_model
+from regrow.launch.run.compose import compose_trainer
+from regrow.launch.run.rank_spec import RankSpec
 from regrow.launch.run.signals import StopFlag
-from regrow.launch.run.worker import RankSpec, build_trainer
+from regrow.launch.run.start import open_spec
 from regrow.models.base import LanguageModel
 from regrow.trainer.hooks.checkpoint import model_tensors, optimizer_tensors
 from regrow.trainer.parallel.context import close_parallel, open_parallel
@@ -45,15 +47,15 @@ def _freeze(config: Config) -> LanguageModel:
     return model
 
 
-_build = regrow.launch.run.build.build_model
+_build = build_model
 
 
 def _pass_on(spec: RankSpec, source: Path | None, target: Path) -> int:
     """Trains two steps, or loads a step, and saves what is there; returns the optimizer's tensors."""
-    regrow.launch.run.build.build_model = _freeze
+    regrow.launch.run.compose.build_model = _freeze  # type: ignore[attr-defined]
     torch.set_num_threads(1)
     context = open_parallel(spec.layout, "cpu", 30.0)
-    trainer = build_trainer(spec, context, StopFlag(), 1)
+    trainer = compose_trainer(spec, context, StopFlag(), 1)
     tensors = model_tensors(trainer) | optimizer_tensors(trainer)
     if source is None:
         trainer.fit()
@@ -80,7 +82,7 @@ def test_every_layout_passes_the_state_on_unchanged(corpus: Path, tmp_path: Path
         run_dir, target = tmp_path / f"run{number}", tmp_path / f"c{number}"
         run_dir.mkdir()
         spec = spec_of([*overrides, *more, *degrees], run_dir, world)
-        spec = dataclasses.replace(spec, record=_open(spec).record)
+        spec = dataclasses.replace(spec, record=open_spec(spec).record)
         run_distributed(_pass_on, spec, source, target, world_size=world)
         source = target / "step-1"
         if number == 0:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from regrow.launch.app import _open
 from regrow.launch.config.errors import UserError
 from regrow.launch.run.run_dir import begin_run
+from regrow.launch.run.start import open_spec
 from regrow.trainer.data.token_store import TokenStore
 from regrow.trainer.schedules.config import CosineConfig
 from regrow.trainer.schedules.shapes import Cosine
@@ -62,7 +62,7 @@ def test_stretching_is_bitwise_wherever_it_is_killed(corpus: Path, run: Path, tm
     assert (extension["after_step"], extension["mode"], extension["total"]) == (6, "stretch", 12)
     # Killed before its first step: the answer was recorded, and need not be given again.
     spec = spec_of([*command, "run.extend=stretch"], killed, 1)
-    opened = _open(spec)
+    opened = open_spec(spec)
     assert opened.reached is None
     begin_run(spec.config_dict, killed, TokenStore(spec.data_folder), spec.overrides, opened.record)
     train(command, killed)
@@ -114,7 +114,7 @@ def test_fewer_steps_than_reached_say_where_the_run_stands(
     corpus: Path, run: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    assert _open(spec_of([*tiny(corpus, *SCHEDULE), "train.steps=4"], run, 1)).reached == 6
+    assert open_spec(spec_of([*tiny(corpus, *SCHEDULE), "train.steps=4"], run, 1)).reached == 6
     assert "the run is at step 6 already; train.steps=4 leaves nothing to train" in caplog.text
     assert "checkpoint.load_step=3" in caplog.text
 
@@ -122,5 +122,5 @@ def test_fewer_steps_than_reached_say_where_the_run_stands(
 def test_a_warm_up_that_does_not_fit_is_said_at_the_start(
     corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    _open(spec_of(tiny(corpus, "train.steps=20"), tmp_path, 1))
+    open_spec(spec_of(tiny(corpus, "train.steps=20"), tmp_path, 1))
     assert caplog.text.count("scheduler.warmup_steps (100) does not fit into a schedule of 20 steps") == 1

@@ -11,10 +11,10 @@ import pytest
 
 from regrow.checkpoint.policy.lineage import StartKind
 from regrow.checkpoint.run.lease import LeaseLostError
-from regrow.launch.app import _open
 from regrow.launch.config.errors import UserError
 from regrow.launch.run.failures import first_failure, note_failure
 from regrow.launch.run.run_dir import begin_run
+from regrow.launch.run.start import open_spec
 from regrow.trainer.data.token_store import TokenStore
 from regrow.trainer.run_record import RunRecord, RunRecordError
 from tests.compatibility.test_run_5d27da2 import KEPT, RECORDED, command
@@ -204,21 +204,21 @@ def test_a_restart_before_the_record_is_written_chooses_the_same_again(
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "launch-1")
     for restart in ("0", "1"):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restart)
-        opened = _open(spec)
+        opened = open_spec(spec)
         assert [x.origin for x in opened.record.lineages] == [StartKind.fresh, StartKind.fresh]
     begin_run(spec.config_dict, run, TokenStore(spec.data_folder), spec.overrides, opened.record)
     # From now on a restart goes on with it.
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
-    assert [x.id for x in _open(spec).record.lineages] == [x.id for x in opened.record.lineages]
+    assert [x.id for x in open_spec(spec).record.lineages] == [x.id for x in opened.record.lineages]
     # Another launch does what it is told.
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "launch-2")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    assert len(_open(spec).record.lineages) == 3
+    assert len(open_spec(spec).record.lineages) == 3
 
 
 def test_a_paused_start_does_not_write_over_the_record_of_a_later_one(run: Path, corpus: Path) -> None:
     spec = spec_of(overrides(corpus, "train.steps=15"), run, 1)
-    paused = _open(spec).record
+    paused = open_spec(spec).record
     train(overrides(corpus, "train.steps=15", "checkpoint.load_step=6"), run)
     before = contents(run)
     with pytest.raises(LeaseLostError, match="another start has begun"):

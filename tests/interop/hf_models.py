@@ -18,7 +18,7 @@ from transformers import (
 
 from regrow.checkpoint.format.tensor_source import TensorSource
 from regrow.checkpoint.load.open_source import read_whole
-from regrow.launch.config.resolve import resolve_target
+from regrow.launch.config.resolve import construct
 from regrow.models.base import LanguageModel
 from regrow.models.config import ModelConfig
 
@@ -81,7 +81,7 @@ def tokens() -> Tensor:
 @torch.no_grad()
 def ours(config: ModelConfig, source: TensorSource, dtype: torch.dtype = torch.float32) -> LanguageModel:
     """Our model with the weights of a source that has our names."""
-    model: LanguageModel = resolve_target(config._target_, "model")(config)
+    model = construct(config._target_, "model", LanguageModel, config)  # type: ignore[type-abstract]
     model.to(dtype)
     model.init_buffers(torch.device("cpu"), 256)
     for name, parameter in model.named_parameters():

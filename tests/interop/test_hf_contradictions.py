@@ -17,6 +17,7 @@ from regrow.checkpoint.policy.lineage import StartKind, StartPoint
 from regrow.checkpoint.storage.opening import as_storage
 from regrow.launch.commands.identify_model import model_of
 from regrow.launch.run.preflight import check_initial_load
+from regrow.launch.run.prepare import convert_config
 from regrow.launch.run.weights import open_weights, shapes_of
 from regrow.models.config import DecoderConfig
 from regrow.models.hf import families, from_folder
@@ -25,7 +26,7 @@ from regrow.models.qwen3.config import Qwen3Config, Qwen3MoeConfig
 from regrow.trainer.hf_folder import HfExport, export_hf
 from tests.interop.hf_models import make, ours, tokens
 from tests.interop.test_torchtitan import Held
-from tests.support import typed_config
+from tests.support import compose_config, typed_config
 
 
 def one_file(folder: Path) -> dict[str, Tensor]:
@@ -84,7 +85,7 @@ def test_a_tied_config_with_a_head_is_what_transformers_makes_of_it(
     expected = theirs(tokens()).logits
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
     # The same through the command's config, which a run stores.
-    run = typed_config(["model=from_hf", f"model.path={tmp_path / 'hf'}"]).model
+    run = convert_config(compose_config(["model=from_hf", f"model.path={tmp_path / 'hf'}"]))[0].model
     assert isinstance(run, DecoderConfig)
     assert run.tied_embeddings is tied
 

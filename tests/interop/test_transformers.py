@@ -26,13 +26,13 @@ VARIANTS = [c for c in CHOICES if c.startswith("model=") and c != "model=from_hf
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_map_is_a_bijection(variant: str) -> None:
     """Every parameter of ours is filled once, and every tensor of theirs read once, with shapes that fit."""
-    from regrow.launch.config.resolve import resolve_target
+    from regrow.launch.run.build import build_model
 
-    config = typed_config([variant]).model
+    config = typed_config([variant])
     with torch.device("meta"):
-        model = resolve_target(config._target_, "model")(config)
+        model = build_model(config)
     parameters = dict(model.named_parameters())
-    keys = family_of(config).keys(config)
+    keys = family_of(config.model).keys(config.model)
     assert len({k.hf_name for k in keys}) == len(keys)
     assert len({(k.name, k.expert) for k in keys}) == len(keys)
     assert {k.name for k in keys} == parameters.keys()

@@ -12,20 +12,26 @@ from typing import Any
 def main() -> None:
     """The command."""
     from regrow.launch import train
-    from regrow.launch.run import worker
 
-    hooks = worker._hooks
+    run = train._run
 
-    def with_sleep(*arguments: Any) -> list[Any]:
+    def run_slowly(arguments: list[str], flag: Any) -> int:
+        from regrow.launch.run import compose
+        from regrow.launch.run.compose_hooks import compose_hooks
         from regrow.trainer.hook import Hook
 
         class Sleep(Hook):
             def step_start(self, trainer: Any) -> None:
                 time.sleep(float(os.environ["SLOW_STEP_S"]))
 
-        return [Sleep(), *hooks(*arguments)]
+        def with_sleep(*given: Any) -> list[Hook]:
+            return [Sleep(), *compose_hooks(*given)]
 
-    worker._hooks = with_sleep  # type: ignore[assignment]
+        compose.compose_hooks = with_sleep  # type: ignore[attr-defined, assignment]
+        return run(arguments, flag)
+
+    # Replaced within the command, when its signal handlers stand.
+    train._run = run_slowly
     train.main()
 
 

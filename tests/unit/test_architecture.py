@@ -1,6 +1,7 @@
 """Who may import whom, read from the sources."""
 
 import ast
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -82,15 +83,71 @@ def test_config_modules_import_little() -> None:
                     assert module.endswith("config"), f"{path} imports {module}"
 
 
-def test_signal_handlers_stand_before_torch() -> None:
-    for name in ("launch/train.py", "launch/run/signals.py", "launch/run/worker.py", "trainer/process.py"):
-        top_level = ast.parse((REPO / name).read_text()).body
-        for node in top_level:
+# The modules that are imported before the signal handlers stand.
+EARLY = (
+    "launch/train.py", "launch/exit_code.py", "launch/run/signals.py", "launch/run/versions.py",
+    "launch/run/worker.py", "trainer/places.py", "trainer/process.py", "src/regrow/__init__.py",
+)  # fmt: skip
+
+
+def test_signal_handlers_stand_before_anything_is_imported_that_takes_time() -> None:
+    early = {f"regrow.{name.removesuffix('.py').replace('/', '.')}" for name in EARLY}
+    for name in EARLY:
+        for node in ast.parse((REPO / name).read_text()).body:
             modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             for module in modules:
-                assert module.split(".")[0] != "torch", f"{name} imports {module}"
-                if module.startswith("regrow."):
-                    assert module in ("regrow.launch.run.signals", "regrow.trainer.process"), (
-                        f"{name} imports {module}"
-                    )
+                known = module in early or module.split(".")[0] in sys.stdlib_module_names
+                assert known, f"{name} imports {module}"
+
+
+# Where a function imports, and why no module can at its top; each has its reason in a comment above it.
+LAZY = {
+    ("launch/train.py", "_run"): "signal handlers stand first",
+    ("launch/run/worker.py", "main"): "signal handlers stand first",
+    ("launch/app.py", "_train"): "--help and refusals need no torch",
+    ("launch/app.py", "_launchers"): "most commands need no joblib",
+    ("launch/sweep/local.py", "_gpus"): "only a sweep over GPUs that nothing names needs torch",
+}
+
+
+def functions_that_import(path: Path) -> set[str]:
+    """The innermost functions that hold an import."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST, function: str | None) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import | ast.ImportFrom) and function is not None:
+                found.add(function)
+            inner = child.name if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) else function
+            visit(child, inner)
+
+    visit(ast.parse(path.read_text()), None)
+    return found
+
+
+def test_launch_imports_inside_functions_where_it_must() -> None:
+    lazy = {
+        (str(path.relative_to(REPO)), function)
+        for path in (REPO / "launch").rglob("*.py")
+        for function in functions_that_import(path)
+    }
+    assert lazy == set(LAZY)
+    for path, _ in lazy:
+        lines = (REPO / path).read_text().splitlines()
+        for number, line in enumerate(lines):
+            if line.startswith("    ") and line.lstrip().startswith(("from ", "import ")) and " import" in f" {line}":
+                assert lines[number - 1].lstrip().startswith("#"), f"{path}:{number + 1} has no reason"
+
+
+ROOMS = ("config", "run", "sweep", "commands", "api")
+
+
+def test_the_rooms_of_launch_import_downwards() -> None:
+    wrong = []
+    for path, modules in sources().items():
+        package, *rest = path.relative_to(REPO).parts
+        if package == "launch" and rest[0] in ROOMS:
+            above = ROOMS[ROOMS.index(rest[0]) + 1 :]
+            wrong += [f"{path}: {m}" for m in modules if m.startswith(tuple(f"regrow.launch.{r}" for r in above))]
+    assert not wrong

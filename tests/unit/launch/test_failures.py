@@ -9,7 +9,7 @@ import pytest
 
 from regrow.checkpoint.files import naming, write_json
 from regrow.launch.run.failures import clear_failures, first_failure, note_failure, saw_another_go, storage_problem
-from regrow.launch.run.worker import LogFile, log_to_files
+from regrow.launch.run.logs import LogFile, log_to_files
 from regrow.trainer.jsonlines import read_rows
 from regrow.trainer.run_record import RunRecordError
 

@@ -1,0 +1,155 @@
+"""The one place where a rank's config becomes the objects that it trains with."""
+
+import os
+from collections.abc import Callable
+
+import torch
+
+from regrow.launch.config.schema import Config, Kernels
+from regrow.launch.run.build import build_model, build_optimizer, build_schedule
+from regrow.launch.run.compose_hooks import compose_hooks
+from regrow.launch.run.rank_spec import RankSpec
+from regrow.launch.run.signals import StopFlag
+from regrow.launch.run.stop_request import StopRequest
+from regrow.models.base import LanguageModel
+from regrow.models.config import DecoderConfig
+from regrow.models.kernels import cases_of
+from regrow.trainer.config import PrecisionName
+from regrow.trainer.data.loader import Prefetcher
+from regrow.trainer.data.token_store import TokenStore
+from regrow.trainer.data.tokenizer import load_tokenizer
+from regrow.trainer.data.windows import Windows
+from regrow.trainer.device import seed_everything
+from regrow.trainer.kernels import choose_kernels, use_plain_operators
+from regrow.trainer.loop import Resources, Trainer, TrainerOptions
+from regrow.trainer.parallel.apply import ParallelModel, initialise, parallelise
+from regrow.trainer.parallel.context import ParallelContext
+from regrow.trainer.parallel.engine import Engine
+from regrow.trainer.state import TrainState
+
+__all__ = ["compose_trainer"]
+
+
+def compose_trainer(spec: RankSpec, context: ParallelContext, flag: StopFlag, threads: int) -> Trainer:
+    """Everything that this rank trains with.
+
+    Args:
+        spec: of the run, which has been opened.
+        context: this rank's process groups.
+        flag: the process' signal handler.
+        threads: that this rank computes with, for the run's record.
+    """
+    config = spec.config
+    _make_repeatable(config)
+    parallel = _compose_model(spec, context)
+    engine = Engine(
+        parallel,
+        context,
+        model_config=_decoder(config),
+        schedule=config.parallel.pp_schedule,
+        precision=config.precision.name,
+    )
+    store = TokenStore(spec.data_folder)
+    return Trainer(
+        options=_options(config),
+        resources=_resources(spec, store),
+        context=context,
+        engine=engine,
+        optimizer=build_optimizer(config, parallel.model),
+        schedule=build_schedule(config),
+        make_batches=_batches(config, context, _windows(config, store, validation=False)),
+        hooks=compose_hooks(spec, context, threads, store.index.fingerprint),
+        state=TrainState(schedule_total=config.scheduler.total_steps or config.train.steps),
+        stop_requested=StopRequest(flag, compiles=config.train.compile),
+    )
+
+
+def _make_repeatable(config: Config) -> None:
+    """Seeds every generator, and takes deterministic operators where asked."""
+    seed_everything(config.seed)
+    if config.train.deterministic:
+        # cuBLAS is deterministic only with a fixed workspace, set before it starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def _decoder(config: Config) -> DecoderConfig:
+    assert isinstance(config.model, DecoderConfig), "the launcher refuses other models"
+    return config.model
+
+
+def _compose_model(spec: RankSpec, context: ParallelContext) -> ParallelModel:
+    """The model in this rank's layout, with its first weights."""
+    config, data = spec.config, spec.config.data
+    with torch.device("meta"):
+        whole = build_model(config)
+    _choose_kernels(spec, whole, context)
+    parallel = parallelise(
+        whole,
+        context,
+        model_config=_decoder(config),
+        parallel=config.parallel,
+        train=config.train,
+        precision=config.precision.name,
+        sequences=data.global_batch_size,
+    )
+    initialise(parallel, context.device, config.seed, data.seq_len)
+    return parallel
+
+
+def _choose_kernels(spec: RankSpec, whole: LanguageModel, context: ParallelContext) -> None:
+    """Says what a CPU computes with; layouts that cut sequences or matrices, and float64, are there to be checked."""
+    config, layout = spec.config, context.layout
+    cut, name = layout.tp * layout.cp > 1, config.precision.name
+    plain = config.launch.kernels is Kernels.plain or config.train.compile or name is PrecisionName.fp64
+    if plain or cut or context.device.type != "cpu":
+        use_plain_operators()
+        return
+    rows = min(config.data.micro_batch_size, -(-config.data.global_batch_size // layout.data_ranks))
+    dtype = torch.bfloat16 if name is PrecisionName.bf16 else torch.float32
+    choose_kernels(cases_of(whole, rows, config.data.seq_len, dtype), context, spec.run_dir)
+
+
+def _options(config: Config) -> TrainerOptions:
+    return TrainerOptions(
+        seed=config.seed,
+        steps=config.train.steps,
+        lr=config.optimizer.lr,
+        grad_clip=config.train.grad_clip,
+        global_batch_size=config.data.global_batch_size,
+        seq_len=config.data.seq_len,
+    )
+
+
+def _resources(spec: RankSpec, store: TokenStore) -> Resources:
+    return Resources(
+        run_dir=spec.run_dir,
+        tokenizer=load_tokenizer(store.tokenizer_file),
+        validation=_windows(spec.config, store, validation=True),
+        micro_batch_size=spec.config.data.micro_batch_size,
+        document_mask=spec.config.data.document_mask,
+    )
+
+
+def _windows(config: Config, store: TokenStore, *, validation: bool) -> Windows:
+    return Windows(store, config.data.seq_len, config.data.validation_fraction, validation=validation)
+
+
+def _batches(config: Config, context: ParallelContext, windows: Windows) -> Callable[[int], Prefetcher]:
+    """This rank's batches from any sample on."""
+    data = config.data
+
+    def make(samples_consumed: int) -> Prefetcher:
+        return Prefetcher(
+            windows,
+            seed=config.seed,
+            samples_consumed=samples_consumed,
+            global_batch_size=data.global_batch_size,
+            rank=context.data_rank,
+            ranks=context.layout.data_ranks,
+            micro_batch_size=data.micro_batch_size,
+            document_mask=data.document_mask,
+            depth=data.prefetch,
+        )
+
+    return make
