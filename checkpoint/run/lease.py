@@ -168,6 +168,7 @@ def newest_lease(folder: Storage, known: int = 0) -> tuple[int, LeaseRecord | No
     Raises:
         OSError: the storage fails, or a lease must not be read.
     """
+    listed = 0
     for _ in range(_LOOKS):
         listed = max(_numbers(folder), default=0)
         # Where the newest was removed by the one that took it over in between, the next number is his.
