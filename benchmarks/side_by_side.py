@@ -69,11 +69,11 @@ class _InTurn(Hook):
         self._before_s = 0.0
         self._started = Seconds(0.0, 0.0)
 
-    def fit_start(self, trainer: Trainer) -> None:
+    def before_fit(self, trainer: Trainer) -> None:
         self._before_s = self._products.seconds()
         self._started = clocks()
 
-    def step_end(self, trainer: Trainer) -> None:
+    def after_step(self, trainer: Trainer) -> None:
         ours = since(self._started)
         assert trainer.batch is not None
         between_s = self._products.seconds()
@@ -87,7 +87,7 @@ class _InTurn(Hook):
         self._steps.append({**step, "products_s": products_s, "peer_loss": peer_loss})
         self._before_s, self._started = after_s, clocks()
 
-    def on_metrics(self, trainer: Trainer, row: Mapping[str, Any]) -> None:
+    def after_metrics(self, trainer: Trainer, row: Mapping[str, Any]) -> None:
         self._losses.append(row["loss"])
 
     def rounds(self) -> list[Round]:
@@ -132,11 +132,11 @@ class _Profiled(Hook):
         # Without a schedule there is one cycle; torch 2.11 warns of lost ones unless it is told to add them up.
         self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True)
 
-    def step_end(self, trainer: Trainer) -> None:
+    def after_step(self, trainer: Trainer) -> None:
         if trainer.state.step == WARM_UP:
             self.profile.start()
 
-    def fit_end(self, trainer: Trainer) -> None:
+    def after_fit(self, trainer: Trainer) -> None:
         self.profile.stop()
 
 

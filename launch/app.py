@@ -23,6 +23,8 @@ from regrow.launch.config.errors import (
     describe_run_folder,
 )
 from regrow.launch.config.overrides import is_multirun, swept_keys
+from regrow.launch.config.package_configs import use_packages
+from regrow.launch.config.plugins import UserPackages
 from regrow.launch.config.refusals import Refused
 from regrow.launch.config.run_name import register_resolver
 from regrow.launch.config.schema import register_schemas
@@ -106,6 +108,8 @@ class Application:
     """
 
     def __init__(self, flag: StopFlag, *, full_error: bool) -> None:
+        # First, so that another process has the packages before it meets what is theirs.
+        self._packages = UserPackages()
         self._flag = flag
         self._full_error = full_error
         self._codes: list[int] = []
@@ -126,7 +130,7 @@ class Application:
         Raises:
             UserError and Hydra's own errors, for what cannot be composed.
         """
-        register_schemas()
+        self._packages = use_packages()
         check_arguments(arguments)
         self._swept = swept_keys(arguments)
         register_resolver(self._swept)

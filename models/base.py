@@ -40,8 +40,8 @@ class LanguageModel(nn.Module, ABC):
             tokens: int64 `(batch, seq)`; for a part without the embedding `(batch, seq, dim)` from the part before.
             mask: bool, broadcastable to `(batch, heads, seq, seq)`, true where attention is allowed; None
                 means causal.
-            positions: int64 `(seq,)`, each token's place in its sequence; None means 0, 1, ….
-            valid: bool `(batch, seq)`, false for tokens that only fill up; None means that all count.
+            positions: int64 `(seq,)`, each token's position in its sequence; None means 0, 1, ….
+            valid: bool `(batch, seq)`, false for padding; None means that all count.
 
         Returns:
             `(batch, seq, vocab)` in the compute dtype.
@@ -68,7 +68,15 @@ class LanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def plan(self) -> ShardingPlan:
-        """How the model may be cut."""
+        """How the model may be split over ranks."""
+
+    @abstractmethod
+    def vocabulary_parameters(self) -> tuple[str, ...]:
+        """Names of the parameters whose rows are tokens; of the whole model, and tied ones once."""
+
+    @abstractmethod
+    def tied_parameters(self) -> tuple[str, ...]:
+        """Names of the parameters that both the first and the last part use; of the whole model."""
 
     @abstractmethod
     def decays(self, name: str) -> bool:

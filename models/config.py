@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
+from regrow.errors import ConfigError
+
 __all__ = ["DecoderConfig", "ModelConfig", "divisors"]
 
 
@@ -31,7 +33,7 @@ class ModelConfig(ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """Raises ValueError, in one sentence, where the dimensions contradict each other."""
+        """Raises ConfigError, in one sentence, where the dimensions contradict each other."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -61,13 +63,23 @@ class DecoderConfig(ModelConfig):
         """Elements of one head."""
         return self.dim // self.n_heads
 
+    @property
+    def n_experts(self) -> int:
+        """Experts of each layer; 0 for a dense model. A family with experts has a field of this name."""
+        return 0
+
+    @property
+    def ffn_dim(self) -> int:
+        """Width of the dense feed-forward layers; 0 where there are none. A dense family has a field of this name."""
+        return 0
+
     def check_dimensions(self, *others: str) -> None:
-        """Raises ValueError where the shared dimensions, or one of the `others` below 1, are impossible."""
+        """Raises ConfigError where the shared dimensions, or one of the `others` below 1, are impossible."""
         for name in ("vocab_size", "max_seq_len", "dim", "n_layers", "n_heads", "n_kv_heads", *others):
             if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} must be at least 1, but is {getattr(self, name)}; set it higher")
+                raise ConfigError(f"model.{name} must be at least 1, but is {getattr(self, name)}; set it higher")
         if self.n_heads % self.n_kv_heads:
-            raise ValueError(
+            raise ConfigError(
                 f"model.n_kv_heads must divide model.n_heads ({self.n_heads}), but is {self.n_kv_heads}; "
                 f"use {divisors(self.n_heads, around=self.n_kv_heads)}"
             )

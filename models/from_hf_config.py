@@ -1,4 +1,4 @@
-"""`model=from_hf`: any Hugging Face folder of a family that we have, without choosing a variant."""
+"""`model=from_hf`: any Hugging Face folder of a family that Regrow has, without choosing a variant."""
 
 from dataclasses import dataclass
 from typing import ClassVar

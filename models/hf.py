@@ -1,4 +1,4 @@
-"""Hugging Face's names and `config.json` for our models: data, with an inverse, and nothing that touches tensors.
+"""Hugging Face's names and `config.json` for the models here: data, with an inverse.
 
 A family puts one `FAMILY = HfFamily(…)` into `models/<family>/hf.py`; it is found by that name. What reads and writes
 tensors by these keys is `regrow.checkpoint.sources.hf_mapping`.
@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import regrow.models
+from regrow.errors import ConfigError
 from regrow.models.config import DecoderConfig, ModelConfig
+from regrow.models.further import family_modules
+from regrow.models.hf_rows import KeyTransform
 
 __all__ = [
     "CONFIG",
@@ -53,10 +56,10 @@ MOST_LAYERS = 4096
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowGroups:
-    """Which rows of a fused tensor are one of ours.
+    """Which rows of a fused tensor are one of the model's tensors.
 
-    The fused tensor's rows are `groups` groups of `blocks` blocks of equal height; ours are the `count` blocks from
-    `first` on of each group.
+    The fused tensor's rows are `groups` groups of `blocks` blocks of equal height; the model's are the `count` blocks
+    from `first` on of each group.
     """
 
     groups: int
@@ -67,22 +70,22 @@ class RowGroups:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HfKey:
-    """One tensor on the disk in another layout, and what it is of ours.
+    """One tensor in files of another layout, and what it is of a model here.
 
     Attributes:
-        name: our parameter's name.
-        hf_name: the name in their files.
-        heads: above 0, the rows are those of so many attention heads, whose halves theirs holds one after the other
-            and ours interleaved (RoPE as in Meta's code).
-        expert: theirs is this slice of ours in dimension 0, with that dimension left out; None: all of it.
-        rows: ours are some of theirs' rows, which hold several of ours; None: all of them.
+        name: the model's parameter.
+        hf_name: the name in the files.
+        index: the stored tensor is this slice of the parameter in dimension 0, with that dimension left out; None:
+            all of it.
+        rows: the parameter is some of the stored tensor's rows, which hold several parameters; None: all of them.
+        transform: the stored rows are in another order; None: in the model's.
     """
 
     name: str
     hf_name: str
-    heads: int = 0
-    expert: int | None = None
+    index: int | None = None
     rows: RowGroups | None = None
+    transform: KeyTransform | None = None
 
 
 EMBEDDING = HfKey(name="tok_embeddings.weight", hf_name="model.embed_tokens.weight")
@@ -91,16 +94,16 @@ HEAD = HfKey(name="output.weight", hf_name="lm_head.weight")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HfFamily:
-    """How a family's models are named and described there.
+    """How a family's models are named and described by Hugging Face.
 
     Attributes:
         architecture: as in `config.json`'s `architectures`.
-        model_type: as there.
-        config_class: of our models.
-        keys: all of a model's tensors on the disk; tied ones once.
-        describe: our config as `config.json`'s fields.
-        read: the inverse of `describe`; the second argument is a name for the variant. Raises ValueError for what our
-            model cannot do.
+        model_type: as in `config.json`.
+        config_class: of the models here.
+        keys: all of a model's tensors in the files; tied ones once.
+        describe: a config as `config.json`'s fields.
+        read: the inverse of `describe`; the second argument is a name for the variant. Raises ConfigError for what
+            the model here cannot do.
     """
 
     architecture: str
@@ -112,13 +115,24 @@ class HfFamily:
 
 
 def families() -> list[HfFamily]:
-    """Every family with a `hf` module below `models`."""
+    """Every family with a `hf` module below `models`, and those that were registered."""
     found = []
     for package in pkgutil.iter_modules(regrow.models.__path__, "regrow.models."):
         if package.ispkg and any(m.name == "hf" for m in pkgutil.iter_modules([_folder_of(package.name)])):
             found.append(importlib.import_module(f"{package.name}.hf").FAMILY)
+    found += [family for name in family_modules() if (family := _family_in(name)) is not None]
     # A family may bring several architectures.
     return [f for entry in found for f in (entry if isinstance(entry, tuple) else (entry,))]
+
+
+def _family_in(module: str) -> Any:
+    try:
+        return getattr(importlib.import_module(module), "FAMILY", None)
+    except Exception as error:
+        reason = str(error).splitlines()[:1]
+        raise ConfigError(
+            f"{module} must be importable, but is not ({': '.join([type(error).__name__, *reason])}); correct it"
+        ) from error
 
 
 def _folder_of(package: str) -> str:
@@ -126,15 +140,15 @@ def _folder_of(package: str) -> str:
 
 
 def family_of(config: ModelConfig) -> HfFamily:
-    """The family of one of our configs.
+    """The family of a config.
 
     Raises:
-        ValueError: it has no Hugging Face counterpart.
+        ConfigError: it has no Hugging Face counterpart.
     """
     for family in families():
         if type(config) is family.config_class:
             return family
-    raise ValueError(
+    raise ConfigError(
         f"model must be of a family with a Hugging Face layout ({_names()}), but is {config.name}; "
         "export it with --format torch or safetensors"
     )
@@ -152,53 +166,59 @@ def from_folder(folder: Path, name: str | None = None) -> tuple[HfFamily, ModelC
         name: for the variant; by default the folder's.
 
     Raises:
-        ValueError: no `config.json`, or one of a model that we do not have.
+        ValueError: no `config.json`, or one of a model that Regrow does not have.
     """
     path = folder / CONFIG
     try:
         kind = path.stat()
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise ValueError(
+        raise ConfigError(
             f"{folder} must be a Hugging Face folder, but has no config.json; give the folder that holds it"
         ) from error
-    # A named pipe would keep us waiting.
+    # Reading a named pipe would never end.
     if not stat.S_ISREG(kind.st_mode) or kind.st_size > _CONFIG_BYTES:
-        raise ValueError(f"{path} must be a file of at most {_CONFIG_BYTES >> 20} MiB, but is not; download it again")
+        raise ConfigError(
+            f"{path} must be a file of at most {_CONFIG_BYTES >> 20} MiB, but is not; download it again"
+        )
     fields = parse_config(path.read_bytes(), str(path))
     return read_config(fields, name or folder.resolve().name, str(path))
 
 
 def parse_config(body: bytes, where: str) -> dict[str, Any]:
-    """The fields of a `config.json`; raises ValueError where it is none."""
+    """The fields of a `config.json`; raises ConfigError where it is none."""
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} must be JSON, but is not ({error}); download it again") from error
+        raise ConfigError(f"{where} must be JSON, but is not ({error}); download it again") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"{where} must be a JSON object, but is {type(fields).__name__}; download it again")
+        raise ConfigError(f"{where} must be a JSON object, but is {type(fields).__name__}; download it again")
     return fields
 
 
 def read_config(fields: Mapping[str, Any], name: str, where: str) -> tuple[HfFamily, ModelConfig]:
-    """The family and config that `config.json`'s fields describe; raises ValueError where we have no such model."""
+    """The family and config that `config.json`'s fields describe.
+
+    Raises:
+        ValueError: they describe a model that Regrow does not have, or none.
+    """
     named = fields.get("architectures") or []
     if not isinstance(named, list) or not all(isinstance(n, str) for n in named):
-        raise ValueError(f"architectures in {where} must be a list of names, but is {named!r}; download it again")
+        raise ConfigError(f"architectures in {where} must be a list of names, but is {named!r}; download it again")
     for family in families():
         if family.architecture in named or (not named and fields.get("model_type") == family.model_type):
             check_not_quantised(fields, where)
             try:
                 config = family.read(fields, name)
             except KeyError as error:
-                raise ValueError(f"{where} must have the field {error}, but has not; restore it") from error
+                raise ConfigError(f"{where} must have the field {error}, but has not; restore it") from error
             except (TypeError, AttributeError, OverflowError) as error:
-                raise ValueError(
+                raise ConfigError(
                     f"{where} must hold a model's dimensions, but one is of another type ({error}); download it again"
                 ) from error
             _check_read(config, where)
             return family, config
     shown = ", ".join(named) or fields.get("model_type") or "nothing"
-    raise ValueError(
+    raise ConfigError(
         f"architectures in {where} must be one of {_names()}, but is {shown}; Regrow has no model of that kind"
     )
 
@@ -207,9 +227,9 @@ def _check_read(config: ModelConfig, where: str) -> None:
     try:
         config.check()
     except ValueError as error:
-        # The sentence names our fields and a remedy on the command line; the values are the file's.
+        # The sentence names the config's fields and a remedy on the command line; the values are the file's.
         reason = str(error).partition(";")[0]
-        raise ValueError(
+        raise ConfigError(
             f"{where} must describe a model that can be built, but {reason}; download it again"
         ) from error
 
@@ -218,13 +238,13 @@ def check_not_quantised(fields: Mapping[str, Any], where: str) -> None:
     """Refuses a folder whose weights are codes that need scales, as its `config.json` says.
 
     Raises:
-        ValueError: they are.
+        ConfigError: they are.
     """
     for field in ("quantization_config", "compression_config"):
         value = fields.get(field)
         if value:
             method = value.get("quant_method") if isinstance(value, Mapping) else None
-            raise ValueError(
+            raise ConfigError(
                 f"{field} in {where} must not be set, but is ({method or 'of an unnamed method'}): quantised weights "
                 "are not supported; use the folder of the model in bfloat16, or dequantise it with transformers"
             )
@@ -255,11 +275,11 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def carried_over(fields: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
-    """Those fields of another `config.json` that stay true of a model of ours; everything else describes its weights.
+    """Those fields of a `config.json` that stay true of another model; everything else describes its weights.
 
     Args:
-        fields: the other's; of the same tokenizer.
-        vocab_size: ours; token ids beyond it become null.
+        fields: of `config.json`; of the same tokenizer.
+        vocab_size: the other model's; token ids beyond it become null.
     """
     kept: dict[str, Any] = {name: _token_id(fields.get(name), vocab_size) for name in TOKEN_IDS}
     spread, cached = fields.get("initializer_range"), fields.get("use_cache")
@@ -283,14 +303,14 @@ def _is_token(value: Any, vocab_size: int) -> bool:
 
 
 def require(fields: Mapping[str, Any], field: str, wanted: Any, model: str) -> None:
-    """Refuses what our model does not have.
+    """Refuses what a model here does not have.
 
     Raises:
-        ValueError: the field is there with another value.
+        ConfigError: the field is there with another value.
     """
     value = fields.get(field, wanted)
     if value not in (wanted, None):
-        raise ValueError(
+        raise ConfigError(
             f"{field} in config.json must be {wanted!r} for {model}, but is {value!r}; it is not supported"
         )
 
@@ -299,12 +319,12 @@ def require_full_attention(fields: Mapping[str, Any], model: str) -> None:
     """Refuses layers that see a window of the sequence alone, or are of another kind.
 
     Raises:
-        ValueError: `layer_types` names one.
+        ConfigError: `layer_types` names one.
     """
     kinds = fields.get("layer_types") or []
     others = [k for k in kinds if k != "full_attention"] if isinstance(kinds, list) else [kinds]
     if others:
-        raise ValueError(
+        raise ConfigError(
             f"layer_types in config.json must be 'full_attention' alone for {model}, but has {others[0]!r}; it is "
             "not supported"
         )
@@ -315,7 +335,7 @@ def whole(fields: Mapping[str, Any], name: str, *, default: int | None = None, m
     value = fields[name] if default is None else fields.get(name, default)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise ValueError(
+        raise ConfigError(
             f"{name} in config.json must be a whole number from 1 to {most}, but is {value!r}; download it again"
         )
     return value
@@ -325,7 +345,7 @@ def number(fields: Mapping[str, Any], name: str) -> float:
     """A positive number; raises KeyError where it is missing, ValueError where it is none."""
     value = fields[name]
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise ValueError(f"{name} in config.json must be a number above 0, but is {value!r}; download it again")
+        raise ConfigError(f"{name} in config.json must be a number above 0, but is {value!r}; download it again")
     return float(value)
 
 
@@ -334,16 +354,16 @@ def rope_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     # The older name wins, as in transformers.
     given = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
     if not isinstance(given, Mapping):
-        raise ValueError(f"rope_parameters in config.json must be an object, but is {given!r}; download it again")
+        raise ConfigError(f"rope_parameters in config.json must be an object, but is {given!r}; download it again")
     rope = dict(given)
     if any(isinstance(value, Mapping) for value in rope.values()):
-        raise ValueError(
+        raise ConfigError(
             "rope_parameters in config.json must be those of all layers alike, but differ between kinds of layers; "
             "it is not supported"
         )
     rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
     rope["rope_theta"] = rope.get("rope_theta") or fields.get("rope_theta") or 10_000.0
-    # Rotates a part of each head alone; it may stand in either place.
+    # Rotates a part of each head alone; either object may have the field.
     require({**fields, **rope}, "partial_rotary_factor", 1.0, "Regrow")
     return rope
 
@@ -354,10 +374,19 @@ def end_keys(config: DecoderConfig, blocks: Sequence[HfKey]) -> list[HfKey]:
     return keys if config.tied_embeddings else [*keys, HEAD]
 
 
-def block_keys(pairs: Sequence[tuple[str, str, int]], layers: int) -> list[HfKey]:
-    """Keys of the repeated blocks: (our name, their name, heads) within a block, for each of `layers`."""
+def block_keys(
+    names: Mapping[str, str], layers: int, transforms: Mapping[str, KeyTransform] | None = None
+) -> list[HfKey]:
+    """Keys of the repeated blocks.
+
+    Args:
+        names: within a block, the model's name and Hugging Face's.
+        layers: how many blocks there are.
+        transforms: of tensors whose rows are in another order, by the model's name within a block.
+    """
+    transforms = transforms or {}
     return [
-        HfKey(name=f"layers.{n}.{ours}", hf_name=f"model.layers.{n}.{theirs}", heads=heads)
+        HfKey(name=f"layers.{n}.{name}", hf_name=f"model.layers.{n}.{hf_name}", transform=transforms.get(name))
         for n in range(layers)
-        for ours, theirs, heads in pairs
+        for name, hf_name in names.items()
     ]

@@ -23,6 +23,8 @@ from regrow.models.rope import rope_table
 __all__ = ["Attention", "Decoder", "DecoderBlock", "FeedForward", "RMSNorm", "attend"]
 
 Rotation = Callable[[Tensor, Tensor], Tensor]
+_EMBEDDING = "tok_embeddings.weight"
+_OUTPUT = "output.weight"
 
 
 def attend(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, mask: Tensor | None) -> Tensor:
@@ -108,12 +110,14 @@ class DecoderBlock(nn.Module):
 class Decoder(LanguageModel):
     """Embedding, blocks, norm and output; a family gives the block and the frequencies of RoPE."""
 
+    config: DecoderConfig
     rope: Tensor
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         config.check()
-        self.dims = config
+        # A family declares its own type of it.
+        self.config = config
         self.has_input = self.has_output = True
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleDict({str(i): self.make_block() for i in range(config.n_layers)})
@@ -155,15 +159,15 @@ class Decoder(LanguageModel):
 
     def init_rules(self) -> dict[str, InitRule]:
         """Normal with 0.02, residual outputs scaled by 1/sqrt(2 · layers) (GPT-2), the output by 1/sqrt(D)."""
-        residual = 0.02 / math.sqrt(2 * self.dims.n_layers)
+        residual = 0.02 / math.sqrt(2 * self.config.n_layers)
         rules: dict[str, InitRule] = {}
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
                 rules[name] = InitRule(mean=1.0)
             elif name.endswith((".wo.weight", ".w2.weight", ".experts.w2")):
                 rules[name] = InitRule(std=residual)
-            elif name == "output.weight":
-                rules[name] = InitRule(std=self.dims.dim**-0.5)
+            elif name == _OUTPUT:
+                rules[name] = InitRule(std=self.config.dim**-0.5)
             else:
                 rules[name] = InitRule(std=0.02)
         return rules
@@ -181,21 +185,32 @@ class Decoder(LanguageModel):
         part.has_input, part.has_output = first and self.has_input, last and self.has_output
         part.layers = nn.ModuleDict({str(i): self.layers[str(i)] for i in layers})
         # With tied embeddings the last part has the embedding too: its output layer is that matrix.
-        if not part.has_input and not (part.has_output and self.dims.tied_embeddings):
-            part._modules.pop("tok_embeddings", None)
+        if not part.has_input and not (part.has_output and self.config.tied_embeddings):
+            _drop(part, "tok_embeddings")
         if not part.has_output:
-            part._modules.pop("norm", None)
-            part._modules.pop("output", None)
+            _drop(part, "norm", "output")
         return part
 
     def decays(self, name: str) -> bool:
-        is_embedding = name == "tok_embeddings.weight"
-        return not is_embedding and not name.endswith("norm.weight")
+        return name != _EMBEDDING and not name.endswith("norm.weight")
+
+    def vocabulary_parameters(self) -> tuple[str, ...]:
+        return (_EMBEDDING,) if self.config.tied_embeddings else (_EMBEDDING, _OUTPUT)
+
+    def tied_parameters(self) -> tuple[str, ...]:
+        return (_EMBEDDING,) if self.config.tied_embeddings else ()
 
     def flops_per_token(self, seq_len: int) -> float:
         """6 per matrix weight, plus 12 · layers · heads' width · T for attention (Chowdhery et al. 2022, app. B)."""
-        c = self.dims
+        c = self.config
         heads = c.n_heads * c.head_width
         attention = 2 * c.dim * heads + 2 * c.dim * c.n_kv_heads * c.head_width
         matrices = c.n_layers * (attention + self.layer_weights()) + c.dim * c.vocab_size
         return 6.0 * matrices + 12.0 * c.n_layers * heads * seq_len
+
+
+def _drop(part: nn.Module, *names: str) -> None:
+    """Leaves modules out of a part; a part of a part may lack them already."""
+    for name in names:
+        if name in dict(part.named_children()):
+            delattr(part, name)

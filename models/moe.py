@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regrow.models.linear import Linear
+from regrow.torch_compat import is_in_backward
 
 __all__ = ["Experts", "MixtureOfExperts", "Router", "add_loss"]
 
@@ -76,7 +77,7 @@ class Experts(nn.Module):
 def _grouped(x_SI: Tensor, w_EOI: Tensor, ends_E: Tensor) -> Tensor:
     w_EOI = w_EOI.to(x_SI.dtype)
     if x_SI.shape[0] == 0:
-        # Nothing came: a result that still leads the gradient, a zero, to input and weights.
+        # No rows: a result through which input and weights still get a gradient, zero.
         return x_SI @ w_EOI[0].T
     if x_SI.dtype == torch.float64:
         # The grouped product knows no float64, which is there to check numerics.
@@ -151,7 +152,7 @@ class MixtureOfExperts(nn.Module):
         scores_SE, weights_SC, chosen_SC = self.router(x_SD, self.expert_bias)
         per_token = chosen_SC.shape[1]
         # A backward pass that computes the block again must not count a second time.
-        if self.training and torch._C._current_graph_task_id() == -1:
+        if self.training and not is_in_backward():
             self._count(chosen_SC, valid_BT)
         rows_RD = x_SD.repeat_interleave(per_token, dim=0)
         out_RD = self.run_experts(rows_RD, chosen_SC.flatten(), self.experts)
@@ -180,7 +181,7 @@ class MixtureOfExperts(nn.Module):
         chosen_BTE = torch.zeros_like(scores_SE).scatter_(1, chosen_SC, 1.0).view(batch, length, -1)
         with torch.no_grad():
             counts_BE = self.sum_counts((chosen_BTE * counted_BT[..., None]).sum(1))
-            # Without dividing by zero for a row that only fills up.
+            # Without dividing by zero for a row of padding.
             tokens_B1 = (counts_BE.sum(-1, keepdim=True) / chosen_SC.shape[1]).clamp(min=1.0)
             fractions_BE = counts_BE * self.n_experts / (chosen_SC.shape[1] * tokens_B1)
         shares_BTE = (scores_SE / scores_SE.sum(-1, keepdim=True)).view(batch, length, -1)

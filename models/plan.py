@@ -1,4 +1,4 @@
-"""How a model may be cut, as data: module patterns and styles; what each style does is the trainer's business."""
+"""How a model may be split over ranks, as data: module patterns and styles. The trainer decides what a style does."""
 
 from enum import Enum
 
@@ -12,6 +12,8 @@ class Style(Enum):
         vocabulary: an embedding, split by rows; its output is summed over ranks.
         gather_input: a module whose input must be whole on every rank, and whose linear layers are split.
         colwise: a linear layer, its output features split.
+        kv_heads: a linear layer whose output features are key/value heads; they go with the query heads that use
+            them, so that ranks may share some.
         rowwise: a linear layer, its input features split; its output is summed over ranks.
         sequence: computed for each token by itself with the same weights, on a part of the sequence where that is
             split.
@@ -24,6 +26,7 @@ class Style(Enum):
     vocabulary = "vocabulary"
     gather_input = "gather_input"
     colwise = "colwise"
+    kv_heads = "kv_heads"
     rowwise = "rowwise"
     sequence = "sequence"
     per_head = "per_head"

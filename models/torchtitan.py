@@ -1,8 +1,8 @@
-"""torchtitan's names for our models: those of every generation are read, today's are written.
+"""torchtitan's names for the models here: those of every generation are read, today's are written.
 
-Its layout is ours but for names, and for queries, keys and values, which today's models train as one matrix: a group
-of rows for each key/value head, in it the queries that share the head, the key, and the value. A checkpoint holds the
-weights apart all the same, and the optimizer's moments as they are trained.
+Its layout is the models' but for names, and for queries, keys and values, which torchtitan's models now train as one
+matrix: a group of rows for each key/value head, in it the queries that share the head, the key, and the value. A
+checkpoint holds the weights apart all the same, and the optimizer's moments as they are trained.
 """
 
 import re
@@ -14,7 +14,7 @@ from regrow.models.hf import EMBEDDING, HEAD, HfKey, RowGroups
 __all__ = ["fused_keys", "our_name", "todays_keys", "todays_name"]
 
 _OPTIMIZER = r"(?P<optimizer>^optimizer\.(?:state|param_groups)\.|^)"
-# In order. 2024: names as ours. Since 2026: `qkv_linear`, `lm_head`, `routed_experts`; letters for dimensions.
+# In order. 2024: the models' names. Since 2026: `qkv_linear`, `lm_head`, `routed_experts`; letters for dimensions.
 _TO_OURS = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -41,31 +41,31 @@ _MOMENT = re.compile(r"^(?P<attention>optimizer\.state\..*\.attention)\.(?P<whic
 
 
 def our_name(stored: str) -> str:
-    """A stored name, of whichever generation, as ours; other names stay."""
+    """A stored name, of whichever generation, as the model's; other names stay."""
     for pattern, replacement in _TO_OURS:
         stored = pattern.sub(replacement, stored)
     return stored
 
 
-def todays_name(ours: str) -> str:
+def todays_name(name: str) -> str:
     """The inverse, for what is not fused."""
     for pattern, replacement in _FROM_OURS:
-        ours = pattern.sub(replacement, ours)
-    return ours
+        name = pattern.sub(replacement, name)
+    return name
 
 
 def _groups(config: DecoderConfig) -> dict[str, RowGroups]:
     """Where queries, keys and values lie in the fused matrix."""
     queries = config.n_heads // config.n_kv_heads
-    places = {"wq": (0, queries), "wk": (queries, 1), "wv": (queries + 1, 1)}
+    blocks = {"wq": (0, queries), "wk": (queries, 1), "wv": (queries + 1, 1)}
     return {
         which: RowGroups(groups=config.n_kv_heads, blocks=queries + 2, first=first, count=count)
-        for which, (first, count) in places.items()
+        for which, (first, count) in blocks.items()
     }
 
 
 def fused_keys(config: DecoderConfig, names: Collection[str]) -> list[HfKey]:
-    """What is ours in the fused tensors among some names, where it does not lie there by itself too."""
+    """The model's tensors in the fused ones among some names, where they do not lie there by themselves too."""
     found = [match for match in map(_FUSED.match, names) if match]
     keys = [
         HfKey(name=f"{m['attention']}.{which}.{m['rest']}", hf_name=m[0], rows=rows)
@@ -76,7 +76,7 @@ def fused_keys(config: DecoderConfig, names: Collection[str]) -> list[HfKey]:
 
 
 def todays_keys(config: DecoderConfig, names: Iterable[str]) -> list[HfKey]:
-    """Today's layout of tensors of ours, by their names: weights apart, moments fused, a tied output layer twice."""
+    """Today's layout of a model's tensors, by name: weights apart, moments fused, a tied output layer twice."""
     groups, keys = _groups(config), []
     for name in names:
         moment = _MOMENT.match(name)

@@ -104,7 +104,7 @@ class Recorder(Hook):
     def __init__(self) -> None:
         self.seen = Observed()
 
-    def fit_start(self, trainer: Trainer) -> None:
+    def before_fit(self, trainer: Trainer) -> None:
         self.seen.first = whole_tensors(trainer)
 
     def before_optimizer_step(self, trainer: Trainer) -> None:
@@ -118,18 +118,18 @@ class Recorder(Hook):
         self.seen.loads.append(total)
         self.seen.exact_norms.append(exact_norm(trainer))
 
-    def step_end(self, trainer: Trainer) -> None:
+    def after_step(self, trainer: Trainer) -> None:
         assert trainer.batch is not None
         own = trainer.batch.ids.tolist() if trainer.context.reads_first else []
         every: list[Any] = [None] * trainer.context.world_size
         dist.all_gather_object(every, own, group=trainer.context.cpu_group)
         self.seen.ids.append([i for part in every for i in part])
 
-    def on_metrics(self, trainer: Trainer, row: Any) -> None:
+    def after_metrics(self, trainer: Trainer, row: Any) -> None:
         self.seen.losses.append(row["loss"])
         self.seen.norms.append(row["grad_norm"])
 
-    def fit_end(self, trainer: Trainer) -> None:
+    def after_fit(self, trainer: Trainer) -> None:
         self.seen.last = whole_tensors(trainer)
         from regrow.trainer.hooks.config import ValidationConfig
         from regrow.trainer.hooks.validation import ValidationHook

@@ -11,6 +11,7 @@ __all__ = [
     "AdamWConfig",
     "ContextMethod",
     "HookConfig",
+    "HookStage",
     "OptimizerConfig",
     "ParallelConfig",
     "PipelineSchedule",
@@ -212,14 +213,28 @@ class WandbConfig:
     tags: list[str] = field(default_factory=list)
 
 
+class HookStage(Enum):
+    """Where a hook stands among the others, in this order; within a stage, the order is that of the config."""
+
+    begin = "begin"
+    measure = "measure"
+    write = "write"
+    log = "log"
+    record = "record"
+    save = "save"
+    end = "end"
+
+
 @dataclass(kw_only=True, slots=True)
 class HookConfig:
-    """An optional part of the loop; a subclass per hook.
+    """A part of the loop; a subclass per hook.
 
     Attributes:
         _target_: the hook's class, called with this config.
         enabled: false leaves it out.
+        stage: see `HookStage`; what measures comes before what writes rows, and that before what saves.
     """
 
     _target_: str = MISSING
     enabled: bool = True
+    stage: HookStage = HookStage.measure

@@ -7,6 +7,8 @@ import resource
 import numpy as np
 import torch
 
+from regrow.errors import ConfigError
+
 __all__ = ["memory_gib", "peak_flops", "pick_device_type", "pin_threads", "seed_everything"]
 
 # Dense bfloat16 FLOP/s from the vendors' data sheets, without sparsity.
@@ -28,12 +30,12 @@ def pick_device_type(wanted: str) -> str:
     """`cpu` or `cuda` for `auto`, else what is wanted.
 
     Raises:
-        ValueError: cuda is wanted where there is none.
+        ConfigError: cuda is wanted where there is none.
     """
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError("launch.device must not be 'cuda' where torch finds no GPU, but is; use launch.device=auto")
+        raise ConfigError("launch.device must not be 'cuda' where torch finds no GPU, but is; use launch.device=auto")
     return wanted
 
 

@@ -1,22 +1,23 @@
 """The training loop.
 
-restore                          # CheckpointHook: resume, load_step, initial load, or fresh; said in one banner
-fit_start
-for step in steps:
-    stopped                      # only when asked to stop while waiting for data: CheckpointHook saves the last step
-    step_start
+restore                          # Restorer: resume, load_step, initial load, or fresh; said in one banner
+before_fit
+for step in steps:               # until all are done, or the ranks agree to stop
+    before_step
     for microbatch: forward, backward
     before_optimizer_step        # CheckpointHook: waits until the last snapshot is copied
     clip, optimizer.step         # skipped on the device when gradients are not finite
-    on_metrics(row)              # of the step before: what the device holds is read one step late
-    validate                     # when due; adds val_loss to this step's row
-    step_end                     # samples written; CheckpointHook: save policies
-        flush: on_metrics(row)   # before a save this step's row is read at once
+    after_metrics(row)           # of the step before: what the device holds is read one step late
+    after_optimizer_step         # ValidationHook: when due; adds val_loss to this step's row
+    after_step                   # samples written; CheckpointHook: save policies
+        flush: after_metrics(row)  # before a save this step's row is read at once
         before_commit(step)      # rows up to this step are made durable
         snapshot                 # written and committed behind the steps that follow
-        on_committed(step)       # when it has become durable
-fit_end
-on_exception                     # no save, no collectives
+        after_commit(step)       # when it has become durable
+after_last_step                  # CheckpointHook: saves what a stop found unsaved, and waits for all saves
+after_fit
+on_exception(error)              # only after an error: no save, no collectives
+close                            # always, in reverse order
 """
 
 import logging
@@ -26,25 +27,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import Path
 from typing import Any, final
 
 import torch
-import torch.distributed as dist
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from regrow.trainer.data.loader import Prefetcher, StepBatch
-from regrow.trainer.data.windows import Windows
 from regrow.trainer.device import memory_gib, peak_flops, seed_everything
 from regrow.trainer.hook import Hook
 from regrow.trainer.optimizer import Optimizer
 from regrow.trainer.parallel.context import ParallelContext
 from regrow.trainer.parallel.engine import Engine
+from regrow.trainer.reduction import PendingReduction, Slot, SlotKind, StepReduction
+from regrow.trainer.resources import Resources
+from regrow.trainer.restore import Restorer
 from regrow.trainer.schedules.base import Schedule
 from regrow.trainer.state import TrainState
 
-__all__ = ["FitResult", "NonFiniteLossError", "Resources", "StopReason", "Trainer", "TrainerOptions"]
+__all__ = ["FitResult", "NonFiniteLossError", "StopReason", "Trainer", "TrainerOptions"]
 
 log = logging.getLogger(__name__)
 
@@ -83,25 +83,6 @@ class TrainerOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Resources:
-    """What hooks may need of the run beside the trainer itself.
-
-    Attributes:
-        run_dir: the run's directory.
-        tokenizer: of the data.
-        validation: the held-out windows; may be empty.
-        micro_batch_size: rows of a forward pass.
-        document_mask: whether attention stays within documents.
-    """
-
-    run_dir: Path
-    tokenizer: Tokenizer
-    validation: Windows
-    micro_batch_size: int
-    document_mask: bool
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class FitResult:
     """How the loop ended."""
 
@@ -114,32 +95,15 @@ class _Pending:
     """A step whose results are still on the device.
 
     Attributes:
-        values: float64 on the host, on its way from the device: `_REDUCED` names its slots.
-        arrived: the device's event after that copy; None on a CPU.
+        reduction: on its way from the device.
         row: what the host knows already.
         ids: the windows of the global batch.
     """
 
     step: int
-    values: Tensor
-    arrived: torch.cuda.Event | None
+    reduction: PendingReduction
     row: dict[str, Any]
     ids: Sequence[int] = field(default_factory=list)
-
-
-# What ranks agree on with one reduction a step: the loss' sum, requests to stop, rank 0's clock, how many ranks are
-# still writing a checkpoint, and how many had no batch ready. The gradient norm, and the busiest expert's load where
-# there are experts, are the same on all ranks already and only travel along.
-_REDUCED = (
-    "loss_sum",
-    "terminate",
-    "preempt",
-    "seconds_since_save",
-    "saving",
-    "waiting",
-    "grad_norm",
-    "expert_load_max",
-)
 
 
 @final
@@ -154,9 +118,10 @@ class Trainer:
         optimizer: over this rank's parameters.
         schedule: learning-rate factor.
         make_batches: given samples consumed, this rank's batches from there on.
+        restorer: finds the state to go on from; None for a run without checkpoints.
         hooks: in the order in which their methods run.
         state: at the start of a fresh run.
-        stop_requested: this rank's own wish to stop, looked at once a step.
+        stop_requested: whether somebody asks this rank to stop, looked at once a step.
     """
 
     def __init__(
@@ -169,6 +134,7 @@ class Trainer:
         optimizer: Optimizer,
         schedule: Schedule,
         make_batches: Callable[[int], Prefetcher],
+        restorer: Restorer | None,
         hooks: Sequence[Hook],
         state: TrainState,
         stop_requested: Callable[[], StopReason | None],
@@ -180,19 +146,30 @@ class Trainer:
         self.model = engine.model
         self.optimizer = optimizer
         self.schedule = schedule
+        self.restorer = restorer
         self.hooks = list(hooks)
         self.state = state
-        self.stop: StopReason | None = None
-        self.seconds_since_save = 0.0
-        # This rank's own word, and what the ranks agreed one step ago.
-        self.saving = self.anyone_saving = False
-        self.last_save_clock = time.monotonic()
+        self._begun: list[Hook] = []
+        self._batches: Prefetcher | None = None
+        self._stop: StopReason | None = None
+        self._asked: StopReason | None = None
         self.batch: StepBatch | None = None
         self.measured: dict[str, float] = {}
         self._make_batches = make_batches
         self._stop_requested = stop_requested
         self._pending: _Pending | None = None
-        self._waiting, self._any_rank_waits = False, True
+        self._request: StopReason | None = None
+        self._waiting = False
+        self._loss_sum = self._grad_norm = torch.zeros((), dtype=torch.float64, device=context.device)
+        self.reduction = StepReduction(context.rank, context.world_size, context.device, context.cpu_group)
+        # The first slot, see `pack`.
+        self._loss_slot = self.reduction.sum("loss_sum", lambda: self._loss_sum)
+        self._terminate_slot = self.reduction.sum("terminate", lambda: float(self._request is StopReason.terminated))
+        self._preempt_slot = self.reduction.sum("preempt", lambda: float(self._request is StopReason.preempted))
+        # Before the first step is known, ranks ask each other.
+        self._waiting_slot = self.reduction.sum("waiting", lambda: float(self._waiting), initial=1.0)
+        self._grad_norm_slot = self.reduction.carry("grad_norm", lambda: self._grad_norm)
+        engine.register(self.reduction)
         self._peak = peak_flops(context.device)
         self._flops = self.model.flops_per_token(options.seq_len)
 
@@ -202,56 +179,62 @@ class Trainer:
         Raises:
             NonFiniteLossError: the loss is not finite.
         """
-        batches: Prefetcher | None = None
         try:
-            self._call("restore")
-            self._call("fit_start")
-            self.stop = self.agree_on_stop()
-            batches = self._make_batches(self.state.samples_consumed)
-            while self.state.step < self.options.steps and self.stop is None:
-                waited = time.perf_counter()
-                if not self._wait_for_data(batches):
-                    self._call("stopped")
-                    break
-                self._step(batches, waited)
-            self.flush()
-            self._call("fit_end")
+            self._train()
         except BaseException as error:
-            for hook in self.hooks:
-                try:
+            for hook in self._begun:
+                # The first error is the one to tell, and the hooks behind this one have their own to do.
+                with _only_logged(f"{type(hook).__name__}, told of an error,"):
                     hook.on_exception(self, error)
-                except Exception:
-                    # The first error is the one to tell, and the hooks behind this one have their own to do.
-                    log.exception("%s failed while it was told of an error", type(hook).__name__)
             raise
         finally:
-            if batches is not None:
-                batches.close()
-        done = self.state.step >= self.options.steps
-        reason = StopReason.finished if done else (self.stop or StopReason.finished)
-        return FitResult(reason=reason, step=self.state.step)
+            while self._begun:
+                hook = self._begun.pop()
+                with _only_logged(f"closing {type(hook).__name__}"):
+                    hook.close(self)
+            if self._batches is not None:
+                with _only_logged("closing the data loader"):
+                    self._batches.close()
+        if self.state.step >= self.options.steps:
+            return FitResult(reason=StopReason.finished, step=self.state.step)
+        assert self._stop is not None, "steps are left, and nobody has asked to stop"
+        return FitResult(reason=self._stop, step=self.state.step)
 
-    def _call(self, event: str) -> None:
+    def _train(self) -> None:
+        if self.restorer is not None:
+            restored = self.restorer.restore(self.context, self.engine, self.optimizer, self.options.steps)
+            self.state = restored or self.state
         for hook in self.hooks:
-            getattr(hook, event)(self)
+            self._begun.append(hook)
+            hook.before_fit(self)
+        self.reduction.complete()
+        self.agree_on_stop()
+        self._batches = self._make_batches(self.state.samples_consumed)
+        while self.state.step < self.options.steps and self._stop is None:
+            waited = time.perf_counter()
+            if not self._wait_for_data(self._batches):
+                break
+            self._step(self._batches, waited)
+        self.flush()
+        for hook in self.hooks:
+            hook.after_last_step(self)
+        for hook in self.hooks:
+            hook.after_fit(self)
 
     def _wait_for_data(self, batches: Prefetcher) -> bool:
         """Waits until every rank has its batch; false when a stop was agreed on meanwhile.
 
         Ranks ask each other only where one of them had to wait at the last step known to all, or at the start.
         """
-        if not self._any_rank_waits:
+        if self._waiting_slot.value == 0:
             return True
+        ready = Slot(name="ready", kind=SlotKind.sum, read=lambda: float(batches.ready(0.2)))
         while True:
-            request, ready = self._stop_requested(), batches.ready(0.2)
-            asked = [request is StopReason.terminated, request is StopReason.preempted, ready]
-            flags = torch.tensor(asked, dtype=torch.float64)
-            if self.context.world_size > 1:
-                dist.all_reduce(flags, group=self.context.cpu_group)
-            if flags[2] == self.context.world_size:
+            self._reduce_requests(ready, on_cpu=True)
+            if ready.value == self.context.world_size:
                 return True
-            self.stop = _stop_of({"terminate": float(flags[0]), "preempt": float(flags[1])})
-            if self.stop is not None:
+            self._stop = self._agreed_stop()
+            if self._stop is not None:
                 return False
 
     def _step(self, batches: Prefetcher, started: float) -> None:
@@ -265,17 +248,22 @@ class Trainer:
         self.batch = next(batches)
         data_wait_s = time.perf_counter() - started
         self.measured = {}
-        self._call("step_start")
+        for hook in self.hooks:
+            hook.before_step(self)
         loss_sum, tokens = self._forward_backward(self.batch)
-        self._call("before_optimizer_step")
+        for hook in self.hooks:
+            hook.before_optimizer_step(self)
         lr, grad_norm = self._update()
-        previous, self._pending = self._pending, self._start_reduction(loss_sum, grad_norm, self.engine.balance(), lr)
+        self._loss_sum, self._grad_norm = loss_sum, grad_norm
+        previous, self._pending = self._pending, self._start_reduction(lr)
         # Reading the step before keeps the host one step ahead of the device and no further, so that host
         # time is device time.
         self._settle(previous)
         self._add_timing(time.perf_counter() - started, data_wait_s, tokens)
-        self._call("validate")
-        self._call("step_end")
+        for hook in self.hooks:
+            hook.after_optimizer_step(self)
+        for hook in self.hooks:
+            hook.after_step(self)
 
     def _forward_backward(self, batch: StepBatch) -> tuple[Tensor, int]:
         """Gradients of the mean loss over the global batch; returns this rank's summed loss, on the device."""
@@ -286,6 +274,25 @@ class Trainer:
             seed_everything(self.options.seed, self.state.step, index, self.context.data_rank)
 
         return self.engine.forward_backward(batch.micro_batches, tokens, seed), tokens
+
+    @property
+    def stop(self) -> StopReason | None:
+        """Why all ranks have agreed to stop; None while they have not."""
+        return self._stop
+
+    def request_stop(self, reason: StopReason) -> None:
+        """Asks, on any rank, that all ranks stop. They agree on it with the step's reduction, so one step later.
+
+        Args:
+            reason: `terminated` or `preempted`; a run is finished when its steps are done.
+        """
+        if reason is StopReason.finished:
+            raise ValueError("a stop must be requested as terminated or preempted, but is finished; use terminated")
+        self._asked = self._asked or reason
+
+    def _own_request(self) -> StopReason | None:
+        """This rank's. The signal is looked at each time, since asking for it tells that signals can wait."""
+        return self._stop_requested() or self._asked
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -308,40 +315,21 @@ class Trainer:
         lr = self.options.lr * self.schedule.factor(step, self.state.schedule_total)
         self.optimizer.step(lr, scale, skip)
         self.optimizer.zero_grad()
+        self.engine.after_update()
         self.state.step += 1
         self.state.samples_consumed += self.options.global_batch_size
         self.state.tokens += self.options.global_batch_size * self.options.seq_len
         return lr, grad_norm
 
-    def _start_reduction(self, loss_sum: Tensor, grad_norm: Tensor, busiest: Tensor | None, lr: float) -> _Pending:
+    def _start_reduction(self, lr: float) -> _Pending:
         """Starts the step's one small reduction."""
-        request = self._stop_requested()
-        clock = time.monotonic() - self.last_save_clock if self.context.is_main else 0.0
-        wishes = [
-            float(request is StopReason.terminated),
-            float(request is StopReason.preempted),
-            clock,
-            float(self.saving),
-            float(self._waiting),
-        ]
-        others = torch.tensor(wishes, dtype=torch.float64).to(loss_sum.device, non_blocking=True)
-        agreed = torch.cat([loss_sum.reshape(1), others])
-        if self.context.world_size > 1:
-            dist.all_reduce(agreed)
-        known = [v.reshape(1).to(torch.float64) for v in (grad_norm, busiest) if v is not None]
-        agreed = torch.cat([agreed, *known])
-        arrived = None
-        if agreed.device.type == "cuda":
-            # Beside the steps that follow: reading it later waits for this copy alone.
-            host = torch.empty(agreed.shape, dtype=agreed.dtype, pin_memory=True)
-            host.copy_(agreed, non_blocking=True)
-            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            arrived.record()
-            agreed = host
-        row = {"lr": lr, "tokens": self.state.tokens}
         assert self.batch is not None
+        self._request = self._own_request()
         return _Pending(
-            step=self.state.step, values=agreed, arrived=arrived, row=row, ids=self.batch.global_ids.tolist()
+            step=self.state.step,
+            reduction=self.reduction.start(),
+            row={"lr": lr, "tokens": self.state.tokens},
+            ids=self.batch.global_ids.tolist(),
         )
 
     def add_metrics(self, **values: float) -> None:
@@ -359,25 +347,18 @@ class Trainer:
         """Reads a step's results from the device, hands its row on, and acts on what ranks agreed."""
         if pending is None:
             return
-        if pending.arrived is not None:
-            pending.arrived.synchronize()
-        values = dict(zip(_REDUCED, pending.values.tolist(), strict=False))
-        loss = values["loss_sum"] / (self.options.global_batch_size * self.options.seq_len)
+        known = self.reduction.finish(pending.reduction)
+        loss = self._loss_slot.value / (self.options.global_batch_size * self.options.seq_len)
         if not math.isfinite(loss):
             ids = ", ".join(str(i) for i in pending.ids)
             raise NonFiniteLossError(f"the loss of step {pending.step} is {loss}; its sample ids were {ids}")
-        self.seconds_since_save = values["seconds_since_save"]
-        self.anyone_saving = values["saving"] > 0
-        self._any_rank_waits = values["waiting"] > 0
-        self.stop = self.stop or _stop_of(values)
-        norm = values["grad_norm"] if math.isfinite(values["grad_norm"]) else None
+        self._stop = self._stop or self._agreed_stop()
+        norm = self._grad_norm_slot.value if math.isfinite(self._grad_norm_slot.value) else None
         if norm is None and self.context.is_main:
             log.warning("the gradients of step %d are not finite; its update was left out", pending.step)
-        row = {"step": pending.step, "loss": loss, "grad_norm": norm, **pending.row}
-        if "expert_load_max" in values:
-            row["expert_load_max"] = values["expert_load_max"]
+        row = {"step": pending.step, "loss": loss, "grad_norm": norm, **pending.row, **known}
         for hook in self.hooks:
-            hook.on_metrics(self, row)
+            hook.after_metrics(self, row)
 
     def _add_timing(self, step_time_s: float, data_wait_s: float, tokens: int) -> None:
         assert self._pending is not None
@@ -391,19 +372,27 @@ class Trainer:
         }
 
     def agree_on_stop(self) -> StopReason | None:
-        """Asks all ranks whether one wants to stop; waits for the answer."""
-        request = self._stop_requested()
-        flags = torch.tensor(
-            [float(request is StopReason.terminated), float(request is StopReason.preempted)],
-            dtype=torch.float64,
-            device=self.context.device,
-        )
-        if self.context.world_size > 1:
-            dist.all_reduce(flags)
-        return _stop_of(dict(zip(("terminate", "preempt"), flags.tolist(), strict=True)))
+        """Asks all ranks whether one is to stop, and waits for the answer, which then holds; every rank calls it."""
+        if self._stop is None:
+            self._reduce_requests()
+            self._stop = self._agreed_stop()
+        return self._stop
+
+    def _reduce_requests(self, *more: Slot, on_cpu: bool = False) -> None:
+        """Asks all ranks at once, outside of a step's reduction."""
+        self._request = self._own_request()
+        self.reduction.now(self._terminate_slot, self._preempt_slot, *more, on_cpu=on_cpu)
+
+    def _agreed_stop(self) -> StopReason | None:
+        if self._preempt_slot.value > 0:
+            return StopReason.preempted
+        return StopReason.terminated if self._terminate_slot.value > 0 else None
 
 
-def _stop_of(values: dict[str, float]) -> StopReason | None:
-    if values["preempt"] > 0:
-        return StopReason.preempted
-    return StopReason.terminated if values["terminate"] > 0 else None
+@contextmanager
+def _only_logged(what: str) -> Iterator[None]:
+    """For what is done on the way out: whatever fails in it, a signal included, hides no error before it."""
+    try:
+        yield
+    except BaseException:
+        log.exception("%s failed", what)

@@ -12,31 +12,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor.placement_types import _StridedShard
 from torch.optim.adamw import adamw
 
+from regrow.errors import ConfigError
 from regrow.models.base import LanguageModel
+from regrow.torch_compat import StridedShard, foreach_divide, foreach_norm
 from regrow.trainer.config import AdamWConfig
+from regrow.trainer.shards import like_parameter as _like
+from regrow.trainer.shards import local_part as _local
 
 __all__ = ["AdamW", "Optimizer", "global_grad_norm"]
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _like(local: Tensor, parameter: nn.Parameter) -> Tensor:
-    """`local` as the same kind of shard as `parameter`."""
-    if not isinstance(parameter, DTensor):
-        return local
-    return DTensor.from_local(
-        local,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
 
 
 class Optimizer(ABC):
@@ -44,7 +29,7 @@ class Optimizer(ABC):
 
     @staticmethod  # noqa: B027 (an optimizer may have nothing to check)
     def check(config: Any) -> None:
-        """Looks at the config before there is a model; raises ValueError where a field is out of its range.
+        """Looks at the config before there is a model; raises a ValueError where a field is out of its range.
 
         Args:
             config: the section `optimizer`.
@@ -96,7 +81,7 @@ class AdamW(Optimizer):
 
     @staticmethod
     def check(config: AdamWConfig) -> None:
-        """Raises ValueError where a field is out of its range."""
+        """Raises ConfigError where a field is out of its range."""
         rules = {
             "lr": (config.lr >= 0, "at least 0", "3e-4"),
             "weight_decay": (config.weight_decay >= 0, "at least 0", "0.1"),
@@ -106,7 +91,7 @@ class AdamW(Optimizer):
         }
         for name, (holds, rule, remedy) in rules.items():
             if not holds:
-                raise ValueError(f"optimizer.{name} must be {rule}, but is {getattr(config, name)}; use {remedy}")
+                raise ConfigError(f"optimizer.{name} must be {rule}, but is {getattr(config, name)}; use {remedy}")
 
     @torch.no_grad()
     def step(self, lr: float, grad_scale: Tensor, skip: Tensor) -> None:
@@ -119,7 +104,7 @@ class AdamW(Optimizer):
         grads = [p.grad for p in (self._parameters[n] for n in names) if p.grad is not None]
         if grads[0].dtype == torch.float64:
             # The fused kernel's scale is float32, which float64 gradients would notice.
-            torch._foreach_div_([_local(g) for g in grads], grad_scale)
+            foreach_divide([_local(g) for g in grads], grad_scale)
             grad_scale = torch.ones_like(grad_scale)
         adamw(
             [_local(self._parameters[n]) for n in names],
@@ -170,7 +155,7 @@ def _sum_of_squares(tensors: list[Tensor]) -> Tensor:
     whole; on a GPU all of them take a few launches.
     """
     if tensors[0].device.type != "cpu":
-        return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float64)).square().sum()
+        return torch.stack(foreach_norm(tensors, 2, dtype=torch.float64)).square().sum()
     wide = torch.empty(_WIDE_ELEMENTS * torch.get_num_threads(), dtype=torch.float64)
     total = torch.zeros((), dtype=torch.float64)
     for tensor in tensors:
@@ -201,7 +186,7 @@ def global_grad_norm(parameters: Sequence[nn.Parameter], stages: dist.ProcessGro
             axes = tuple(
                 mesh.get_group(i)
                 for i, placement in enumerate(parameter.placements)
-                if isinstance(placement, Shard | _StridedShard) and mesh.size(i) > 1
+                if isinstance(placement, Shard | StridedShard) and mesh.size(i) > 1
             )
         groups.setdefault(axes, []).append(_local(parameter.grad))
     totals = []

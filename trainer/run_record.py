@@ -12,6 +12,7 @@ from msgspec import Meta
 from regrow.checkpoint.documents import Count, DocumentError, Token, convert_document, parse_json
 from regrow.checkpoint.files import read_regular, write_json
 from regrow.checkpoint.policy.lineage import Lineage, check_lineages, is_visible
+from regrow.errors import ConfigError
 
 __all__ = ["Attempt", "Extend", "Extension", "RunRecord", "RunRecordError", "new_id"]
 
@@ -20,7 +21,7 @@ FORMAT = 1
 _LIMIT_BYTES = 256 << 20
 
 
-class RunRecordError(ValueError):
+class RunRecordError(ConfigError):
     """A run's record is there, but cannot be read."""
 
 

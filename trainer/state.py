@@ -42,6 +42,12 @@ class TrainState:
         """
         return convert_document(values, cls)
 
+    def note_best(self, name: str, value: float | None, *, lower_is_better: bool) -> None:
+        """Remembers a metric's value where it is the best so far; one that is not a number never is."""
+        best = self.best.get(name)
+        if value is not None and value == value and (best is None or (value < best) == lower_is_better):
+            self.best[name] = value
+
     def without(self, exclude: tuple[str, ...], *, schedule_total: int) -> "TrainState":
         """This state, freshly loaded, with the excluded parts as they start.
 

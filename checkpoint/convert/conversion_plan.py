@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 from regrow.checkpoint.errors import CheckpointError
@@ -33,6 +31,8 @@ from regrow.checkpoint.save.coordinator import report_of
 from regrow.checkpoint.save.writer import file_name
 from regrow.checkpoint.sources.safetensors import INDEX, SINGLE, header_bytes
 from regrow.checkpoint.storage.local import LocalStorage
+from regrow.errors import ConfigError
+from regrow.torch_compat import FakeTensorMode, StorageInfo
 
 __all__ = ["OutputPlan", "TensorPlacement", "plan_safetensors", "plan_step", "plan_torch", "size_in_bytes"]
 
@@ -75,11 +75,11 @@ class OutputPlan:
 
 
 def size_in_bytes(text: str, field: str) -> int:
-    """`5GB`, `500MB`, `2GiB` or a plain number as bytes; raises ValueError naming the field."""
+    """`5GB`, `500MB`, `2GiB` or a plain number as bytes; raises ConfigError naming the field."""
     units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     if found is None or found[2].upper() not in units or float(found[1]) <= 0:
-        raise ValueError(f"{field} must be a size like 5GB or 500MB, but is {text!r}; use 5GB")
+        raise ConfigError(f"{field} must be a size like 5GB or 500MB, but is {text!r}; use 5GB")
     return max(1, int(float(found[1]) * units[found[2].upper()]))
 
 
@@ -241,7 +241,7 @@ def _with_objects(metadata: Metadata, objects: Mapping[str, Any]) -> tuple[bytes
         torch.save(value, stream)
         body = stream.getvalue()
         entries[name] = BytesStorageMetadata()
-        storage[MetadataIndex(name)] = _StorageInfo(relative_path=_OBJECTS, offset=file.tell(), length=len(body))
+        storage[MetadataIndex(name)] = StorageInfo(relative_path=_OBJECTS, offset=file.tell(), length=len(body))
         file.write(body)
     described = dataclasses.replace(
         metadata,

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
+from torch.distributed.tensor.placement_types import Placement, Shard
 
 from regrow.checkpoint.format.torch_archive import frame_of
+from regrow.torch_compat import StridedShard
 
 __all__ = [
     "PAGE",
@@ -109,7 +110,7 @@ def local_box(
     assert coordinate is not None, "a rank outside of the mesh holds no part"
     size, offset = list(shape), [0] * len(shape)
     # In torch 2.11 strided shards are shards, too; in 2.13 they are not.
-    strided = [axis for axis, p in enumerate(placements) if isinstance(p, _StridedShard)]
+    strided = [axis for axis, p in enumerate(placements) if isinstance(p, StridedShard)]
     plain = [axis for axis, p in enumerate(placements) if isinstance(p, Shard) and axis not in strided]
     for axis in (*plain, *strided):
         dim = int(getattr(placements[axis], "dim", 0))

@@ -12,7 +12,6 @@ from typing import Annotated, NamedTuple
 import msgspec
 import torch
 from msgspec import Meta
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -24,6 +23,7 @@ from torch.distributed.checkpoint.metadata import (
 from regrow.checkpoint.documents import Count, DocumentError, FileName, FlatName
 from regrow.checkpoint.format.hashing import HASH_CHARS, block_bytes_for, item_hash
 from regrow.checkpoint.format.layout import SavePlan
+from regrow.torch_compat import StorageInfo
 
 __all__ = [
     "DTYPES",
@@ -215,7 +215,7 @@ def _check_streams(items: Sequence[StoredChunk]) -> None:
 def metadata_of(items: Iterable[StoredChunk]) -> Metadata:
     """DCP's own description of the step, from all ranks' manifests."""
     tensors: dict[str, TensorStorageMetadata] = {}
-    storage: dict[MetadataIndex, _StorageInfo] = {}
+    storage: dict[MetadataIndex, StorageInfo] = {}
     for item in sorted(items, key=lambda i: (i.name, i.offset)):
         entry = tensors.setdefault(
             item.name,
@@ -227,7 +227,7 @@ def metadata_of(items: Iterable[StoredChunk]) -> Metadata:
         )
         index = MetadataIndex(item.name, torch.Size(item.offset), len(entry.chunks))
         entry.chunks.append(ChunkStorageMetadata(offsets=torch.Size(item.offset), sizes=torch.Size(item.shape)))
-        storage[index] = _StorageInfo(relative_path=item.file, offset=item.start, length=item.size)
+        storage[index] = StorageInfo(relative_path=item.file, offset=item.start, length=item.size)
     return Metadata(
         state_dict_metadata=dict(tensors),
         planner_data={name: (name,) for name in tensors},

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from regrow.checkpoint.scratch import scratch_folder
+from regrow.torch_compat import FakeTensorMode
 
 __all__ = ["ArchiveFrame", "frame_of"]
 

@@ -29,6 +29,7 @@ from regrow.checkpoint.run.lease import HeartbeatMonitor, acquire_lease
 from regrow.checkpoint.run.leftovers import Leftovers
 from regrow.checkpoint.storage.base import Storage
 from regrow.checkpoint.storage.local import LocalStorage
+from regrow.errors import ConfigError
 
 __all__ = ["Row", "folder_of", "list_steps", "pin", "prune", "repair", "show", "tree", "unpin", "verify"]
 
@@ -296,12 +297,12 @@ def prune(place: Storage, keep_latest: int, keep_every: int | None, *, dry_run: 
     """Removes steps; returns which. The newest, the newest full one, pinned and read ones always stay.
 
     Raises:
-        ValueError: fewer than 1 to keep.
+        ConfigError: fewer than 1 to keep.
         LeaseHeldError: the run is being trained.
     """
     for name, value in (("--keep-latest", keep_latest), ("--keep-every", keep_every)):
         if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, but is {value}; use 1 or more")
+            raise ConfigError(f"{name} must be at least 1, but is {value}; use 1 or more")
     folder = folder_of(place)
     rules: list[RetentionRule] = [KeepLatest(keep_latest)]
     if keep_every is not None:

@@ -19,6 +19,7 @@ from regrow.checkpoint.format.tensor_source import Box, TensorInfo, TensorSource
 from regrow.checkpoint.load.loading import resolve_foreign
 from regrow.checkpoint.storage.base import Storage
 from regrow.checkpoint.storage.opening import as_storage
+from regrow.errors import ConfigError
 
 __all__ = [
     "LoadPlan",
@@ -37,11 +38,8 @@ __all__ = [
 ]
 
 _PIECE_BYTES = 32 << 20
-# What lies beside the weights, or can be computed from the config.
-_NOT_WEIGHTS = re.compile(
-    r"^(optimizer|train_state|lr_scheduler|dataloader|data_loader)(\.|$)"
-    r"|rotary_emb\.inv_freq$|^rope\.freqs$|^freqs_cis$|\.tokens_per_expert(_E)?$"
-)
+# What lies beside the weights.
+_NOT_WEIGHTS = re.compile(r"^(optimizer|train_state|lr_scheduler|dataloader|data_loader)(\.|$)")
 # As a shell wants it: single quotes keep it from the shell, double quotes make it a string of Hydra's.
 _RULE_EXAMPLE = r"""'checkpoint.load_rename=["^model\.=>"]'"""
 
@@ -53,19 +51,25 @@ class LoadRules:
     Attributes:
         strict: every tensor must be found, and every stored weight used.
         rename: (pattern, replacement) pairs, applied in order to the stored names (`re.sub`).
-        resized: load the rows that both have where the number of rows differs.
+        vocabulary: names of the tensors whose rows are tokens, whose number may differ.
+        resized: load the rows of such a tensor that both have where their number differs.
     """
 
     strict: bool = True
     rename: tuple[tuple[str, str], ...] = ()
+    vocabulary: tuple[str, ...] = ()
     resized: bool = False
 
     @classmethod
-    def from_config(cls, config: CheckpointConfig) -> "LoadRules":
+    def from_config(cls, config: CheckpointConfig, vocabulary: Sequence[str]) -> "LoadRules":
         """Reads `load_strict`, `load_rename` and `load_resized`.
 
+        Args:
+            config: the section.
+            vocabulary: names of the tensors whose rows are tokens.
+
         Raises:
-            ValueError: a rule that cannot be read.
+            ConfigError: a rule that cannot be read.
         """
         pairs = []
         for rule in config.load_rename:
@@ -74,17 +78,22 @@ class LoadRules:
                 re.compile(pattern)
                 re.sub(pattern, replacement.strip(), "")
             except re.error as error:
-                raise ValueError(
+                raise ConfigError(
                     f"checkpoint.load_rename must hold rules PATTERN=>REPLACEMENT, but {rule!r} is no regular "
                     f"expression ({error}); write for instance {_RULE_EXAMPLE}"
                 ) from error
             if not arrow or not pattern.strip():
-                raise ValueError(
+                raise ConfigError(
                     f"checkpoint.load_rename must hold rules PATTERN=>REPLACEMENT, but holds {rule!r}; "
                     f"write for instance {_RULE_EXAMPLE}"
                 )
             pairs.append((pattern.strip(), replacement.strip()))
-        return cls(strict=config.load_strict, rename=tuple(pairs), resized=config.load_resized)
+        return cls(
+            strict=config.load_strict,
+            rename=tuple(pairs),
+            vocabulary=tuple(vocabulary),
+            resized=config.load_resized,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -276,7 +285,7 @@ def check_load(
     """
     plan = plan_load(source, shapes, unused=unused, beside=beside, idle_rules=idle_rules)
     for name in plan.resized:
-        _check_rows(source, name, shapes[name])
+        _check_rows(source, name, shapes[name], rules.vocabulary)
     if not plan.found:
         raise CheckpointError(_nothing_found(source, shapes, plan))
     if plan.idle_rules and rules.strict:
@@ -346,10 +355,10 @@ def _some(names: Collection[str]) -> str:
     return f"{shown} and {len(names) - 2} more" if len(names) > 2 else shown
 
 
-def _check_rows(source: TensorSource, name: str, shape: tuple[int, ...]) -> None:
-    """Raises CheckpointError where more than the number of words differs."""
+def _check_rows(source: TensorSource, name: str, shape: tuple[int, ...], vocabulary: Collection[str]) -> None:
+    """Raises CheckpointError where more than the number of tokens differs."""
     stored = source.infos[name].shape
-    if len(stored) == len(shape) and stored[1:] == shape[1:] and name in _VOCABULARY:
+    if len(stored) == len(shape) and stored[1:] == shape[1:] and name in vocabulary:
         return
     raise CheckpointError(
         f"{name} in {source.place} has shape {stored}, but the model's has {shape}; use the model's dimensions that "
@@ -357,8 +366,6 @@ def _check_rows(source: TensorSource, name: str, shape: tuple[int, ...]) -> None
     )
 
 
-# The tensors whose rows are words.
-_VOCABULARY = ("tok_embeddings.weight", "output.weight")
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -452,7 +459,7 @@ def load_from(
 def _fill(source: TensorSource, name: str, tensor: Tensor, rules: LoadRules) -> None:
     chunk, local, info = chunk_of(name, tensor), local_tensor(tensor), source.infos[name]
     if info.shape != chunk.global_shape:
-        _check_rows(source, name, chunk.global_shape)
+        _check_rows(source, name, chunk.global_shape, rules.vocabulary)
         if not rules.resized:
             raise CheckpointError(
                 f"{name} in {source.place} has shape {info.shape}, but the model's has {chunk.global_shape}; use "

@@ -14,6 +14,7 @@ from msgspec import Meta
 from regrow.checkpoint.config import CheckpointConfig
 from regrow.checkpoint.documents import Count, DocumentError
 from regrow.checkpoint.errors import CheckpointError, StepNotFoundError
+from regrow.errors import ConfigError
 
 __all__ = [
     "EXCLUDABLE",
@@ -69,12 +70,12 @@ class LoadRequest:
         """Reads the options; names in `exclude_from_loading` are brought to one spelling.
 
         Raises:
-            ValueError: an unknown name in `exclude_from_loading`.
+            ConfigError: an unknown name in `exclude_from_loading`.
         """
         names = {"dataloader": "data_loader", **{name: name for name in EXCLUDABLE}}
         for name in config.exclude_from_loading:
             if name not in names:
-                raise ValueError(
+                raise ConfigError(
                     f"checkpoint.exclude_from_loading must hold names out of {', '.join(EXCLUDABLE)}, "
                     f"but holds {name!r}; remove it"
                 )

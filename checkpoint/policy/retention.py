@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import final
 
 from regrow.checkpoint.config import KeepBestConfig, KeepEveryNConfig
+from regrow.errors import ConfigError
 
 __all__ = ["KeepBest", "KeepEveryN", "KeepLatest", "RetentionRule", "StoredStep", "removable_steps"]
 
@@ -50,7 +51,7 @@ class KeepEveryN(RetentionRule):
 
     def __init__(self, config: KeepEveryNConfig) -> None:
         if config.n < 1:
-            raise ValueError(f"checkpoint.retention_rules.*.n must be at least 1, but is {config.n}; use 10000")
+            raise ConfigError(f"checkpoint.retention_rules.*.n must be at least 1, but is {config.n}; use 10000")
         self.n = config.n
 
     def protects(self, steps: Sequence[StoredStep]) -> set[int]:

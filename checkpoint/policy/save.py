@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import final
 
 from regrow.checkpoint.config import BestMetricConfig, MinutesConfig, OnBestConfig
+from regrow.errors import ConfigError
 
 __all__ = [
     "EveryMinutes",
@@ -101,7 +102,7 @@ class EveryMinutes(SavePolicy):
 
     def __init__(self, config: MinutesConfig) -> None:
         if config.minutes <= 0:
-            raise ValueError(f"checkpoint.save_policies.*.minutes must be above 0, but is {config.minutes}; use 30")
+            raise ConfigError(f"checkpoint.save_policies.*.minutes must be above 0, but is {config.minutes}; use 30")
         self.name = f"every {config.minutes:g} minutes"
         self.seconds = config.minutes * 60
 

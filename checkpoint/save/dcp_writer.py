@@ -15,7 +15,6 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.checkpoint import SavePlan as DcpPlan
 from torch.distributed.checkpoint import SavePlanner, StorageWriter
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
@@ -31,6 +30,7 @@ from regrow.checkpoint.save.coordinator import report_of
 from regrow.checkpoint.save.writer import file_name, write_tensors
 from regrow.checkpoint.storage.base import Storage
 from regrow.checkpoint.storage.opening import as_storage
+from regrow.torch_compat import StorageInfo
 
 __all__ = ["ImageWriter"]
 
@@ -139,7 +139,7 @@ class ImageWriter(StorageWriter):
 
 
 def _result(index: MetadataIndex, file: str, start: int, size: int) -> WriteResult:
-    return WriteResult(index=index, size_in_bytes=size, storage_data=_StorageInfo(file, start, size))
+    return WriteResult(index=index, size_in_bytes=size, storage_data=StorageInfo(file, start, size))
 
 
 def _chunk_of(item: WriteItem, value: Tensor) -> Chunk:

@@ -4,6 +4,7 @@ Nothing here uses the training's process group once it is set up, and nothing bu
 training thread.
 """
 
+import contextlib
 import dataclasses
 import errno
 import logging
@@ -210,10 +211,16 @@ class StepSaver:
         running, self._running = self._running, None
         return [running.result()] if running is not None else []
 
-    def close(self) -> None:
-        """Ends the threads; a save in flight ends first."""
-        self._thread.shutdown()
-        self._pool.shutdown()
+    def close(self, *, wait: bool = True) -> None:
+        """Ends the threads; a save in flight ends first, and without `wait` in the background."""
+        if wait:
+            self._thread.shutdown()
+            self._pool.shutdown()
+            return
+        with contextlib.suppress(RuntimeError):  # closed already
+            # The save still needs the other thread.
+            self._thread.submit(self._pool.shutdown)
+        self._thread.shutdown(wait=False)
 
     def _plan_for(self, tensors: Mapping[str, Tensor], owner_ranks: Mapping[str, Sequence[int]] | None) -> SavePlan:
         """This rank's plan, made anew only when the layout changed."""

@@ -1,4 +1,7 @@
-"""One source seen through a map of names: ours from Hugging Face's, and the other way round."""
+"""One source seen through a map of names: a model's from Hugging Face's, and the other way round.
+
+Tensors are renamed, stacked and cut here; what is in another order is brought into order by the map's own transforms.
+"""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -10,11 +13,27 @@ from torch import Tensor
 from regrow.checkpoint.errors import CheckpointError
 from regrow.checkpoint.format.tensor_source import Box, TensorInfo, TensorSource
 
-__all__ = ["FromHfSource", "Key", "ToHfSource", "halves_to_pairs", "pairs_to_halves"]
+__all__ = ["FromHfSource", "Key", "KeyTransform", "Rows", "ToHfSource"]
+
+
+class KeyTransform(Protocol):
+    """Another order of a tensor's rows; the model's family makes it."""
+
+    def needed(self, rows: tuple[int, int], height: int) -> tuple[int, int]:
+        """The rows, of `height`, that must be read at once to give the rows asked for: at least those."""
+        ...
+
+    def forward(self, rows: Tensor, height: int) -> Tensor:
+        """Rows as `needed` gives them, of a tensor of `height`, from Hugging Face's order to the model's."""
+        ...
+
+    def inverse(self, rows: Tensor, height: int) -> Tensor:
+        """The inverse of `forward`."""
+        ...
 
 
 class Rows(Protocol):
-    """Which rows of a fused tensor are one of ours: `count` blocks from `first` on, of the `blocks` of each group."""
+    """Which rows of a fused tensor are the model's: `count` of the `blocks` of each group, from `first` on."""
 
     @property
     def groups(self) -> int:
@@ -28,58 +47,42 @@ class Rows(Protocol):
 
     @property
     def first(self) -> int:
-        """The number of the first block that is ours."""
+        """The number of the first block that is taken."""
         ...
 
     @property
     def count(self) -> int:
-        """How many are ours."""
+        """How many are taken."""
         ...
 
 
 class Key(Protocol):
-    """One entry of a map; `regrow.models.hf.HfKey` is the one there is."""
+    """One entry of a map from names to stored names."""
 
     @property
     def name(self) -> str:
-        """Our name."""
+        """In the model."""
         ...
 
     @property
     def hf_name(self) -> str:
-        """The name on their disk."""
+        """In the files."""
         ...
 
     @property
-    def heads(self) -> int:
-        """Above 0: rows are heads, whose halves they keep apart and we interleave."""
-        ...
-
-    @property
-    def expert(self) -> int | None:
-        """Theirs is this slice of ours in dimension 0."""
+    def index(self) -> int | None:
+        """The stored tensor is this slice of the model's in dimension 0."""
         ...
 
     @property
     def rows(self) -> Rows | None:
-        """Ours are some of theirs' rows."""
+        """The model's tensor is some of the stored one's rows."""
         ...
 
-
-def halves_to_pairs(rows: Tensor, head_dim: int) -> Tensor:
-    """Whole heads' rows from Hugging Face's order (i, i + H/2 rotate together) to Meta's (2i, 2i + 1)."""
-    return rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
-
-
-def pairs_to_halves(rows: Tensor, head_dim: int) -> Tensor:
-    """The inverse of `halves_to_pairs`."""
-    return rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
-
-
-def _heads_box(box: Box, head_dim: int) -> Box:
-    """The box, widened to whole heads."""
-    start, stop = box[0]
-    return ((start // head_dim * head_dim, -(-stop // head_dim) * head_dim), *box[1:])
+    @property
+    def transform(self) -> KeyTransform | None:
+        """Rows are in another order."""
+        ...
 
 
 def _block_height(rows: Rows, height: int, what: str) -> int:
@@ -103,10 +106,10 @@ def _check_there(source: TensorSource, names: Sequence[str]) -> None:
 
 @final
 class FromHfSource(TensorSource):
-    """Our tensors, read from a source that has their names.
+    """A model's tensors, read from a source that has Hugging Face's names.
 
     Args:
-        source: has their names.
+        source: has the names of the files.
         keys: the map; what it does not name is left out.
         strict: raise where a name of the map is missing; else the tensor is left out.
     """
@@ -117,14 +120,14 @@ class FromHfSource(TensorSource):
         self.place = source.place
         self._source = source
         self._keys: dict[str, list[Key]] = defaultdict(list)
-        for key in sorted(keys, key=lambda k: k.expert or 0):
+        for key in sorted(keys, key=lambda k: k.index or 0):
             self._keys[key.name].append(key)
         complete = {n: ks for n, ks in self._keys.items() if all(k.hf_name in source.infos for k in ks)}
         self.infos: Mapping[str, TensorInfo] = {name: self._info(ks) for name, ks in complete.items()}
 
     def _info(self, keys: Sequence[Key]) -> TensorInfo:
         key, info = keys[0], self._source.infos[keys[0].hf_name]
-        if key.expert is not None:
+        if key.index is not None:
             return TensorInfo(dtype=info.dtype, shape=(len(keys), *info.shape))
         if key.rows is None or not info.shape:
             return info
@@ -133,26 +136,26 @@ class FromHfSource(TensorSource):
 
     @property
     def unused(self) -> list[str]:
-        """Their names that the map does not have."""
+        """Stored names that the map does not have."""
         used = {k.hf_name for ks in self._keys.values() for k in ks}
         return [n for n in self._source.infos if n not in used]
 
     def read(self, name: str, box: Box) -> Tensor:
         keys = self._keys[name]
-        if keys[0].expert is not None:
+        if keys[0].index is not None:
             return torch.stack([self._source.read(k.hf_name, box[1:]) for k in keys[box[0][0] : box[0][1]]])
         (key,) = keys
         if key.rows is not None and box:
             return torch.cat([self._source.read(key.hf_name, (run, *box[1:])) for run in self._runs(key, box[0])])
-        if not key.heads:
+        if key.transform is None:
             return self._source.read(key.hf_name, box)
-        head_dim = self.infos[name].shape[0] // key.heads
-        wide = _heads_box(box, head_dim)
-        rows = halves_to_pairs(self._source.read(key.hf_name, wide), head_dim)
-        return rows[box[0][0] - wide[0][0] : box[0][1] - wide[0][0]]
+        height, low = self.infos[name].shape[0], box[0][0]
+        needed = key.transform.needed(box[0], height)
+        rows = key.transform.forward(self._source.read(key.hf_name, (needed, *box[1:])), height)
+        return rows[low - needed[0] : box[0][1] - needed[0]]
 
     def _runs(self, key: Key, rows: tuple[int, int]) -> list[tuple[int, int]]:
-        """Theirs' rows that are some of ours, in as few runs as there are."""
+        """The stored rows that are some of the model's, in as few runs as there are."""
         assert key.rows is not None
         groups = key.rows
         height = self._source.infos[key.hf_name].shape[0] // (groups.groups * groups.blocks)
@@ -170,10 +173,10 @@ class FromHfSource(TensorSource):
 
 @final
 class ToHfSource(TensorSource):
-    """Their tensors, read from a source that has our names.
+    """Hugging Face's tensors, read from a source that has the model's names.
 
     Args:
-        source: has our names.
+        source: has the model's names.
         keys: the map; what it does not name is left out.
     """
 
@@ -189,7 +192,7 @@ class ToHfSource(TensorSource):
 
     def _info(self, keys: Sequence[Key]) -> TensorInfo:
         info = self._source.infos[keys[0].name]
-        if keys[0].expert is not None:
+        if keys[0].index is not None:
             return TensorInfo(dtype=info.dtype, shape=info.shape[1:])
         if keys[0].rows is None or not info.shape:
             return info
@@ -200,18 +203,18 @@ class ToHfSource(TensorSource):
         keys = self._keys[name]
         key = keys[0]
         if key.rows is not None and box:
-            return torch.cat([self._source.read(ours, (run, *box[1:])) for ours, run in self._runs(keys, box[0])])
-        if key.expert is not None:
-            return self._source.read(key.name, ((key.expert, key.expert + 1), *box)).squeeze(0)
-        if not key.heads:
+            return torch.cat([self._source.read(part, (run, *box[1:])) for part, run in self._runs(keys, box[0])])
+        if key.index is not None:
+            return self._source.read(key.name, ((key.index, key.index + 1), *box)).squeeze(0)
+        if key.transform is None:
             return self._source.read(key.name, box)
-        head_dim = self.infos[name].shape[0] // key.heads
-        wide = _heads_box(box, head_dim)
-        rows = pairs_to_halves(self._source.read(key.name, wide), head_dim)
-        return rows[box[0][0] - wide[0][0] : box[0][1] - wide[0][0]]
+        height, low = self.infos[name].shape[0], box[0][0]
+        needed = key.transform.needed(box[0], height)
+        rows = key.transform.inverse(self._source.read(key.name, (needed, *box[1:])), height)
+        return rows[low - needed[0] : box[0][1] - needed[0]]
 
     def _runs(self, keys: Sequence[Key], rows: tuple[int, int]) -> list[tuple[str, tuple[int, int]]]:
-        """Our names and rows that one after another are some of theirs' rows."""
+        """The model's names and rows that one after another are some rows of the fused tensor."""
         runs = []
         first = keys[0].rows
         assert first is not None

@@ -10,6 +10,7 @@ from typing import Any, cast, final
 
 from regrow.checkpoint.files import SMALL_FILE_BYTES
 from regrow.checkpoint.storage.base import RangeReader, RemoteFile, Storage, as_os_error, too_large
+from regrow.errors import ConfigError
 
 __all__ = ["OBJECT_SCHEMES", "ObjectStorage"]
 
@@ -63,7 +64,7 @@ class ObjectStorage(Storage):
         try:
             from obstore.store import from_url
         except ImportError as error:
-            raise ValueError(
+            raise ConfigError(
                 f"checkpoint.folder must be a local folder where obstore is not installed, but is {url!r}; "
                 'install it with pip install "regrow[cloud]"'
             ) from error

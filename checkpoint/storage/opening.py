@@ -9,6 +9,7 @@ from regrow.checkpoint.storage.base import Storage
 from regrow.checkpoint.storage.filesystem import FsspecStorage
 from regrow.checkpoint.storage.local import LocalStorage
 from regrow.checkpoint.storage.objects import OBJECT_SCHEMES, ObjectStorage
+from regrow.errors import ConfigError
 
 __all__ = ["as_storage", "is_url", "open_storage"]
 
@@ -29,7 +30,7 @@ def open_storage(
         direct_io: for local folders.
 
     Raises:
-        ValueError: the URL's protocol is unknown or its library is not installed.
+        ConfigError: the URL's protocol is unknown or its library is not installed.
         OSError: the place cannot be reached.
     """
     text = str(place)
@@ -41,7 +42,7 @@ def open_storage(
     try:
         return FsspecStorage(text, options or {})
     except (ValueError, ImportError) as error:
-        raise ValueError(
+        raise ConfigError(
             f"checkpoint.folder must have a protocol that fsspec opens, but is {text!r} ({error}); "
             "install what it needs, or use a path or s3://"
         ) from error

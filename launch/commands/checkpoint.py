@@ -12,12 +12,15 @@ from regrow.checkpoint.inspect.maintenance import Row, list_steps, pin, prune, r
 from regrow.checkpoint.scratch import clear_dead_scratch
 from regrow.checkpoint.storage.opening import as_storage
 from regrow.launch.commands.convert import (
+    ConversionRequest,
     add_conversions,
     buffers_beside,
     export_checkpoint,
     import_checkpoint,
     under_our_names,
 )
+from regrow.launch.config.errors import EXPLAINED
+from regrow.launch.exit_code import ExitCode
 from regrow.launch.run.logs import log_to_console
 from regrow.launch.run.stored_run import steps_place
 
@@ -65,11 +68,11 @@ def main() -> None:
     log_to_console()
     try:
         code = _COMMANDS[args.command](args)
-    except (ValueError, OSError) as error:
+    except (*EXPLAINED, OSError) as error:
         if args.json:
             print(json.dumps({"error": str(error)}))
         print(f"error: {error}", file=sys.stderr)
-        code = 2
+        code = ExitCode.bad_input
     sys.stdout.flush()
     sys.exit(code)
 
@@ -196,11 +199,11 @@ def _repair(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    return _converted(args, export_checkpoint(args))
+    return _converted(args, export_checkpoint(ConversionRequest.from_arguments(args)))
 
 
 def _import(args: argparse.Namespace) -> int:
-    return _converted(args, import_checkpoint(args))
+    return _converted(args, import_checkpoint(ConversionRequest.from_arguments(args)))
 
 
 def _converted(args: argparse.Namespace, result: Any) -> int:

@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,8 +23,11 @@ from regrow.checkpoint.load.initial_load import check_types, moments_of, plan_lo
 from regrow.checkpoint.load.open_source import is_hf_folder
 from regrow.checkpoint.sources.hf_mapping import ToHfSource
 from regrow.checkpoint.storage.opening import as_storage, is_url
+from regrow.errors import ConfigError
 from regrow.launch.commands.identify_model import UnknownModelError, model_of, run_folder_of, settings_of_model
 from regrow.launch.commands.torchtitan import adamw_of, beside_tensors, manifest_of
+from regrow.launch.config.errors import EXPLAINED
+from regrow.launch.exit_code import ExitCode
 from regrow.launch.run.logs import log_to_console
 from regrow.launch.run.versions import software_versions
 from regrow.launch.run.weights import OpenedWeights, WeightsSource, buffers_of, open_weights, shapes_of
@@ -31,16 +35,74 @@ from regrow.models.config import DecoderConfig, ModelConfig
 from regrow.models.torchtitan import todays_keys
 from regrow.trainer.hf_folder import HfExport, export_hf
 
-__all__ = ["add_conversions", "buffers_beside", "export_checkpoint", "import_checkpoint", "main", "under_our_names"]
+__all__ = [
+    "ConversionRequest",
+    "add_conversions",
+    "buffers_beside",
+    "export_checkpoint",
+    "import_checkpoint",
+    "main",
+    "under_our_names",
+]
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConversionRequest:
+    """What is to be converted, from what into what.
+
+    Attributes:
+        checkpoint: a step, a run, a Hugging Face folder or a file; a path or URL.
+        out: a new or empty folder, or a new file.
+        format: of what is written by an export; of what is read by an import, which finds it out where it is None.
+        dtype: of the floating-point weights; theirs where it is None.
+        model: a variant of `conf/model`, where the checkpoint does not say of which model it is, or is wrong.
+        overrides: `model.FIELD=VALUE` of that variant.
+        threads: that read and write.
+        max_shard_size: of a file of a Hugging Face folder, as in `5GB`.
+        hf_assets_path: a folder whose config and tokenizer files are taken over.
+        shows_progress: a bar on a terminal.
+    """
+
+    checkpoint: str
+    out: Path
+    format: str | None = None
+    dtype: torch.dtype | None = None
+    model: str | None = None
+    overrides: tuple[str, ...] = ()
+    threads: int = 2
+    max_shard_size: str = "5GB"
+    hf_assets_path: Path | None = None
+    shows_progress: bool = True
+
+    @classmethod
+    def from_arguments(cls, args: argparse.Namespace) -> "ConversionRequest":
+        """Of `export`'s or `import`'s command line."""
+        request = cls(
+            checkpoint=args.checkpoint,
+            out=args.out,
+            format=args.format,
+            dtype=_dtype(args.dtype),
+            model=args.model,
+            overrides=tuple(args.override),
+            threads=args.threads,
+            shows_progress=not args.json,
+        )
+        if args.command != "export":
+            return request
+        return replace(request, max_shard_size=args.max_shard_size, hf_assets_path=args.hf_assets_path)
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    return None if name is None else getattr(torch, name)
 
 
 def under_our_names(place: str) -> TensorSource:
     """Any checkpoint under our names.
 
     Raises:
-        ValueError: it cannot be read, or is of a model that we do not have.
+        ConfigError: it cannot be read, or is of a model that we do not have.
     """
     storage = as_storage(place)
     opened = open_weights(storage, _model_or_none(place))
@@ -54,13 +116,8 @@ def buffers_beside(place: str) -> set[str]:
     return buffers_of(model_of(place, None))
 
 
-def _model(args: argparse.Namespace) -> ModelConfig:
-    return model_of(args.checkpoint, args.model, _overrides(args))
-
-
-def _overrides(args: argparse.Namespace) -> list[str]:
-    # The reference's own arguments have none.
-    return list(getattr(args, "override", ()))
+def _model(request: ConversionRequest) -> ModelConfig:
+    return model_of(request.checkpoint, request.model, request.overrides)
 
 
 def _model_or_none(place: str, forced: str | None = None, overrides: Collection[str] = ()) -> ModelConfig | None:
@@ -94,66 +151,66 @@ def add_conversions(command: Callable[[str, str], argparse.ArgumentParser]) -> N
         parser.add_argument("--threads", type=int, default=2)
 
 
-def export_checkpoint(args: argparse.Namespace) -> ConversionResult:
+def export_checkpoint(request: ConversionRequest) -> ConversionResult:
     """`regrow-ckpt export`.
 
     Raises:
-        ValueError: one sentence.
+        ConfigError: one sentence.
     """
-    _check(args)
-    needs_model = args.format in ("hf", "torchtitan")
-    config = _model(args) if needs_model else _model_or_none(args.checkpoint, args.model, _overrides(args))
-    opened = open_weights(as_storage(args.checkpoint), config)
-    with opened.source as source, _progress(args) as progress:
+    _check(request)
+    needs_model = request.format in ("hf", "torchtitan")
+    config = _model(request) if needs_model else _model_or_none(request.checkpoint, request.model, request.overrides)
+    opened = open_weights(as_storage(request.checkpoint), config)
+    with opened.source as source, _progress(request) as progress:
         if config is not None:
             check_fit(opened, config)
-        if args.format == "hf":
+        if request.format == "hf":
             assert config is not None
-            return _export_hf(args, source, config, progress)
-        if args.format == "torchtitan":
+            return _export_hf(request, source, config, progress)
+        if request.format == "torchtitan":
             assert config is not None
-            return _export_torchtitan(args, source, config, progress)
+            return _export_torchtitan(request, source, config, progress)
         return convert(
-            _cast(WeightsSource(source), args),
+            _cast(WeightsSource(source), request),
             plan_torch
-            if args.format == "torch"
+            if request.format == "torch"
             else lambda infos, _work: plan_safetensors(infos, max_shard_bytes=None, small={}),
-            args.out,
-            identity={"from": source.place, "format": args.format},
-            threads=args.threads,
+            request.out,
+            identity={"from": source.place, "format": request.format},
+            threads=request.threads,
             progress=progress,
         )
 
 
 def _export_hf(
-    args: argparse.Namespace, source: TensorSource, config: ModelConfig, progress: Callable[[int, int], None]
+    request: ConversionRequest, source: TensorSource, config: ModelConfig, progress: Callable[[int, int], None]
 ) -> ConversionResult:
     export = HfExport(
         config=config,
-        dtype=_dtype(args),
-        max_shard_bytes=size_in_bytes(args.max_shard_size, "--max-shard-size"),
-        assets=_assets(args.hf_assets_path, config),
+        dtype=request.dtype,
+        max_shard_bytes=size_in_bytes(request.max_shard_size, "--max-shard-size"),
+        assets=_assets(request.hf_assets_path, config),
         tokenizer=_tokenizer(source.place),
     )
-    return export_hf(source, args.out, export, threads=args.threads, progress=progress)
+    return export_hf(source, request.out, export, threads=request.threads, progress=progress)
 
 
 def _export_torchtitan(
-    args: argparse.Namespace, source: TensorSource, config: ModelConfig, progress: Callable[[int, int], None]
+    request: ConversionRequest, source: TensorSource, config: ModelConfig, progress: Callable[[int, int], None]
 ) -> ConversionResult:
     """A DCP folder under torchtitan's names of today, with the optimizer's state where there is one.
 
     It is one of our steps all the same, so that it is verified wherever we read it.
     """
     if not isinstance(config, DecoderConfig):
-        raise ValueError(f"--format torchtitan must be of a decoder, but {config.name} is none; use --format torch")
+        raise ConfigError(f"--format torchtitan must be of a decoder, but {config.name} is none; use --format torch")
     shapes, names = shapes_of(config), set(source.infos)
     moments = [m for n in shapes for m in moments_of(n)]
-    whole = names.issuperset(moments) and args.dtype is None
+    whole = names.issuperset(moments) and request.dtype is None
     step = stored_step(source)
     kept = [n for n in (*shapes, *sorted(buffers_of(config)), *(moments if whole else ())) if n in names]
     titans = ToHfSource(source, todays_keys(config, kept))
-    place = as_storage(args.checkpoint)
+    place = as_storage(request.checkpoint)
     stored = manifest_of(place)
     train_state = stored.train_state if whole and stored is not None else {}
     manifest = Manifest(
@@ -166,39 +223,34 @@ def _export_torchtitan(
     )
     objects = beside_tensors(titans.infos, step or 0, train_state, adamw_of(place)) if whole else {}
     return convert(
-        _cast(titans, args),
+        _cast(titans, request),
         lambda infos, _work: plan_step(infos, manifest, objects=objects),
-        args.out,
+        request.out,
         identity={"from": source.place, "format": "torchtitan", "model": json.dumps(manifest.model)},
-        threads=args.threads,
+        threads=request.threads,
         progress=progress,
     )
 
 
-def _dtype(args: argparse.Namespace) -> torch.dtype | None:
-    return getattr(torch, args.dtype) if args.dtype else None
+def _cast(source: TensorSource, request: ConversionRequest) -> TensorSource:
+    return source if request.dtype is None else CastSource(source, request.dtype)
 
 
-def _cast(source: TensorSource, args: argparse.Namespace) -> TensorSource:
-    dtype = _dtype(args)
-    return source if dtype is None else CastSource(source, dtype)
-
-
-def import_checkpoint(args: argparse.Namespace) -> ConversionResult:
+def import_checkpoint(request: ConversionRequest) -> ConversionResult:
     """`regrow-ckpt import`.
 
     Raises:
-        ValueError: one sentence.
+        ConfigError: one sentence.
     """
-    _check(args)
-    place = as_storage(args.checkpoint)
-    config = _model(args) if is_hf_folder(place) or args.model else None
+    _check(request)
+    place = as_storage(request.checkpoint)
+    config = _model(request) if is_hf_folder(place) or request.model else None
     opened = open_weights(place, config)
-    with opened.source as ours, _progress(args) as progress:
-        if args.format is not None and (args.format == "hf") is not opened.in_hf:
-            raise ValueError(
-                f"--format must be {'hf' if opened.in_hf else 'that of IN'} for {args.checkpoint}, but is "
-                f"{args.format}; leave it out"
+    with opened.source as ours, _progress(request) as progress:
+        if request.format is not None and (request.format == "hf") is not opened.in_hf:
+            raise ConfigError(
+                f"--format must be {'hf' if opened.in_hf else 'that of IN'} for {request.checkpoint}, but is "
+                f"{request.format}; leave it out"
             )
         if config is not None:
             check_fit(opened, config)
@@ -211,11 +263,11 @@ def import_checkpoint(args: argparse.Namespace) -> ConversionResult:
             versions=software_versions(),
         )
         return convert(
-            _cast(_without(WeightsSource(ours), opened.same), args),
+            _cast(_without(WeightsSource(ours), opened.same), request),
             lambda infos, _work: plan_step(infos, manifest),
-            args.out,
+            request.out,
             identity={"from": ours.place, "format": "step", "model": json.dumps(manifest.model)},
-            threads=args.threads,
+            threads=request.threads,
             progress=progress,
         )
 
@@ -230,39 +282,39 @@ def check_fit(opened: OpenedWeights, config: ModelConfig) -> None:
     """Whether a checkpoint holds a model's tensors, all of them, in their shapes, and no more.
 
     Raises:
-        ValueError: it does not.
+        ConfigError: it does not.
     """
     source, shapes = opened.source, shapes_of(config)
     plan = plan_load(source, shapes, unused=opened.unused, beside=(*opened.same, *buffers_of(config)))
     remedy = f"give the --model that it is of, which {config.name} is not"
     if plan.missing:
-        raise ValueError(
+        raise ConfigError(
             f"{source.place} must hold {plan.missing[0]}, but does not ({len(plan.missing)} of {len(shapes)} are "
             f"missing); {remedy}"
         )
     if plan.unused:
-        raise ValueError(
+        raise ConfigError(
             f"{source.place} holds {plan.unused[0]}, which the model does not have ({len(plan.unused)} such names); "
             f"{remedy}"
         )
     for name in plan.resized:
-        raise ValueError(
+        raise ConfigError(
             f"{name} in {source.place} has shape {source.infos[name].shape}, but the model's has {shapes[name]}; "
             f"{remedy}"
         )
 
 
-def _check(args: argparse.Namespace) -> None:
-    if args.threads < 1:
-        raise ValueError(f"--threads must be at least 1, but is {args.threads}; use 2")
-    if is_url(str(args.out)) or str(args.out).startswith(("s3:/", "gs:/", "memory:/")):
-        raise ValueError(f"OUT must be a local path, but is {args.out}; write it here and copy it")
+def _check(request: ConversionRequest) -> None:
+    if request.threads < 1:
+        raise ConfigError(f"--threads must be at least 1, but is {request.threads}; use 2")
+    if is_url(str(request.out)) or str(request.out).startswith(("s3:/", "gs:/", "memory:/")):
+        raise ConfigError(f"OUT must be a local path, but is {request.out}; write it here and copy it")
 
 
 def _assets(given: Path | None, config: ModelConfig) -> Path | None:
     if given is not None:
         if not (given / "config.json").is_file():
-            raise ValueError(
+            raise ConfigError(
                 f"--hf-assets-path must be a folder with config.json, but {given} is not; check the path"
             )
         return given
@@ -277,9 +329,9 @@ def _tokenizer(place: str) -> Path | None:
 
 
 @contextmanager
-def _progress(args: argparse.Namespace) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal; nothing elsewhere, nor with --json."""
-    if getattr(args, "json", False) or not sys.stderr.isatty():
+def _progress(request: ConversionRequest) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal; nothing elsewhere, nor where none is wanted."""
+    if not request.shows_progress or not sys.stderr.isatty():
         yield lambda _done, _total: None
         return
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
@@ -310,18 +362,20 @@ def main() -> None:
         made.add_argument("--export_dtype", dest="dtype", choices=DTYPES)
     args = parser.parse_args()
     log_to_console()
-    args.model, args.threads, args.max_shard_size = _flavour(args.model_name, args.model_flavor), 2, "5GB"
-    args.format = "hf"
+    request = ConversionRequest(
+        checkpoint=args.checkpoint,
+        out=args.out,
+        format="hf",
+        dtype=_dtype(args.dtype),
+        model=_flavour(args.model_name, args.model_flavor),
+        hf_assets_path=args.hf_assets_path,
+    )
     try:
-        result = import_checkpoint(args) if args.command == "from-hf" else _to_hf(args)
-    except (ValueError, OSError) as error:
+        result = import_checkpoint(request) if args.command == "from-hf" else export_checkpoint(request)
+    except (*EXPLAINED, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(ExitCode.bad_input)
     print(f"wrote {result.out}: {result.tensors} tensors, verified")
-
-
-def _to_hf(args: argparse.Namespace) -> ConversionResult:
-    return export_checkpoint(args)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 from regrow.checkpoint.scratch import clear_dead_scratch
+from regrow.launch.config.errors import EXPLAINED
+from regrow.launch.exit_code import ExitCode
 from regrow.launch.run.logs import log_to_console
 from regrow.trainer.data.cache import writing_to
 from regrow.trainer.data.config import StdlibConfig, TextConfig
@@ -92,9 +94,9 @@ def main() -> None:
             _show(args.out)
         else:
             _show(args.folder)
-    except (DataError, OSError) as error:
+    except (*EXPLAINED, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(ExitCode.bad_input)
 
 
 if __name__ == "__main__":

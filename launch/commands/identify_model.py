@@ -1,7 +1,7 @@
 """Which model a checkpoint is of: by its manifest, a `config.json`, its run's config, or a variant's name."""
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,12 @@ from regrow.checkpoint.load.open_source import is_hf_folder, open_source
 from regrow.checkpoint.storage.base import Storage
 from regrow.checkpoint.storage.local import LocalStorage
 from regrow.checkpoint.storage.opening import as_storage
+from regrow.errors import ConfigError
 from regrow.launch.config.composition import compose_config
+from regrow.launch.config.package_configs import schemas_of, use_packages
+from regrow.launch.config.plugins import active_packages, allowed_roots, how_to_name
 from regrow.launch.config.refusals import refusing
+from regrow.launch.config.resolve import checking
 from regrow.launch.config.schema import config_modules
 from regrow.launch.config.target_names import canonical_target
 from regrow.launch.run.prepare import convert_config
@@ -56,7 +60,7 @@ def variant(name: str, overrides: Collection[str] = ()) -> ModelConfig:
         overrides: `model.FIELD=VALUE`.
 
     Raises:
-        ValueError: there is none of that name, or no such field.
+        ConfigError: there is none of that name, or no such field.
     """
     with refusing():
         return convert_config(compose_config([f"model={name}", *overrides]))[0].model
@@ -73,29 +77,41 @@ def model_from_settings(values: Mapping[str, Any], where: str) -> ModelConfig:
     """The inverse of `settings_of_model`; fields that this version does not have are left out.
 
     Raises:
-        ValueError: this version has no such model.
+        ConfigError: this version has no such model.
     """
+    names = active_packages().names
+    target = canonical_target(str(values.get("_target_")), names)
+    for kind in _model_schemas():
+        defaults = {f.name: f.default for f in dataclasses.fields(kind)}
+        if defaults.get("_target_") == target:
+            known = {k: v for k, v in values.items() if k in defaults and k != "_target_"}
+            try:
+                config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), known))
+            except OmegaConfBaseException as error:
+                reason = str(error).splitlines()[0]
+                raise ConfigError(
+                    f"{where} must hold a model's config, but {reason}; force one with --model"
+                ) from error
+            assert isinstance(config, ModelConfig)
+            with checking():
+                config.check()
+            return config
+    if not target.startswith(("regrow.", *allowed_roots())):
+        raise ConfigError(
+            f"{where} must be of a model of a package that is named, but is of {target}; "
+            f"{how_to_name(target.partition('.')[0])}"
+        )
+    raise ConfigError(f"{where} must be of a model that this version has, but is of {target}; force one with --model")
+
+
+def _model_schemas() -> Iterator[type[Any]]:
+    """Of Regrow's models and of the user's own."""
     for module in config_modules(regrow.models):
         for kind in vars(module).values():
-            if not (isinstance(kind, type) and dataclasses.is_dataclass(kind) and "SCHEMA" in vars(kind)):
-                continue
-            defaults = {f.name: f.default for f in dataclasses.fields(kind)}
-            if defaults.get("_target_") == canonical_target(str(values.get("_target_"))):
-                known = {k: v for k, v in values.items() if k in defaults and k != "_target_"}
-                try:
-                    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), known))
-                except OmegaConfBaseException as error:
-                    reason = str(error).splitlines()[0]
-                    raise ValueError(
-                        f"{where} must hold a model's config, but {reason}; force one with --model"
-                    ) from error
-                assert isinstance(config, ModelConfig)
-                config.check()
-                return config
-    raise ValueError(
-        f"{where} must be of a model that this version has, but is of {values.get('_target_')}; force one with "
-        "--model"
-    )
+            if isinstance(kind, type) and dataclasses.is_dataclass(kind) and "SCHEMA" in vars(kind):
+                yield kind
+    for name in active_packages().names:
+        yield from (kind for kind in schemas_of(name) if issubclass(kind, ModelConfig))
 
 
 def run_folder_of(step: Storage) -> Path | None:
@@ -106,7 +122,7 @@ def run_folder_of(step: Storage) -> Path | None:
 
 
 def model_of(place: Storage | str, forced: str | None, overrides: Collection[str] = ()) -> ModelConfig:
-    """The model that a checkpoint is of.
+    """The model that a checkpoint is of, of Regrow's or of a package that is named now.
 
     Args:
         place: what `open_source` opens.
@@ -114,17 +130,19 @@ def model_of(place: Storage | str, forced: str | None, overrides: Collection[str
         overrides: `model.FIELD=VALUE`, of that variant.
 
     Raises:
-        ValueError: it cannot be found out.
+        ConfigError: it cannot be found out.
     """
+    use_packages()
     strange = next((o for o in overrides if forced is None or not o.startswith("model.")), None)
     if strange is not None:
-        raise ValueError(
+        raise ConfigError(
             f"--override must be model.FIELD=VALUE beside --model, but is {strange}; write for instance "
             "--model llama3_debug --override model.dim=256"
         )
     if forced is not None:
         config = variant(forced, overrides)
-        config.check()
+        with checking():
+            config.check()
         return config
     storage = as_storage(place)
     if is_hf_folder(storage):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from regrow.launch.config.errors import UserError
+from regrow.launch.config.errors import EXPLAINED, UserError
 from regrow.launch.exit_code import ExitCode
 from regrow.launch.run.logs import log_to_console
 from regrow.launch.run.versions import own_version
@@ -34,7 +34,7 @@ def main() -> None:
     logging.getLogger().setLevel(logging.WARNING if arguments.json else logging.INFO)
     try:
         sys.exit(_run(arguments))
-    except (UserError, OSError, subprocess.TimeoutExpired) as error:
+    except (*EXPLAINED, OSError, subprocess.TimeoutExpired) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(ExitCode.bad_input)
 

@@ -6,8 +6,8 @@ from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
+from regrow.launch.config.package_configs import use_packages
 from regrow.launch.config.run_name import register_resolver
-from regrow.launch.config.schema import register_schemas
 
 __all__ = ["compose_config"]
 
@@ -22,7 +22,7 @@ def compose_config(overrides: Sequence[str] = ()) -> DictConfig:
         HydraException, OmegaConfBaseException: they cannot be composed; `refusing` has the sentence for each.
     """
     register_resolver()
-    register_schemas()
+    use_packages()
     # Hydra can be initialised once in a process; whoever did that before has composed already.
     GlobalHydra.instance().clear()
     with initialize_config_module("regrow.conf", version_base="1.3"):

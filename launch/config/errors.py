@@ -27,14 +27,16 @@ from omegaconf.errors import (
     ValidationError,
 )
 
+from regrow.checkpoint.documents import DocumentError
+from regrow.checkpoint.errors import CheckpointError
 from regrow.errors import ConfigError
 from regrow.launch.config.hints import example_of, nearest, one_line, quoted_override, section_fields, unknown_field
 from regrow.launch.config.identity import is_free
 from regrow.launch.config.overrides import is_multirun, parse_overrides, swept_keys
 from regrow.launch.config.schema import Config
-from regrow.trainer.data.source import DataError
 
 __all__ = [
+    "EXPLAINED",
     "UserError",
     "check_arguments",
     "check_chdir",
@@ -45,6 +47,9 @@ __all__ = [
     "not_alone",
 ]
 
+
+# Errors whose message is the whole explanation for a user; any other one is a bug, and is shown with its traceback.
+EXPLAINED = (ConfigError, CheckpointError, DocumentError)
 
 # Fields of the root schema that are values, not sections or groups.
 _ROOT_VALUES = ("seed", "mode")
@@ -229,7 +234,10 @@ _NAME_MAX = 255
 
 def describe(error: BaseException) -> str | None:
     """The sentence for an error that a user caused; None for any other."""
-    cause: BaseException | None = error
+    if isinstance(error, EXPLAINED):
+        return str(error)
+    # What one of ours raised for Hydra or OmegaConf arrives in an error of theirs.
+    cause: BaseException | None = error if isinstance(error, HydraException | OmegaConfBaseException) else None
     while cause is not None:
         sentence = _describe_one(cause)
         if sentence is not None:
@@ -239,7 +247,7 @@ def describe(error: BaseException) -> str | None:
 
 
 def _describe_one(error: BaseException) -> str | None:
-    if isinstance(error, ConfigError | DataError):
+    if isinstance(error, EXPLAINED):
         return str(error)
     if isinstance(error, MissingConfigException):
         return _unknown_choice(str(error))

@@ -76,16 +76,34 @@ def is_free(name: str) -> bool:
     )
 
 
-def config_hash(config: Mapping[str, Any]) -> str:
-    """Eight hex digits over identity and hyperparameters."""
-    chosen = {k: v for k, v in flatten(config).items() if is_identity(k) or is_hyperparameter(k)}
+def config_hash(config: Mapping[str, Any], later: Mapping[str, Any] | None = None) -> str:
+    """Eight hex digits over identity and hyperparameters.
+
+    Args:
+        config: as plain values.
+        later: fields that came after version 0.1.0 with their defaults, at which they do not count.
+    """
+    later = later or {}
+    chosen = {
+        k: v
+        for k, v in flatten(config).items()
+        if (is_identity(k) or is_hyperparameter(k)) and not (k in later and later[k] == v)
+    }
     canonical = json.dumps(chosen, sort_keys=True, default=str)
     return hashlib.blake2b(canonical.encode(), digest_size=4).hexdigest()
 
 
-def compare(stored: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[list[Difference], list[Difference]]:
-    """What differs: (identity, hyperparameters). Fields that the stored config does not know are new and equal."""
-    old, new = flatten(stored), flatten(given)
+def compare(
+    stored: Mapping[str, Any], given: Mapping[str, Any], later: Mapping[str, Any] | None = None
+) -> tuple[list[Difference], list[Difference]]:
+    """What differs: (identity, hyperparameters).
+
+    Args:
+        stored: as plain values.
+        given: the same of the command. What the stored config does not know is equal.
+        later: but for these fields, which a config from before them has at these defaults.
+    """
+    old, new = {**(later or {}), **flatten(stored)}, flatten(given)
     identity, hyperparameters = [], []
     for name, value in sorted(new.items()):
         if name not in old or old[name] == value or _has_prefix(name, _LOCATIONS):

@@ -17,12 +17,12 @@ def refusing() -> Iterator[None]:
     """Turns what a user can cause before training into the sentence for it.
 
     Raises:
-        Refused: for what `describe` has a sentence for, and for what the operating system refuses. Any other error is
-            left alone.
+        Refused: for what `describe` has a sentence for, and for what the operating system refuses. Any other error,
+            a ValueError too, is a bug and left alone.
     """
     try:
         yield
-    except (ValueError, OSError) as error:
+    except OSError as error:
         raise Refused(describe(error) or _sentence_of(error)) from error
     except Exception as error:
         sentence = describe(error)
@@ -31,9 +31,9 @@ def refusing() -> Iterator[None]:
         raise Refused(sentence) from error
 
 
-def _sentence_of(error: ValueError | OSError) -> str:
+def _sentence_of(error: OSError) -> str:
     """Without a number: of an operating system's own error, the path and the reason."""
-    if isinstance(error, OSError) and error.errno is not None:
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror or type(error).__name__}; check that it is there and may be used"
-    return str(error)
+    if error.errno is None:
+        return str(error)  # a sentence of ours
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or type(error).__name__}; check that it is there and may be used"

@@ -1,4 +1,4 @@
-"""From `_target_` to a class. Importing by name runs code, so only named packages are allowed."""
+"""From `_target_` to a class. Importing by name runs code, so only Regrow's packages and named ones are allowed."""
 
 import importlib
 import inspect
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from regrow.errors import ConfigError
+from regrow.launch.config.plugins import active_packages, allowed_roots, how_to_name
 from regrow.launch.config.target_names import canonical_target
 
 __all__ = ["ALLOWED", "checking", "construct", "resolve"]
@@ -28,7 +29,7 @@ def resolve(target: str, field: str, base: type[T]) -> type[T]:
     Raises:
         ConfigError: outside the allowed packages, not there, or of another kind.
     """
-    target = canonical_target(target)
+    target = canonical_target(target, active_packages().names)
     found = _import(target, field)
     kind = f"a class that extends {base.__module__}.{base.__qualname__}"
     if not isinstance(found, type):
@@ -53,16 +54,18 @@ def _is_abstract(member: object) -> bool:
 
 
 def _import(target: str, field: str) -> object:
-    if not target.startswith(ALLOWED):
+    if not target.startswith((*ALLOWED, *allowed_roots())):
         raise ConfigError(
-            f"{field}._target_ must begin with one of {', '.join(ALLOWED)}, but is {target}; put the class there"
+            f"{field}._target_ must begin with one of {', '.join((*ALLOWED, *allowed_roots()))}, but is {target}; if "
+            f"the package is your own, {how_to_name(target.partition('.')[0])}"
         )
     module, _, name = target.rpartition(".")
     try:
         found: object = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # a module of the user's own may fail in any way
         raise ConfigError(
-            f"{field}._target_ must name a class, but {target} cannot be imported ({error}); fix it"
+            f"{field}._target_ must name a class, but {target} cannot be imported ({type(error).__name__}: {error}); "
+            "fix it"
         ) from error
     return found
 

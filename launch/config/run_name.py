@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from regrow.launch.config.errors import UserError, not_alone
 from regrow.launch.config.identity import config_hash, former_sweep_name, is_free, sweep_name
+from regrow.launch.config.later_fields import later_defaults
 
 __all__ = ["register_resolver"]
 
@@ -49,7 +50,8 @@ def _run_name(root: DictConfig, swept: frozenset[str]) -> str:
     config: dict[str, Any] = {str(k): v for k, v in plain.items()}
     if not isinstance(config["model"], dict):
         raise UserError("model must be chosen, but is missing; add model=CHOICE, without ~")
-    model_name, digest = str(config["model"]["name"]), config_hash(config)
+    later = {k: v for name, node in chosen.items() for k, v in later_defaults(node, f"{name}.").items()}
+    model_name, digest = str(config["model"]["name"]), config_hash(config, later)
     hydra = _hydra(root)
     if hydra is None or hydra.mode is not RunMode.MULTIRUN:
         return f"{model_name}-{digest}"

@@ -28,20 +28,13 @@ from regrow.trainer.config import (
 from regrow.trainer.data.config import DataConfig
 from regrow.trainer.run_record import Extend
 
-__all__ = ["Config", "Device", "Kernels", "LaunchConfig", "Logger", "Mode", "RunConfig", "register_schemas"]
+__all__ = ["Config", "Device", "Kernels", "LaunchConfig", "Mode", "RunConfig", "register_schemas"]
 
 
 class Mode(Enum):
     """What the command does."""
 
     train = "train"
-
-
-class Logger(Enum):
-    """Where metrics go beside `metrics.jsonl`."""
-
-    jsonl = "jsonl"
-    wandb = "wandb"
 
 
 class Device(Enum):
@@ -119,7 +112,8 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     run: RunConfig = field(default_factory=RunConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
-    logger: Logger = Logger.jsonl
+    # The chosen file of conf/logger, which adds the hook that sends metrics elsewhere.
+    logger: str = "jsonl"
     wandb: WandbConfig = field(default_factory=WandbConfig)
     hooks: dict[str, HookConfig] = field(default_factory=dict)
     mode: Mode = Mode.train

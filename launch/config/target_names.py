@@ -36,7 +36,8 @@ def canonical_target(target: str, packages: Collection[str] = ()) -> str:
         target: as a command, a YAML or a stored config names it.
         packages: the user's own, whose names mean themselves even where ours were the same.
     """
-    return target if target.partition(".")[0] in packages else _TODAY.get(target, target)
+    own = any(target.startswith(f"{package}.") for package in packages)
+    return target if own else _TODAY.get(target, target)
 
 
 def first_target(target: str) -> str:

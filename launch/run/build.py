@@ -15,7 +15,8 @@ from regrow.checkpoint.policy.save import EveryNSteps, FirstStep, LastStep, OnSt
 from regrow.checkpoint.storage.base import Storage
 from regrow.checkpoint.storage.opening import is_url, open_storage
 from regrow.launch.config.resolve import checking, construct, resolve
-from regrow.launch.config.schema import Config, Logger
+from regrow.launch.config.schema import Config
+from regrow.launch.run.hook_order import hook_order
 from regrow.launch.run.weights import OpenedWeights, open_weights
 from regrow.models.base import LanguageModel
 from regrow.models.hf import HfKey, family_of
@@ -41,7 +42,6 @@ __all__ = [
     "policies",
     "rules",
     "tracked_metrics",
-    "uses_wandb",
 ]
 
 
@@ -77,7 +77,8 @@ def open_initial(config: Config, path: str, *, find_copies: bool = False) -> Ope
         CheckpointError: it is not there, or cannot be read.
     """
     place = open_storage(path, config.checkpoint.storage_options)
-    return open_weights(place, config.model, LoadRules.from_config(config.checkpoint).rename, find_copies=find_copies)
+    renamed = LoadRules.from_config(config.checkpoint, ()).rename
+    return open_weights(place, config.model, renamed, find_copies=find_copies)
 
 
 def build_source(config: Config) -> Source:
@@ -111,10 +112,12 @@ def build_optimizer(config: Config, model: LanguageModel) -> Optimizer:
 
 
 def build_hooks(config: Config) -> list[Hook]:
-    """The optional hooks, in the order of the config."""
-    return [
-        construct(hook._target_, f"hooks.{name}", Hook, hook) for name, hook in config.hooks.items() if hook.enabled
-    ]
+    """The hooks in the order in which they run; each checks its fields.
+
+    Raises:
+        ValueError: one sentence, naming the field.
+    """
+    return [construct(hook._target_, f"hooks.{name}", Hook, hook) for name, hook in hook_order(config)]
 
 
 def policies(config: CheckpointConfig) -> list[SavePolicy]:
@@ -147,11 +150,6 @@ def tracked_metrics(config: CheckpointConfig) -> dict[str, bool]:
         if isinstance(best, BestMetricConfig):
             tracked[best.metric] = best.lower_is_better
     return tracked
-
-
-def uses_wandb(config: Config) -> bool:
-    """Whether metrics go to Weights & Biases too."""
-    return config.logger is Logger.wandb
 
 
 def checkpoint_folder(config: Config, run_dir: Path) -> Storage:

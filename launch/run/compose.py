@@ -7,7 +7,8 @@ import torch
 
 from regrow.launch.config.schema import Config, Kernels
 from regrow.launch.run.build import build_model, build_optimizer, build_schedule
-from regrow.launch.run.compose_hooks import compose_hooks
+from regrow.launch.run.compose_checkpoint import compose_restorer
+from regrow.launch.run.compose_hooks import compose_hooks, compose_resources
 from regrow.launch.run.rank_spec import RankSpec
 from regrow.launch.run.signals import StopFlag
 from regrow.launch.run.stop_request import StopRequest
@@ -17,11 +18,10 @@ from regrow.models.kernels import cases_of
 from regrow.trainer.config import PrecisionName
 from regrow.trainer.data.loader import Prefetcher
 from regrow.trainer.data.token_store import TokenStore
-from regrow.trainer.data.tokenizer import load_tokenizer
 from regrow.trainer.data.windows import Windows
 from regrow.trainer.device import seed_everything
 from regrow.trainer.kernels import choose_kernels, use_plain_operators
-from regrow.trainer.loop import Resources, Trainer, TrainerOptions
+from regrow.trainer.loop import Trainer, TrainerOptions
 from regrow.trainer.parallel.apply import ParallelModel, initialise, parallelise
 from regrow.trainer.parallel.context import ParallelContext
 from regrow.trainer.parallel.engine import Engine
@@ -52,13 +52,14 @@ def compose_trainer(spec: RankSpec, context: ParallelContext, flag: StopFlag, th
     store = TokenStore(spec.data_folder)
     return Trainer(
         options=_options(config),
-        resources=_resources(spec, store),
+        resources=compose_resources(spec, context, threads, store, _windows(config, store, validation=True)),
         context=context,
         engine=engine,
         optimizer=build_optimizer(config, parallel.model),
         schedule=build_schedule(config),
         make_batches=_batches(config, context, _windows(config, store, validation=False)),
-        hooks=compose_hooks(spec, context, threads, store.index.fingerprint),
+        restorer=compose_restorer(spec) if config.checkpoint.enable else None,
+        hooks=compose_hooks(config, context),
         state=TrainState(schedule_total=config.scheduler.total_steps or config.train.steps),
         stop_requested=StopRequest(flag, compiles=config.train.compile),
     )
@@ -118,16 +119,6 @@ def _options(config: Config) -> TrainerOptions:
         grad_clip=config.train.grad_clip,
         global_batch_size=config.data.global_batch_size,
         seq_len=config.data.seq_len,
-    )
-
-
-def _resources(spec: RankSpec, store: TokenStore) -> Resources:
-    return Resources(
-        run_dir=spec.run_dir,
-        tokenizer=load_tokenizer(store.tokenizer_file),
-        validation=_windows(spec.config, store, validation=True),
-        micro_batch_size=spec.config.data.micro_batch_size,
-        document_mask=spec.config.data.document_mask,
     )
 
 

@@ -1,4 +1,4 @@
-"""Saving, restoring and exporting, as a run's config asks for them."""
+"""What a run is told about its checkpoints, from its config."""
 
 import os
 
@@ -17,41 +17,51 @@ from regrow.launch.run.build import (
 )
 from regrow.launch.run.labels import run_labels
 from regrow.launch.run.rank_spec import RankSpec
-from regrow.launch.run.weights import shapes_of
-from regrow.trainer.hook import Hook
-from regrow.trainer.hooks.checkpoint import CheckpointHook, CheckpointPlan
-from regrow.trainer.hooks.export import ExportHook, ExportPlan
-from regrow.trainer.hooks.last_save import LastSave
+from regrow.launch.run.weights import shapes_of, vocabulary_of
+from regrow.trainer.checkpoint_plans import CheckpointPlan, ExportPlan, LastSave, RestorePlan
+from regrow.trainer.restore import Restorer
 
-__all__ = ["checkpoint_hooks"]
+__all__ = ["compose_checkpoint", "compose_export", "compose_restorer"]
 
 
-def checkpoint_hooks(spec: RankSpec, fingerprint: str) -> list[Hook]:
+def compose_restorer(spec: RankSpec) -> Restorer:
+    """Finds the state that a run goes on from."""
     config, record = spec.config, spec.record
     assert record is not None, "the launcher opens the run before any rank starts"
-    options, folder = config.checkpoint, checkpoint_folder(config, spec.run_dir)
-    hooks: list[Hook] = []
-    if options.export.every_n and policies(options):
-        hooks.append(
-            ExportHook(
-                ExportPlan(
-                    every_n=options.export.every_n,
-                    checkpoints=folder,
-                    folder=export_folder(spec.run_dir),
-                    export=hf_export(config, spec.run_dir),
-                    lineages=record.lineages,
-                )
-            )
+    options = config.checkpoint
+    return Restorer(
+        RestorePlan(
+            folder=checkpoint_folder(config, spec.run_dir),
+            storage_options=options.storage_options,
+            lineages=record.lineages,
+            schedule_total=config.scheduler.total_steps,
+            stretched=record.stretched(),
+            initial=LoadRules.from_config(options, vocabulary_of(config.model)),
+            open_initial=lambda path: open_initial(config, path).source,
+            parameters=lambda: shapes_of(config.model).keys(),
+            reader_timeout_s=options.lease_timeout_s,
+            ticket=spec.ticket,
+            exports=export_folder(spec.run_dir),
         )
-    plan = CheckpointPlan(
-        folder=folder,
+    )
+
+
+def compose_checkpoint(spec: RankSpec, fingerprint: str) -> CheckpointPlan:
+    """When and how a run is saved.
+
+    Args:
+        spec: of the run.
+        fingerprint: of its data.
+    """
+    config, record = spec.config, spec.record
+    assert record is not None, "the launcher opens the run before any rank starts"
+    options = config.checkpoint
+    return CheckpointPlan(
+        folder=checkpoint_folder(config, spec.run_dir),
         policies=policies(options),
-        storage_options=options.storage_options,
         rules=rules(options),
         lineages=record.lineages,
         tracked=tracked_metrics(options),
-        schedule_total=config.scheduler.total_steps,
-        stretched=record.stretched(),
         labels=run_labels(spec, fingerprint),
         mode=options.async_mode,
         saver=SaverOptions(
@@ -70,8 +80,19 @@ def checkpoint_hooks(spec: RankSpec, fingerprint: str) -> list[Hook]:
             export=hf_export(config, spec.run_dir) if options.last_save_in_hf else None,
             folder=export_folder(spec.run_dir),
         ),
-        initial=LoadRules.from_config(options),
-        open_initial=lambda path: open_initial(config, path).source,
-        parameters=lambda: shapes_of(config.model).keys(),
     )
-    return [*hooks, CheckpointHook(plan)]
+
+
+def compose_export(spec: RankSpec) -> ExportPlan | None:
+    """What is exported while training goes on; None where nothing is."""
+    config, record = spec.config, spec.record
+    assert record is not None, "the launcher opens the run before any rank starts"
+    if not config.checkpoint.export.every_n or not policies(config.checkpoint):
+        return None
+    return ExportPlan(
+        every_n=config.checkpoint.export.every_n,
+        checkpoints=checkpoint_folder(config, spec.run_dir),
+        folder=export_folder(spec.run_dir),
+        export=hf_export(config, spec.run_dir),
+        lineages=record.lineages,
+    )

@@ -1,47 +1,65 @@
-"""All hooks of a run, in their order."""
+"""The one ordered list of hooks, and what they are given of the run."""
 
 import logging
 import os
 import platform
 from functools import partial
 
-from regrow.launch.run.build import build_hooks, uses_wandb
-from regrow.launch.run.compose_checkpoint import checkpoint_hooks
+from regrow.launch.config.schema import Config
+from regrow.launch.run.build import build_hooks
+from regrow.launch.run.compose_checkpoint import compose_checkpoint, compose_export
 from regrow.launch.run.rank_spec import RankSpec
 from regrow.launch.run.run_dir import begin_run, lease_place
 from regrow.launch.run.versions import software_versions
 from regrow.trainer.data.token_store import TokenStore
+from regrow.trainer.data.tokenizer import load_tokenizer
+from regrow.trainer.data.windows import Windows
 from regrow.trainer.hook import Hook
-from regrow.trainer.hooks.begin import BeginHook
-from regrow.trainer.hooks.metrics import MetricsHook, SamplesHook
-from regrow.trainer.hooks.progress import ProgressHook
-from regrow.trainer.hooks.record import RecordHook
-from regrow.trainer.hooks.startup import StartupHook
-from regrow.trainer.hooks.wandb import WandbHook
 from regrow.trainer.parallel.context import ParallelContext
+from regrow.trainer.resources import Resources
 from regrow.trainer.run_record import Attempt
 
-__all__ = ["compose_hooks"]
+__all__ = ["compose_hooks", "compose_resources"]
 
 log = logging.getLogger(__name__)
 
 
-def compose_hooks(spec: RankSpec, context: ParallelContext, threads: int, fingerprint: str) -> list[Hook]:
-    """All hooks in the order in which they run; the checkpoint is last, when the step's rows are written."""
-    config = spec.config
-    hooks: list[Hook] = [BeginHook(partial(_begin, spec)), *build_hooks(config), MetricsHook()]
-    if config.data.log_samples:
-        hooks.append(SamplesHook())
-    hooks.append(ProgressHook(config.train.log_every))
-    if uses_wandb(config):
-        hooks.append(WandbHook(config.wandb, config.run.name, spec.config_dict, spec.sweep))
-    hooks.append(RecordHook(_attempt(context, threads)))
-    if config.checkpoint.enable:
-        hooks += checkpoint_hooks(spec, fingerprint)
-    hooks.append(StartupHook())
+def compose_hooks(config: Config, context: ParallelContext) -> list[Hook]:
+    """The hooks in the order in which they run, which rank 0 logs."""
+    hooks = build_hooks(config)
     if context.is_main:
         log.info("hooks, in order: %s", ", ".join(type(h).__name__ for h in hooks))
     return hooks
+
+
+def compose_resources(
+    spec: RankSpec, context: ParallelContext, threads: int, store: TokenStore, validation: Windows
+) -> Resources:
+    """What hooks may need of the run.
+
+    Args:
+        spec: of the run.
+        context: this rank's place.
+        threads: of this rank.
+        store: the run's tokens.
+        validation: the held-out windows.
+    """
+    config = spec.config
+    saves = config.checkpoint.enable
+    return Resources(
+        run_dir=spec.run_dir,
+        run_name=config.run.name,
+        sweep=spec.sweep,
+        config=spec.config_dict,
+        tokenizer=load_tokenizer(store.tokenizer_file),
+        validation=validation,
+        micro_batch_size=config.data.micro_batch_size,
+        document_mask=config.data.document_mask,
+        begin=partial(_begin, spec),
+        attempt=_attempt(context, threads),
+        checkpoint=compose_checkpoint(spec, store.index.fingerprint) if saves else None,
+        export=compose_export(spec) if saves else None,
+    )
 
 
 def _begin(spec: RankSpec) -> None:

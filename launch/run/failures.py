@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from regrow.checkpoint.documents import Count, DocumentError, read_document
 from regrow.checkpoint.files import read_regular
+from regrow.launch.config.errors import EXPLAINED
 from regrow.trainer.run_record import RunRecordError
 
 __all__ = ["RankFailed", "clear_failures", "first_failure", "note_failure", "saw_another_go", "storage_problem"]
@@ -81,7 +82,7 @@ def clear_failures(run_dir: Path, rank: int | None = None) -> None:
 def note_failure(run_dir: Path, rank: int, error: BaseException) -> None:
     """Writes down how this rank failed; a rank that cannot has its log all the same."""
     text = str(error) or type(error).__name__
-    message = text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
+    message = text if isinstance(error, EXPLAINED) else f"{type(error).__name__}: {text}"
     body = {"rank": rank, "at": time.time(), "message": message[:2000]}
     path = _note(run_dir, rank)
     try:

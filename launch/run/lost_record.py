@@ -10,6 +10,8 @@ from regrow.checkpoint.policy.lineage import Lineage, StartKind
 from regrow.checkpoint.run.catalog import Entry
 from regrow.launch.config.errors import UserError
 from regrow.launch.config.identity import config_hash
+from regrow.launch.config.later_fields import later_defaults
+from regrow.launch.config.schema import Config
 from regrow.trainer.run_record import RunRecord
 
 __all__ = ["check_owner", "newest_of", "rebuild_record"]
@@ -21,13 +23,14 @@ def newest_of(complete: Sequence[Entry]) -> Entry:
 
 
 def rebuild_record(
-    complete: Sequence[Entry], config_dict: Mapping[str, Any], fingerprint: str, folder: str
+    complete: Sequence[Entry], config: Config, config_dict: Mapping[str, Any], fingerprint: str, folder: str
 ) -> RunRecord | None:
     """The record of the run that the steps are of; None where there are none.
 
     Args:
         complete: the steps, ascending.
-        config_dict: the command's config as plain values.
+        config: the command's.
+        config_dict: the same as plain values.
         fingerprint: of the command's data.
         folder: of the steps, for messages.
 
@@ -41,7 +44,8 @@ def rebuild_record(
         return RunRecord(
             run_id=newest.run_id, lineages=list(newest.lineages), data_fingerprint=newest.data_fingerprint
         )
-    if newest.config_hash != config_hash(config_dict) or newest.data_fingerprint != fingerprint:
+    same_config = newest.config_hash == config_hash(config_dict, later_defaults(config))
+    if not same_config or newest.data_fingerprint != fingerprint:
         what = "config" if newest.data_fingerprint == fingerprint else "data"
         raise UserError(
             f"run.name must not name a run whose record is gone and whose steps are of another {what}, but {folder} "

@@ -17,6 +17,7 @@ from regrow.checkpoint.load.initial_load import LoadPlan, LoadRules, check_load,
 from regrow.checkpoint.policy.lineage import LoadRequest, StartPoint
 from regrow.checkpoint.run.lease import LONGEST_TIMEOUT_S
 from regrow.checkpoint.storage.opening import is_url, open_storage
+from regrow.errors import ConfigError
 from regrow.launch.config.errors import check_no_hub_name, naming_fields
 from regrow.launch.config.resolve import checking
 from regrow.launch.config.schema import Config
@@ -33,9 +34,10 @@ from regrow.launch.run.build import (
     rules,
 )
 from regrow.launch.run.ranks import detect_ranks
-from regrow.launch.run.weights import buffers_of, contradictions, shapes_of
+from regrow.launch.run.weights import buffers_of, contradictions, shapes_of, vocabulary_of
 from regrow.models.config import DecoderConfig
 from regrow.models.hf import CONFIG, HEAD
+from regrow.torch_compat import splits_backward
 from regrow.trainer.data.config import TextConfig, TokensConfig
 from regrow.trainer.data.prepare import cache_folder, prepare
 from regrow.trainer.data.token_store import TokenStore
@@ -52,7 +54,6 @@ __all__ = [
     "check_parallel",
     "check_seed",
     "prepare_data",
-    "splits_backward",
 ]
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ def check_config(config: Config) -> None:
     """Checks that need neither files nor devices.
 
     Raises:
-        ValueError: naming field, rule, value and remedy.
+        ConfigError: naming field, rule, value and remedy.
     """
     check_kinds(config)
     with checking():
@@ -80,20 +81,20 @@ def check_config(config: Config) -> None:
     _at_least(config.launch.max_restarts, 0, "launch.max_restarts", "0")
     _at_least(config.launch.threads_per_rank, 0, "launch.threads_per_rank", "0")
     if not 0 <= config.data.validation_fraction < 1:
-        raise ValueError(
+        raise ConfigError(
             "data.validation_fraction must be at least 0 and below 1, but is "
             f"{config.data.validation_fraction}; use 0.05"
         )
     if config.data.seq_len > config.model.max_seq_len:
-        raise ValueError(
+        raise ConfigError(
             f"data.seq_len must be at most model.max_seq_len ({config.model.max_seq_len}), which RoPE was made "
             f"for, but is {config.data.seq_len}; use {config.model.max_seq_len} or less"
         )
     if not config.run.name or "/" in config.run.name or config.run.name.startswith("."):
-        raise ValueError(f"run.name must be a folder's name, but is {config.run.name!r}; use run.root for folders")
+        raise ConfigError(f"run.name must be a folder's name, but is {config.run.name!r}; use run.root for folders")
     _check_checkpoint(config.checkpoint)
     if config.model.load_weights and not config.checkpoint.enable:
-        raise ValueError(
+        raise ConfigError(
             "checkpoint.enable must be true to start from the weights of model.path, but is false; use "
             "checkpoint.load_only=true to save nothing, or model.load_weights=false"
         )
@@ -106,29 +107,29 @@ def check_config(config: Config) -> None:
 
 def _at_least(value: float, low: float, name: str, remedy: str) -> None:
     if value < low:
-        raise ValueError(f"{name} must be at least {low:g}, but is {value:g}; use {remedy}")
+        raise ConfigError(f"{name} must be at least {low:g}, but is {value:g}; use {remedy}")
 
 
 def _check_checkpoint(config: CheckpointConfig) -> None:
     if config.initial_load_path is not None and not config.enable:
-        raise ValueError(
+        raise ConfigError(
             f"checkpoint.enable must be true to start from checkpoint.initial_load_path ({config.initial_load_path}),"
             " but is false; use checkpoint.load_only=true to save nothing"
         )
     if config.create_seed_checkpoint and not config.enable:
-        raise ValueError(
+        raise ConfigError(
             "checkpoint.enable must be true with checkpoint.create_seed_checkpoint, but is false; use checkpoint=seed"
         )
-    LoadRules.from_config(config)
+    LoadRules.from_config(config, ())
     _at_least(config.export.every_n, 0, "checkpoint.export.every_n", "1000")
     size_in_bytes(config.export.max_shard_size, "checkpoint.export.max_shard_size")
     _at_least(config.interval, 1, "checkpoint.interval", "500")
     _at_least(config.keep_latest_k, 0, "checkpoint.keep_latest_k", "10")
     if config.load_step < -1:
-        raise ValueError(f"checkpoint.load_step must be -1 or a step, but is {config.load_step}; use -1")
+        raise ConfigError(f"checkpoint.load_step must be -1 or a step, but is {config.load_step}; use -1")
     folder = Path(config.folder)
     if not is_url(config.folder) and (folder.is_absolute() or ".." in folder.parts or not folder.parts):
-        raise ValueError(
+        raise ConfigError(
             f"checkpoint.folder must be below the run or a URL, but is {config.folder!r}; use checkpoint"
         )
     LoadRequest.from_config(config)
@@ -139,12 +140,12 @@ def _check_checkpoint(config: CheckpointConfig) -> None:
     _at_least(config.commit_timeout_s, 1, "checkpoint.commit_timeout_s", "600")
     _at_least(config.lease_timeout_s, 1, "checkpoint.lease_timeout_s", "60")
     if config.lease_timeout_s > LONGEST_TIMEOUT_S:
-        raise ValueError(
+        raise ConfigError(
             f"checkpoint.lease_timeout_s must be at most {LONGEST_TIMEOUT_S:g}, but is {config.lease_timeout_s:g}; "
             "use 60"
         )
     if isinstance(config, FinetuneConfig) and config.initial_load_path is None:
-        raise ValueError(
+        raise ConfigError(
             "checkpoint.initial_load_path must be set with checkpoint=finetune, but is null; "
             "add checkpoint.initial_load_path=PATH"
         )
@@ -154,7 +155,7 @@ def check_parallel(config: Config, layout: Layout, device_type: str) -> None:
     """Whether the degrees fit each other, the model and the batch.
 
     Raises:
-        ValueError: naming field, rule, value and remedy.
+        ConfigError: naming field, rule, value and remedy.
     """
     check_layout(
         layout,
@@ -171,20 +172,15 @@ def check_parallel(config: Config, layout: Layout, device_type: str) -> None:
     )
 
 
-def splits_backward() -> bool:
-    """Whether this torch runs the two halves of a backward pass through autograd functions of one's own."""
-    return tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13)
-
-
 def check_seed(environ: Mapping[str, str]) -> None:
     """Whether this process is alone.
 
     Raises:
-        ValueError: torchrun started several.
+        ConfigError: torchrun started several.
     """
     ranks = detect_ranks(environ, None)
     if ranks is not None and ranks.world_size > 1:
-        raise ValueError(
+        raise ConfigError(
             f"checkpoint.create_seed_checkpoint must be run by 1 process, but {ranks.world_size} were started; start "
             "one"
         )
@@ -194,10 +190,10 @@ def check_launch(layout: Layout, device_type: str, *, ranks_are_given: bool) -> 
     """Whether the ranks can be started here.
 
     Raises:
-        ValueError: more ranks than GPUs.
+        ConfigError: more ranks than GPUs.
     """
     if device_type == "cuda" and not ranks_are_given and layout.world_size > torch.cuda.device_count():
-        raise ValueError(
+        raise ConfigError(
             f"the product of the parallel degrees must be at most the number of GPUs "
             f"({torch.cuda.device_count()}), but is {layout.world_size}; use parallel.dp_shard=-1"
         )
@@ -217,7 +213,7 @@ def check_initial_load(config: Config, start: StartPoint) -> LoadPlan:
         plan = check_load(
             source,
             shapes,
-            LoadRules.from_config(config.checkpoint),
+            LoadRules.from_config(config.checkpoint, vocabulary_of(config.model)),
             unused=opened.unused,
             beside=(*opened.same, *buffers_of(config.model)),
             idle_rules=opened.idle_rules,
@@ -273,7 +269,7 @@ def prepare_data(config: Config) -> Path:
     """Checks the source and tokenises it if that was not done before; returns the token store's folder.
 
     Raises:
-        ValueError: the corpus or the tokenizer does not fit.
+        ConfigError: the corpus or the tokenizer does not fit.
         FileNotFoundError: a file is missing.
     """
     if getattr(config.data, "tokenizer", None):
@@ -303,12 +299,12 @@ def check_data(config: Config, store: TokenStore) -> None:
     """Whether model and corpus fit together.
 
     Raises:
-        ValueError: naming field, rule, value and remedy.
+        ConfigError: naming field, rule, value and remedy.
     """
     _check_vocabulary(config, store.index.vocab_size)
     windows = Windows(store, config.data.seq_len, config.data.validation_fraction, validation=False)
     if not len(windows):
-        raise ValueError(
+        raise ConfigError(
             f"data must hold at least one sequence of data.seq_len + 1 tokens outside the validation split, but "
             f"the corpus has {store.index.tokens} tokens in all and data.seq_len is {config.data.seq_len}; "
             "add text or lower data.seq_len"
@@ -319,10 +315,10 @@ def _check_vocabulary(config: Config, size: int) -> None:
     """Whether the model has a row for every id below `size`.
 
     Raises:
-        ValueError: it has fewer.
+        ConfigError: it has fewer.
     """
     if size > config.model.vocab_size:
-        raise ValueError(
+        raise ConfigError(
             f"model.vocab_size must be at least the tokenizer's ({size}), but is {config.model.vocab_size}; "
             f"use model.vocab_size={size} or another data.tokenizer"
         )
@@ -332,7 +328,7 @@ def check_disk(config: Config, run_dir: Path) -> None:
     """Whether the run's folder can be written and one checkpoint fits.
 
     Raises:
-        ValueError: it cannot or does not.
+        ConfigError: it cannot or does not.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     probe = run_dir / f".probe-{os.getpid()}"
@@ -346,7 +342,7 @@ def check_disk(config: Config, run_dir: Path) -> None:
     needed = parameters * (4 if config.checkpoint.create_seed_checkpoint else 12) + (1 << 20)
     free = shutil.disk_usage(run_dir).free
     if needed > free:
-        raise ValueError(
+        raise ConfigError(
             f"run.root must have room for one checkpoint ({needed / 2**20:,.0f} MiB), but {run_dir} has "
             f"{free / 2**20:,.0f} MiB free; free some or choose another run.root"
         )

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from regrow.launch.config.errors import naming_fields
 from regrow.launch.config.identity import config_hash
+from regrow.launch.config.later_fields import later_defaults
 from regrow.launch.config.refusals import Refused, refusing
 from regrow.launch.config.schema import Config, Device
 from regrow.launch.config.typed import to_config, to_dict
@@ -121,7 +122,7 @@ def _prepare(
     return RankSpec(
         config=config,
         config_dict=settings,
-        config_hash=config_hash(settings),
+        config_hash=config_hash(settings, later_defaults(config)),
         layout=layout,
         device_type=device_type,
         run_dir=run_dir,

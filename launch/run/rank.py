@@ -5,6 +5,7 @@ import os
 
 from regrow.checkpoint.errors import CheckpointError, LastSaveError
 from regrow.checkpoint.run.lease import LeaseLostError
+from regrow.errors import ConfigError
 from regrow.launch.exit_code import ExitCode
 from regrow.launch.run.compose import compose_trainer
 from regrow.launch.run.failures import RankFailed, clear_failures, note_failure, saw_another_go, storage_problem
@@ -50,7 +51,7 @@ def run_rank(spec: RankSpec, flag: StopFlag) -> Outcome:
         if problem is None and saw_another_go(spec.run_dir, rank, error):
             log.info("rank %d ends, because another one has failed", rank)
             raise RankFailed(str(error), ExitCode.failed) from None
-        note_failure(spec.run_dir, rank, error if problem is None else ValueError(problem))
+        note_failure(spec.run_dir, rank, error if problem is None else ConfigError(problem))
         if problem is None:
             log.exception("rank %d failed", rank)
             raise

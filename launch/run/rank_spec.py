@@ -8,6 +8,7 @@ from typing import Any
 from regrow.checkpoint.documents import DocumentError, read_document
 from regrow.checkpoint.files import read_regular, write_json
 from regrow.checkpoint.run.lease import FencingToken
+from regrow.launch.config.plugins import UserPackages, active_packages
 from regrow.launch.config.schema import Config
 from regrow.launch.exit_code import ExitCode
 from regrow.trainer.parallel.layout import Layout
@@ -25,6 +26,8 @@ class RankSpec:
     """What every rank of a run is told.
 
     Attributes:
+        packages: the user's own. First, because a rank has them from there on, and what follows may be of their
+            classes.
         config: typed.
         config_dict: the same as plain values, as the run stores them.
         config_hash: of identity and hyperparameters, as the run's manifests hold it.
@@ -39,6 +42,7 @@ class RankSpec:
         ticket: of the lease that the launcher holds for this run.
     """
 
+    packages: UserPackages = field(default_factory=active_packages)
     config: Config
     config_dict: dict[str, Any]
     config_hash: str

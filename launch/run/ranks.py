@@ -7,6 +7,8 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from regrow.errors import ConfigError
+
 __all__ = ["RANK_VARIABLES", "Ranks", "detect_ranks", "export_ranks", "forget_ranks"]
 
 log = logging.getLogger(__name__)
@@ -38,7 +40,7 @@ def detect_ranks(environ: Mapping[str, str], degrees: int | None) -> Ranks | Non
         degrees: the product, None while `dp_shard` is -1.
 
     Raises:
-        ValueError: the variables contradict each other.
+        ConfigError: the variables contradict each other.
     """
     given = {name: value for name, value in environ.items() if value.strip()}
     if "RANK" in given and "WORLD_SIZE" in given:
@@ -64,7 +66,7 @@ def _from_torchrun(given: Mapping[str, str]) -> Ranks:
     rank = _number(given, "RANK", 0, below=("WORLD_SIZE", world))
     local_world = _number(given, "LOCAL_WORLD_SIZE", world, low=1)
     if local_world > world:
-        raise ValueError(f"LOCAL_WORLD_SIZE must be at most WORLD_SIZE ({world}), but is {local_world}; {_REMEDY}")
+        raise ConfigError(f"LOCAL_WORLD_SIZE must be at most WORLD_SIZE ({world}), but is {local_world}; {_REMEDY}")
     return Ranks(
         rank=rank,
         world_size=world,
@@ -84,9 +86,9 @@ def _number(
     """A variable's value within its bounds."""
     text = given.get(name, str(default)).strip()
     if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < low:
-        raise ValueError(f"{name} must be a whole number of at least {low}, but is {text!r}; {_REMEDY}")
+        raise ConfigError(f"{name} must be a whole number of at least {low}, but is {text!r}; {_REMEDY}")
     if below is not None and int(text) >= below[1]:
-        raise ValueError(f"{name} must be below {below[0]} ({below[1]}), but is {text}; {_REMEDY}")
+        raise ConfigError(f"{name} must be below {below[0]} ({below[1]}), but is {text}; {_REMEDY}")
     return int(text)
 
 

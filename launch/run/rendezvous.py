@@ -9,6 +9,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from regrow.launch.config.errors import EXPLAINED
+
 __all__ = ["share_from_rank_zero"]
 
 
@@ -32,7 +34,7 @@ def share_from_rank_zero(decide: Callable[[], dict[str, Any]], timeout_s: float)
     if rank == 0:
         try:
             answer: dict[str, Any] | str = decide()
-        except (ValueError, OSError) as error:
+        except (*EXPLAINED, OSError) as error:
             answer = str(error)
         store.set("answer", json.dumps(answer))
     result: dict[str, Any] | str = json.loads(store.get("answer"))

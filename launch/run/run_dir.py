@@ -37,6 +37,7 @@ from regrow.checkpoint.storage.base import Storage
 from regrow.checkpoint.storage.local import LocalStorage
 from regrow.launch.config.errors import UserError
 from regrow.launch.config.identity import Difference, compare
+from regrow.launch.config.later_fields import later_defaults
 from regrow.launch.config.schema import Config
 from regrow.launch.run.build import checkpoint_folder, export_folder
 from regrow.launch.run.extension import say_where_it_stands, settle_schedule
@@ -231,7 +232,7 @@ def open_run(
     record = RunRecord.load(run_dir)
     stored = _stored_config(run_dir, record, complete)
     if record is None and config.checkpoint.enable:
-        record = rebuild_record(complete, config_dict, store.index.fingerprint, catalog.folder.url)
+        record = rebuild_record(complete, config, config_dict, store.index.fingerprint, catalog.folder.url)
         if record is not None:
             newest = newest_of(complete)
             stored = newest.manifest.config or config_dict
@@ -460,7 +461,7 @@ def _check_same(
             f"the run {run_dir} must have its {CONFIG} to be continued, but has not; restore it (from "
             ".hydra/config.yaml) or choose another run.name"
         )
-    identity, hyperparameters = compare(stored, config_dict)
+    identity, hyperparameters = compare(stored, config_dict, later_defaults(config))
     if identity:
         more = f" ({len(identity) - 1} more: {', '.join(d.name for d in identity[1:])})" if identity[1:] else ""
         raise UserError(

@@ -80,7 +80,8 @@ def _run_here(spec: RankSpec, flag: StopFlag) -> Outcome:
 
 def _train_here(spec: RankSpec, flag: StopFlag) -> Outcome:
     if spec.config.checkpoint.create_seed_checkpoint:
-        with refusing():
+        folder = spec.run_dir / spec.config.checkpoint.folder
+        with refusing(), naming_fields(("checkpoint.folder", folder), ("run.root", spec.run_dir)):
             return write_seed_checkpoint(spec)
     if spec.layout.world_size > 1 or spec.config.launch.max_restarts > 0:
         return run_local(spec)

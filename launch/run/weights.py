@@ -24,9 +24,11 @@ from regrow.checkpoint.load.open_source import open_source
 from regrow.checkpoint.sources.hf_mapping import FromHfSource
 from regrow.checkpoint.storage.base import Storage
 from regrow.checkpoint.storage.opening import as_storage
+from regrow.errors import ConfigError
 from regrow.launch.config.resolve import construct
 from regrow.models.base import LanguageModel
 from regrow.models.config import DecoderConfig, ModelConfig
+from regrow.models.derived import is_derived
 from regrow.models.hf import (
     CONFIG,
     EMBEDDING,
@@ -50,6 +52,7 @@ __all__ = [
     "model_on_meta",
     "open_weights",
     "shapes_of",
+    "vocabulary_of",
 ]
 
 log = logging.getLogger(__name__)
@@ -110,6 +113,7 @@ def open_weights(
         renamed = RenamedSource(raw, rules)
         in_hf = has_hf_names(renamed.infos, config)
         stored: TensorSource = renamed if in_hf else RenamedSource(renamed, (), our_name)
+        stored.infos = {n: info for n, info in stored.infos.items() if not is_derived(n)}
         opened = _from_hf(place, stored, config) if in_hf else _from_ours(stored, config)
         embedding, head = (k.hf_name if in_hf else k.name for k in (EMBEDDING, HEAD))
         tied = getattr(config, "tied_embeddings", False) and embedding in stored.infos and head in stored.infos
@@ -160,6 +164,11 @@ def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in model_on_meta(config).named_parameters()}
 
 
+def vocabulary_of(config: ModelConfig) -> tuple[str, ...]:
+    """The names of the parameters whose rows are tokens."""
+    return model_on_meta(config).vocabulary_parameters()
+
+
 def buffers_of(config: ModelConfig) -> set[str]:
     """What a checkpoint of ours holds beside the parameters."""
     model = model_on_meta(config)
@@ -183,7 +192,7 @@ def contradictions(place: Storage, config: ModelConfig) -> list[str]:
     where = f"{place.url}/{CONFIG}"
     try:
         family, stored = read_config(parse_config(place.read(CONFIG), where), config.name, where)
-    except ValueError as error:
+    except ConfigError as error:
         return [str(error)]
     if type(stored) is not type(config):
         return [f"{where} is of the family {family.architecture}, and the model is not"]

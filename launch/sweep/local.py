@@ -196,7 +196,8 @@ class _Children:
         """One run to its end; its output goes to a file."""
         cpus, gpus = _needs(run, budget)
         with budget.take(cpus, gpus) as names:
-            environ = {**os.environ, PARENT_VARIABLE: str(os.getpid()), "REGROW_SWEEP": folder.name}
+            environ = {**os.environ, **run.environment()}
+            environ |= {PARENT_VARIABLE: str(os.getpid()), "REGROW_SWEEP": folder.name}
             if names:
                 environ["CUDA_VISIBLE_DEVICES"] = ",".join(names)
             with self._lock:

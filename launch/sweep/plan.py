@@ -11,6 +11,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from regrow.launch.config.errors import UserError, check_chdir
+from regrow.launch.config.plugins import active_packages
 from regrow.launch.config.schema import Config, Device
 from regrow.launch.config.typed import to_config
 from regrow.launch.sweep.status import SweepRun, run_name_override
@@ -48,7 +49,7 @@ def plan_runs(
     assert isinstance(resources, dict)
     kept = kept_hydra_overrides(list(config.hydra.overrides.hydra))
     flags = [f"--config-dir={s.path}" for s in config.hydra.runtime.config_sources if s.provider == "command-line"]
-    before = HydraConfig.instance().cfg
+    before, packages = HydraConfig.instance().cfg, active_packages()
     runs: list[SweepRun] = []
     try:
         for index, overrides in enumerate(job_overrides):
@@ -83,6 +84,8 @@ def plan_runs(
                     launcher=launcher,
                     resources={str(k): v for k, v in resources.items()},
                     working_dir=str(Path.cwd()),
+                    packages=list(packages.names),
+                    packages_folder=packages.folder,
                 )
             )
     finally:

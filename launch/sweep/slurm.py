@@ -157,13 +157,14 @@ def shape_of(run: SweepRun, config: SlurmConfig, partition: Partition | None) ->
 
 def scripts(folder: Path, runs: Sequence[SweepRun], partition: Partition | None) -> list[tuple[list[SweepRun], str]]:
     """A script for each shape, with the runs in it."""
-    groups: dict[tuple[Shape, str], list[SweepRun]] = {}
+    groups: dict[tuple[Shape, str, frozenset[tuple[str, str]]], list[SweepRun]] = {}
     for run in runs:
         config = slurm_config(run.resources)
-        groups.setdefault((shape_of(run, config, partition), run.working_dir), []).append(run)
+        key = (shape_of(run, config, partition), run.working_dir, frozenset(run.environment().items()))
+        groups.setdefault(key, []).append(run)
     most = partition.max_array if partition else len(runs)
     written = []
-    for (shape, working_dir), members in groups.items():
+    for (shape, working_dir, _), members in groups.items():
         for start in range(0, len(members), most):
             part = members[start : start + most]
             written.append((part, write_script(_script(folder, shape, part, working_dir, partition))))
@@ -175,7 +176,8 @@ def _script(
 ) -> Script:
     config = slurm_config(runs[0].resources)
     grace = min(config.grace_s, partition.grace_s) if partition else config.grace_s
-    command, srun = _command(config, folder, working_dir)
+    mounted = [p for p in (working_dir, str(folder), runs[0].packages_folder) if p]
+    command, srun = _command(config, mounted, working_dir)
     return Script(
         sweep=folder.name,
         folder=str(folder / FOLDER),
@@ -183,7 +185,7 @@ def _script(
         shape=shape,
         runs=[ScriptRun(run_dir=r.run_dir, arguments=r.arguments) for r in runs],
         options=list(_options(config)),
-        env=config.env,
+        env={**runs[0].environment(), **config.env},
         setup=config.setup,
         command=command,
         srun=[*srun, *config.extra_srun],
@@ -204,7 +206,7 @@ def _options(config: SlurmConfig) -> Iterable[str]:
     yield from config.extra
 
 
-def _command(config: SlurmConfig, folder: Path, working_dir: str) -> tuple[list[str], list[str]]:
+def _command(config: SlurmConfig, mounted: Sequence[str], working_dir: str) -> tuple[list[str], list[str]]:
     """What starts a rank, and srun's options for it."""
     if config.command is not None:
         start = shlex.split(config.command)
@@ -215,7 +217,7 @@ def _command(config: SlurmConfig, folder: Path, working_dir: str) -> tuple[list[
         start = [str(installed)] if installed.exists() else [sys.executable, "-P", "-m", "regrow.launch.train"]
     if config.container is None:
         return start, []
-    places = dict.fromkeys((working_dir, str(folder)))
+    places = dict.fromkeys(mounted)
     if config.container.endswith(".sif"):
         binds = [o for place in places for o in ("--bind", place)]
         return ["apptainer", "exec", "--nv", *binds, config.container, *start], []

@@ -11,6 +11,7 @@ from typing import Any
 from regrow.checkpoint.files import read_json, write_json
 from regrow.checkpoint.format.step_name import parse_step_name
 from regrow.launch.config.errors import UserError
+from regrow.launch.config.plugins import UserPackages
 from regrow.launch.exit_code import ExitCode
 from regrow.launch.sweep.slurm_jobs import Job
 from regrow.trainer.jsonlines import read_rows
@@ -66,6 +67,8 @@ class SweepRun:
         launcher: its kind, `slurm` or `local`.
         resources: the launcher's fields, for submitting it again.
         working_dir: where the command was given.
+        packages: the user's own that the command had.
+        packages_folder: where those are that are not installed.
         jobs: Slurm's ids, the newest last.
     """
 
@@ -81,6 +84,12 @@ class SweepRun:
     resources: dict[str, Any]
     working_dir: str
     jobs: list[str] = field(default_factory=list)
+    packages: list[str] = field(default_factory=list)
+    packages_folder: str = ""
+
+    def environment(self) -> dict[str, str]:
+        """What names the packages to the run's processes, whatever their working directory."""
+        return UserPackages(tuple(self.packages), self.packages_folder).environment()
 
 
 @dataclass(kw_only=True, slots=True)

@@ -24,5 +24,5 @@ __all__ = [
     "use",
 ]
 
-# Operators whose results are dear to compute again.
+# Operators whose results are expensive to compute again.
 CPU_PRODUCTS = (*PRODUCTS, torch.ops.regrow.causal_attention.default)

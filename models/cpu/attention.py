@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regrow.torch_compat import softmax_gradient
+
 __all__ = ["causal_attention"]
 
 # Scores of a block of queries stay in the cache.
@@ -78,7 +80,7 @@ def _backward(grad_BTNH: Tensor, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor)
         weights_MQS = _weights(q_MQH.to(exact), exact_k_MTH[:, seen], stop - start, groups)
         grad_v_MTH[:, seen] += torch.bmm(weights_MQS.to(dtype).transpose(1, 2), grad_MQH)
         grad_w_MQS = torch.bmm(grad_MQH, v_MTH[:, seen].transpose(1, 2)).to(exact)
-        grad_s_MQS = torch._softmax_backward_data(grad_w_MQS, weights_MQS, -1, exact).to(dtype)
+        grad_s_MQS = softmax_gradient(grad_w_MQS, weights_MQS, -1, exact).to(dtype)
         grad_q_MQH = torch.bmm(grad_s_MQS, k_MTH[:, seen]).mul_(scale)
         grad_q_BTNH.view(b, t, -1, groups, h)[:, rows] = _by_position(grad_q_MQH, b, groups)
         grad_k_MTH[:, seen] += torch.bmm(grad_s_MQS.transpose(1, 2), q_MQH)

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regrow.torch_compat import onednn_linear, view_of_nothing_else
+
 __all__ = ["HAS_ONEDNN", "PRODUCTS", "linear"]
 
 
@@ -13,7 +15,7 @@ def _onednn() -> Any:
     available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if not available or not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return None
-    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    return onednn_linear()
 
 
 # MKL keeps to AVX2 on AMD's CPUs, at half of oneDNN's rate on those that have AVX-512.
@@ -26,8 +28,8 @@ PRODUCTS = () if _ONEDNN is None else (_ONEDNN.default,)
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     """`x @ weight.T`; `weight` is a matrix, `x` may have more dimensions."""
     rows = _ONEDNN(x.flatten(0, -2), weight, None, "none", [], "")
-    # As `matmul` does: the matrix is nobody else's, so what is returned is no view to autograd.
-    out: Tensor = torch.ops.aten._unsafe_view(rows, [*x.shape[:-1], weight.shape[0]])
+    # As `matmul` does: the matrix is used nowhere else, so that autograd need not know the result as a view.
+    out: Tensor = view_of_nothing_else(rows, [*x.shape[:-1], weight.shape[0]])
     return out
 
 

@@ -104,13 +104,13 @@ def _seconds(function: Function, inputs: Sequence[Tensor], grad: Tensor) -> floa
 
 @torch.enable_grad()
 def _ratio(case: Case, deadline: float) -> float | None:
-    ours, plain, inputs = _functions(reduced(case, torch.get_num_threads()))
+    own, plain, inputs = _functions(reduced(case, torch.get_num_threads()))
     inputs = [x.requires_grad_() for x in inputs]
     grad = torch.randn_like(plain(*inputs))
     ratios: list[float] = []
     for number in range(_MOST + 1):
         started = time.perf_counter()
-        pair = [_seconds(f, inputs, grad) for f in (plain, ours)]
+        pair = [_seconds(f, inputs, grad) for f in (plain, own)]
         if number > 0:  # The first brings code and memory in.
             ratios.append(pair[0] / pair[1])
         ended = time.perf_counter()

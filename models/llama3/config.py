@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from omegaconf import MISSING
 
+from regrow.errors import ConfigError
 from regrow.models.config import DecoderConfig, divisors
 
 __all__ = ["Llama3Config", "RopeScalingConfig"]
@@ -43,14 +44,14 @@ class Llama3Config(DecoderConfig):
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
 
     def check(self) -> None:
-        """Raises ValueError where the dimensions contradict each other."""
+        """Raises ConfigError where the dimensions contradict each other."""
         if self.n_heads > 0 and self.dim % self.n_heads:
-            raise ValueError(
+            raise ConfigError(
                 f"model.n_heads must divide model.dim ({self.dim}), but is {self.n_heads}; "
                 f"use {divisors(self.dim, around=self.n_heads)}"
             )
         self.check_dimensions("ffn_dim")
         if self.head_width % 2:
-            raise ValueError(
+            raise ConfigError(
                 f"model.dim / model.n_heads must be even for RoPE, but is {self.head_width}; change model.n_heads"
             )

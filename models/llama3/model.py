@@ -19,11 +19,6 @@ class Llama3(Decoder):
 
     config: Llama3Config
 
-    def __init__(self, config: Llama3Config) -> None:
-        # Before nn.Module's own constructor: making the blocks asks for it.
-        self.__dict__["config"] = config
-        super().__init__(config)
-
     def make_block(self) -> nn.Module:
         return DecoderBlock(self.config, self.config.ffn_dim, apply_rope, qk_norm=False)
 

@@ -1,4 +1,4 @@
-"""How Llama 3 may be cut."""
+"""How Llama 3 may be split over ranks."""
 
 from regrow.models.plan import ShardingPlan, Style
 
@@ -9,8 +9,8 @@ LLAMA3_PLAN: ShardingPlan = {
     "layers.*.attention_norm": Style.sequence,
     "layers.*.attention": Style.gather_input,
     "layers.*.attention.wq": Style.colwise,
-    "layers.*.attention.wk": Style.colwise,
-    "layers.*.attention.wv": Style.colwise,
+    "layers.*.attention.wk": Style.kv_heads,
+    "layers.*.attention.wv": Style.kv_heads,
     "layers.*.attention.wo": Style.rowwise,
     "layers.*.ffn_norm": Style.sequence,
     "layers.*.feed_forward": Style.gather_input,

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from omegaconf import MISSING
 
+from regrow.errors import ConfigError
 from regrow.models.config import DecoderConfig
 
 __all__ = ["Balance", "Qwen3Config", "Qwen3MoeConfig"]
@@ -46,7 +47,7 @@ class Qwen3Config(DecoderConfig):
         return self.head_dim
 
     def check(self) -> None:
-        """Raises ValueError where the dimensions contradict each other."""
+        """Raises ConfigError where the dimensions contradict each other."""
         self.check_dimensions("head_dim", "ffn_dim")
         _check_head(self.head_dim)
 
@@ -86,19 +87,19 @@ class Qwen3MoeConfig(DecoderConfig):
         return self.head_dim
 
     def check(self) -> None:
-        """Raises ValueError where the dimensions contradict each other."""
+        """Raises ConfigError where the dimensions contradict each other."""
         self.check_dimensions("head_dim", "n_experts", "experts_per_token", "expert_ffn_dim")
         _check_head(self.head_dim)
         if self.experts_per_token > self.n_experts:
-            raise ValueError(
+            raise ConfigError(
                 f"model.experts_per_token must be at most model.n_experts ({self.n_experts}), but is "
                 f"{self.experts_per_token}; use {self.n_experts} or less"
             )
         for name in ("bias_update_speed", "auxiliary_coefficient"):
             if getattr(self, name) < 0:
-                raise ValueError(f"model.{name} must be at least 0, but is {getattr(self, name)}; use 1e-3")
+                raise ConfigError(f"model.{name} must be at least 0, but is {getattr(self, name)}; use 1e-3")
 
 
 def _check_head(head_dim: int) -> None:
     if head_dim % 2:
-        raise ValueError(f"model.head_dim must be even for RoPE, but is {head_dim}; use {head_dim + 1}")
+        raise ConfigError(f"model.head_dim must be even for RoPE, but is {head_dim}; use {head_dim + 1}")

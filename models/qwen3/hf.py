@@ -6,74 +6,44 @@ transformers keeps experts fused in memory; on the disk each expert has keys of 
 from collections.abc import Mapping
 from typing import Any
 
-from regrow.models.hf import (
-    MOST_LAYERS,
-    HfFamily,
-    HfKey,
-    block_keys,
-    end_keys,
-    number,
-    require,
-    require_full_attention,
-    rope_fields,
-    whole,
+from regrow.models.hf import MOST_LAYERS, HfFamily, HfKey, block_keys, end_keys, require, rope_fields, whole
+from regrow.models.hf_decoder import (
+    FEED_FORWARD,
+    HEAD_NORMS,
+    MLP,
+    NORMS,
+    PROJECTIONS,
+    describe_decoder,
+    read_decoder,
 )
 from regrow.models.qwen3.config import Qwen3Config, Qwen3MoeConfig
 
 __all__ = ["FAMILY"]
 
-_ATTENTION = [
-    ("attention.wq.weight", "self_attn.q_proj.weight", 0),
-    ("attention.wk.weight", "self_attn.k_proj.weight", 0),
-    ("attention.wv.weight", "self_attn.v_proj.weight", 0),
-    ("attention.wo.weight", "self_attn.o_proj.weight", 0),
-    ("attention.q_norm.weight", "self_attn.q_norm.weight", 0),
-    ("attention.k_norm.weight", "self_attn.k_norm.weight", 0),
-    ("attention_norm.weight", "input_layernorm.weight", 0),
-    ("ffn_norm.weight", "post_attention_layernorm.weight", 0),
-]
-_MLP = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+_ATTENTION = {**PROJECTIONS, **HEAD_NORMS, **NORMS}
 
 
 def _dense_keys(config: Qwen3Config) -> list[HfKey]:
-    mlp = [(f"feed_forward.{ours}.weight", f"mlp.{theirs}.weight", 0) for ours, theirs in _MLP.items()]
-    return end_keys(config, block_keys([*_ATTENTION, *mlp], config.n_layers))
+    return end_keys(config, block_keys({**_ATTENTION, **FEED_FORWARD}, config.n_layers))
 
 
 def _moe_keys(config: Qwen3MoeConfig) -> list[HfKey]:
-    gate = [("moe.router.gate.weight", "mlp.gate.weight", 0)]
+    blocks = block_keys({**_ATTENTION, "moe.router.gate.weight": "mlp.gate.weight"}, config.n_layers)
     experts = [
         HfKey(
-            name=f"layers.{n}.moe.experts.{ours}",
-            hf_name=f"model.layers.{n}.mlp.experts.{e}.{theirs}.weight",
-            expert=e,
+            name=f"layers.{n}.moe.experts.{name}",
+            hf_name=f"model.layers.{n}.mlp.experts.{e}.{hf_name}.weight",
+            index=e,
         )
         for n in range(config.n_layers)
-        for ours, theirs in _MLP.items()
+        for name, hf_name in MLP.items()
         for e in range(config.n_experts)
     ]
-    return end_keys(config, [*block_keys([*_ATTENTION, *gate], config.n_layers), *experts])
+    return end_keys(config, [*blocks, *experts])
 
 
 def _describe_common(config: Qwen3Config | Qwen3MoeConfig) -> dict[str, Any]:
-    return {
-        "hidden_size": config.dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.max_seq_len,
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tied_embeddings,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "use_sliding_window": False,
-        # Both spellings: transformers 5 reads the first, older versions and other engines the second.
-        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
-        "rope_theta": config.rope_theta,
-        "rope_scaling": None,
-    }
+    return {**describe_decoder(config), "use_sliding_window": False}
 
 
 def _describe_dense(config: Qwen3Config) -> dict[str, Any]:
@@ -98,25 +68,12 @@ def _describe_moe(config: Qwen3MoeConfig) -> dict[str, Any]:
 
 def _read_common(fields: Mapping[str, Any], name: str, head_dim: int | None) -> dict[str, Any]:
     """`head_dim`: where the file has none; None is the quotient."""
-    for field, wanted in (("hidden_act", "silu"), ("attention_bias", False), ("use_sliding_window", False)):
-        require(fields, field, wanted, "Qwen3")
-    require_full_attention(fields, "Qwen3")
+    require(fields, "use_sliding_window", False, "Qwen3")
     rope = rope_fields(fields)
     require(rope, "rope_type", "default", "Qwen3")
-    dim, heads = whole(fields, "hidden_size"), whole(fields, "num_attention_heads")
-    return {
-        "name": name,
-        "dim": dim,
-        "n_layers": whole(fields, "num_hidden_layers", most=MOST_LAYERS),
-        "n_heads": heads,
-        "n_kv_heads": whole(fields, "num_key_value_heads", default=heads),
-        "head_dim": whole(fields, "head_dim", default=head_dim or max(1, dim // heads)),
-        "vocab_size": whole(fields, "vocab_size"),
-        "max_seq_len": whole(fields, "max_position_embeddings"),
-        "norm_eps": number(fields, "rms_norm_eps"),
-        "rope_theta": number(rope, "rope_theta"),
-        "tied_embeddings": bool(fields.get("tie_word_embeddings", False)),
-    }
+    shared = read_decoder(fields, name, rope, "Qwen3")
+    quotient = max(1, shared["dim"] // shared["n_heads"])
+    return {**shared, "head_dim": whole(fields, "head_dim", default=head_dim or quotient)}
 
 
 def _read_dense(fields: Mapping[str, Any], name: str) -> Qwen3Config:

@@ -24,11 +24,6 @@ class Qwen3(Decoder):
 
     config: Qwen3Config
 
-    def __init__(self, config: Qwen3Config) -> None:
-        # Before nn.Module's own constructor: making the blocks asks for it.
-        self.__dict__["config"] = config
-        super().__init__(config)
-
     def make_block(self) -> nn.Module:
         return DecoderBlock(self.config, self.config.ffn_dim, apply_rope_halves, qk_norm=True)
 
@@ -71,11 +66,6 @@ class Qwen3Moe(Decoder):
     """Qwen3 with experts; see `Qwen3MoeConfig` for its dimensions."""
 
     config: Qwen3MoeConfig
-
-    def __init__(self, config: Qwen3MoeConfig) -> None:
-        # Before nn.Module's own constructor: making the blocks asks for it.
-        self.__dict__["config"] = config
-        super().__init__(config)
 
     def make_block(self) -> nn.Module:
         return MoeBlock(self.config)

@@ -1,4 +1,4 @@
-"""How Qwen3 may be cut, dense and with experts."""
+"""How Qwen3 may be split over ranks, dense and with experts."""
 
 from regrow.models.llama3.plan import LLAMA3_PLAN
 from regrow.models.plan import ShardingPlan, Style

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from regrow.launch.run.preflight import splits_backward
+from regrow.torch_compat import splits_backward
 from tests.layouts import Observed, observe, relative
 from tests.support import TINY_MODEL, tiny
 
@@ -30,7 +30,8 @@ DENSE_LAYOUTS: dict[int, list[str]] = {
         "cp=2 cp_method=gather", "cp=2 cp_method=ring", "cp=2 cp_balance=false"],
     4: ["dp_shard=4", "cp=4", "pp=4", "dp_replicate=2 dp_shard=2", "dp_replicate=2 tp=2", "dp_replicate=2 pp=2",
         "dp_replicate=2 cp=2", "dp_shard=2 tp=2", "dp_shard=2 pp=2", "dp_shard=2 cp=2", "tp=2 pp=2", "tp=2 cp=2",
-        "pp=2 cp=2", "tp=2 cp=2 cp_method=ring", "cp=4 cp_method=ring cp_balance=false"],
+        "pp=2 cp=2", "tp=2 cp=2 cp_method=ring", "cp=4 cp_method=ring cp_balance=false", "tp=4",
+        "tp=4 sequence_parallel=false"],
     8: ["pp=2 dp_shard=2 tp=2", "dp_shard=2 tp=2 cp=2", "dp_replicate=2 dp_shard=2 cp=2", "tp=2 pp=2 cp=2",
         "dp_shard=2 cp=4 cp_method=ring"],
 }  # fmt: skip
@@ -134,8 +135,31 @@ def test_tied_embeddings_documents_and_other_heads(corpus: Path, tmp_path: Path)
     overrides = ["model=qwen3_debug", "model.head_dim=8", "model.tied_embeddings=true", "data.document_mask=true"]
     layouts = ["pp=2 dp_shard=2", "pp=2 tp=2 pp_schedule=interleaved", "pp=4 pp_schedule=gpipe", "tp=2 cp=2", "cp=4",
                "dp_shard=2 cp=2 cp_method=gather", "cp=2 tp=2 cp_balance=false", "cp=4 cp_method=ring",
-               "pp=2 cp=2 pp_layers=[1,3]", f"pp=2 dp_shard=2 pp_schedule={SCHEDULES[-2]}"]  # fmt: skip
+               "pp=2 cp=2 pp_layers=[1,3]", f"pp=2 dp_shard=2 pp_schedule={SCHEDULES[-2]}", "tp=4"]  # fmt: skip
     compare(corpus, tmp_path, 4, "dense", layouts, LIMITS, *overrides)
+
+
+def test_ranks_share_key_and_value_heads(corpus: Path, tmp_path: Path) -> None:
+    """Two ranks have three query heads each: those of one KV head, and half of those of another."""
+    three = ["model.dim=48", "model.n_heads=6", "model.n_kv_heads=3", "data.micro_batch_size=1", "train.steps=3"]
+    compare(corpus, tmp_path, 2, "dense", ["tp=2", "tp=2 sequence_parallel=false"], LIMITS, *three)
+    mixed = ["dp_shard=2 tp=2", "tp=2 cp=2", "tp=2 cp=2 cp_method=ring", f"tp=2 pp=2 pp_schedule={SCHEDULES[-2]}"]
+    compare(corpus, tmp_path, 4, "dense", mixed, LIMITS, *three)
+
+
+# What a recipe's ranks are where `dp_shard=-1` stands for two.
+RECIPES = {2: ["ddp", "fsdp", "tp", "pp", "cp"], 4: ["hsdp", "fsdp_tp", "pp_fsdp", "fsdp_cp"]}
+
+
+def test_recipes_train_the_default_model(corpus: Path, tmp_path: Path) -> None:
+    settings = [*_data(corpus), "train.steps=2", "data.global_batch_size=8", "data.micro_batch_size=2"]
+    (reference,) = observe([[*settings, "parallel=single"]], tmp_path, 1)
+    for world, recipes in RECIPES.items():
+        for recipe, seen in zip(
+            recipes, observe([[*settings, f"parallel={r}"] for r in recipes], tmp_path, world), strict=True
+        ):
+            for value, limit in zip(differences(seen, reference)[:2], LIMITS, strict=False):
+                assert value <= limit, recipe
 
 
 def test_batches_that_do_not_divide_and_the_auxiliary_loss(corpus: Path, tmp_path: Path) -> None:
@@ -161,4 +185,5 @@ def test_recomputation_and_compilation_change_nothing(corpus: Path, tmp_path: Pa
     compare(corpus, tmp_path, 4, kind, layouts, LIMITS, small, "train.activation_checkpoint=full")
     compare(corpus, tmp_path, 4, kind, layouts[:2], LIMITS, small, "train.activation_checkpoint=selective")
     options = ["train.compile=true", "train.compile_backend=aot_eager"]
-    compare(corpus, tmp_path, 4, kind, layouts[:3], LIMITS, small, *options)
+    sharing_heads = ["tp=4"] if kind == "dense" else []
+    compare(corpus, tmp_path, 4, kind, [*layouts[:3], *sharing_heads], LIMITS, small, *options)

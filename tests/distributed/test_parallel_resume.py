@@ -26,6 +26,7 @@ SAVING = ["checkpoint=debug", "checkpoint.interval=3", "hooks=none", "data.log_s
         ("dense", 4, "dp_shard=2 tp=2"),
         ("dense", 4, f"pp=2 dp_shard=2 pp_schedule={SCHEDULES[-1]}"),
         ("dense", 4, "tp=2 cp=2"),
+        ("dense", 4, "tp=4"),
         ("dense", 4, "dp_replicate=2 cp=2"),
         ("moe", 4, "dp_shard=2 tp=2 ep=4"),
         ("moe", 4, "pp=2 dp_shard=2 ep=2"),
@@ -43,7 +44,7 @@ def test_resuming_is_bitwise(corpus: Path, tmp_path: Path, kind: str, world: int
 
 
 CHAINS: dict[str, list[tuple[int, str]]] = {
-    "dense": [(2, "dp_shard=2"), (2, "tp=2"), (4, "pp=2 dp_shard=2"), (4, "cp=2 tp=2"), (1, "")],
+    "dense": [(2, "dp_shard=2"), (4, "tp=4"), (4, "pp=2 dp_shard=2"), (4, "cp=2 tp=2"), (1, "")],
     "tied": [(2, "pp=2"), (2, "tp=2"), (4, "pp=2 dp_shard=2 pp_schedule=interleaved"), (2, "cp=2"), (1, "")],
     "moe": [(2, "dp_shard=2"), (2, "dp_shard=2 ep=2"), (4, "pp=2 dp_shard=2 ep=2"), (2, "tp=2"), (1, "")],
 }
@@ -75,7 +76,7 @@ def test_a_checkpoint_keeps_every_bit_through_other_layouts(corpus: Path, tmp_pa
         corpus, kind, *SAVING, "checkpoint.interval=1", "checkpoint.keep_latest_k=0", *held, "scheduler.total_steps=4"
     )
     layouts = {
-        "dense": [(4, "dp_shard=2 tp=2"), (4, "pp=2 cp=2"), (2, "tp=2"), (1, "")],
+        "dense": [(4, "dp_shard=2 tp=2"), (4, "pp=2 cp=2"), (4, "tp=4"), (1, "")],
         "moe": [(4, "dp_shard=2 tp=2 ep=2"), (4, "pp=2 dp_shard=2 ep=2"), (2, "tp=2 ep=2"), (1, "")],
     }[kind]
     for step, (world, layout) in enumerate(layouts, 1):

@@ -19,7 +19,7 @@ from regrow.launch.run.rank_spec import RankSpec
 from regrow.launch.run.signals import StopFlag
 from regrow.launch.run.start import open_spec
 from regrow.models.base import LanguageModel
-from regrow.trainer.hooks.checkpoint import model_tensors, optimizer_tensors
+from regrow.trainer.named_tensors import model_tensors, optimizer_tensors
 from regrow.trainer.parallel.context import close_parallel, open_parallel
 from tests.pool import run_distributed
 from tests.runs import spec_of
@@ -56,7 +56,7 @@ def _pass_on(spec: RankSpec, source: Path | None, target: Path) -> int:
     torch.set_num_threads(1)
     context = open_parallel(spec.layout, "cpu", 30.0)
     trainer = compose_trainer(spec, context, StopFlag(), 1)
-    tensors = model_tensors(trainer) | optimizer_tensors(trainer)
+    tensors = model_tensors(trainer.model) | optimizer_tensors(trainer.optimizer)
     if source is None:
         trainer.fit()
     else:
@@ -68,7 +68,7 @@ def _pass_on(spec: RankSpec, source: Path | None, target: Path) -> int:
     saver.close()
     dist.barrier()
     close_parallel()
-    return len(optimizer_tensors(trainer))
+    return len(optimizer_tensors(trainer.optimizer))
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied embeddings", "an odd vocabulary"])

@@ -1,6 +1,5 @@
 """`regrow-ckpt`, as a user gives it: conversion, what is wrong with its input, and looking after steps."""
 
-import argparse
 import json
 import os
 import re
@@ -20,7 +19,7 @@ from regrow.checkpoint.format.manifest import read_manifest
 from regrow.checkpoint.load.open_source import open_source, read_whole
 from regrow.checkpoint.sources.safetensors import INDEX
 from regrow.launch.commands.checkpoint import main
-from regrow.launch.commands.convert import import_checkpoint
+from regrow.launch.commands.convert import ConversionRequest, import_checkpoint
 from regrow.launch.commands.convert import main as reference_main
 from tests.interop.hf_models import KINDS, make
 from tests.runs import train
@@ -171,16 +170,9 @@ def wrong(tmp_path_factory: pytest.TempPathFactory) -> Path:
         theirs.model.get_parameter("model.norm.weight").fill_(1e6)
     theirs.model.save_pretrained(folder / "hf-large", max_shard_size="100KB")
     for source, out in (("hf", "step"), ("hf-large", "large")):
-        arguments = argparse.Namespace(
-            checkpoint=str(folder / source),
-            out=folder / out,
-            format=None,
-            dtype=None,
-            model=None,
-            threads=1,
-            json=True,
+        import_checkpoint(
+            ConversionRequest(checkpoint=str(folder / source), out=folder / out, threads=1, shows_progress=False)
         )
-        import_checkpoint(arguments)
     torch.save({"a": torch.zeros(3)}, folder / "plain.pt")
     return folder
 

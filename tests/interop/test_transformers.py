@@ -15,6 +15,7 @@ from regrow.checkpoint.format.manifest import Manifest
 from regrow.checkpoint.load.open_source import open_source, read_whole
 from regrow.checkpoint.sources.hf_mapping import FromHfSource, ToHfSource
 from regrow.models.hf import families, family_of, from_folder
+from regrow.models.hf_rows import RopeHalves
 from regrow.models.llama3.config import Llama3Config
 from tests.configs.test_configs import CHOICES
 from tests.interop.hf_models import KINDS, make, ours, tokens
@@ -34,14 +35,14 @@ def test_the_map_is_a_bijection(variant: str) -> None:
     parameters = dict(model.named_parameters())
     keys = family_of(config.model).keys(config.model)
     assert len({k.hf_name for k in keys}) == len(keys)
-    assert len({(k.name, k.expert) for k in keys}) == len(keys)
+    assert len({(k.name, k.index) for k in keys}) == len(keys)
     assert {k.name for k in keys} == parameters.keys()
     for key in keys:
-        if key.expert is not None:
-            slices = [k.expert for k in keys if k.name == key.name] if key.expert == 0 else []
+        if key.index is not None:
+            slices = [k.index for k in keys if k.name == key.name] if key.index == 0 else []
             assert slices in ([], list(range(parameters[key.name].shape[0])))
-        if key.heads:
-            assert parameters[key.name].shape[0] % (2 * key.heads) == 0
+        if isinstance(key.transform, RopeHalves):
+            assert parameters[key.name].shape[0] % (2 * key.transform.heads) == 0
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -112,6 +113,6 @@ def test_kl_in_fp64_and_that_it_sees_a_missing_permutation(tmp_path: Path) -> No
     with open_source(tmp_path / "hf") as raw:
         right = ours(config, FromHfSource(raw, keys), torch.float64)(tokens())
         assert _kl(expected, right) < 1e-12
-        unpermuted = [dataclasses.replace(k, heads=0) for k in keys]
+        unpermuted = [dataclasses.replace(k, transform=None) for k in keys]
         wrong = ours(config, FromHfSource(raw, unpermuted), torch.float64)(tokens())
         assert _kl(expected, wrong) > 1e-6

@@ -15,7 +15,7 @@ import psutil
 
 from regrow.launch.sweep.status import Sweep, SweepRun
 from tests.slurm.cluster import Cluster
-from tests.support import REPO, assert_same_tensors, curve, metrics, record, regrow, samples, tiny, wait_until
+from tests.support import assert_same_tensors, curve, metrics, record, regrow, samples, tiny, wait_until
 
 __all__ = ["Runs", "assert_same_runs", "base", "ranks_of", "slurm", "status"]
 
@@ -28,12 +28,10 @@ def base(corpus: Path, steps: int, *more: str, interval: int = 20) -> list[str]:
 
 
 def slurm(step_s: float, *more: str) -> list[str]:
-    """The launcher, with steps that take so long."""
-    command = f"'{sys.executable} -P {REPO}/tests/slurm/slow.py'"
-    fields = ["partition=low", "grace_s=60", f"command={command}"]
+    """The launcher, with steps that take so much longer."""
     return [
-        "hydra/launcher=slurm", *(f"hydra.launcher.{f}" for f in fields),
-        f"+hydra.launcher.env.SLOW_STEP_S='{step_s}'", *more,
+        "hydra/launcher=slurm", "hydra.launcher.partition=low", "hydra.launcher.grace_s=60",
+        "+hook@hooks.throttle=throttle", f"hooks.throttle.seconds={step_s}", *more,
     ]  # fmt: skip
 
 

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
+from regrow.errors import ConfigError
 from regrow.trainer.data.config import DataConfig
 
 __all__ = ["CorpusPart", "CorpusSource", "DataError", "Notes", "Source", "digest", "shown"]
 
 
-class DataError(ValueError):
+class DataError(ConfigError):
     """A corpus, tokenizer or token store cannot be used; the message is the whole explanation."""
 
 

@@ -1,11 +1,31 @@
-"""Schemas of the optional hooks that come with Regrow."""
+"""Schemas of the hooks that come with Regrow."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from regrow.trainer.config import HookConfig
+from omegaconf import II
 
-__all__ = ["GarbageConfig", "PlotConfig", "SampleConfig", "ValidationConfig"]
+from regrow.trainer.config import HookConfig, HookStage, WandbConfig
+
+__all__ = [
+    "BeginConfig",
+    "CheckpointHookConfig",
+    "ExportHookConfig",
+    "GarbageConfig",
+    "MetricsConfig",
+    "PlotConfig",
+    "ProgressConfig",
+    "RecordConfig",
+    "SampleConfig",
+    "SamplesConfig",
+    "StartupConfig",
+    "ThrottleConfig",
+    "ValidationConfig",
+    "WandbHookConfig",
+]
+
+# The section of the root config, wherever the hook stands.
+_WANDB_SECTION: Any = II("wandb")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -59,3 +79,107 @@ class PlotConfig(HookConfig):
 
     SCHEMA: ClassVar[tuple[str, str]] = ("hook", "plot_schema")
     _target_: str = "regrow.trainer.hooks.plot.PlotHook"
+
+
+@dataclass(kw_only=True, slots=True)
+class ThrottleConfig(HookConfig):
+    """Holds every step up, to try out stops, preemption and resuming with a model that would be done too soon.
+
+    Attributes:
+        seconds: added to each step.
+    """
+
+    SCHEMA: ClassVar[tuple[str, str]] = ("hook", "throttle_schema")
+    _target_: str = "regrow.trainer.hooks.throttle.ThrottleHook"
+    seconds: float = 1.0
+
+
+@dataclass(kw_only=True, slots=True)
+class BeginConfig(HookConfig):
+    """Writes what a start changes in the run's directory, once its state is loaded."""
+
+    SCHEMA: ClassVar[tuple[str, str]] = ("hook", "begin_schema")
+    _target_: str = "regrow.trainer.hooks.begin.BeginHook"
+    stage: HookStage = HookStage.begin
+
+
+@dataclass(kw_only=True, slots=True)
+class MetricsConfig(HookConfig):
+    """`metrics.jsonl`."""
+
+    SCHEMA: ClassVar[tuple[str, str]] = ("hook", "metrics_schema")
+    _target_: str = "regrow.trainer.hooks.metrics.MetricsHook"
+    stage: HookStage = HookStage.write
+
+
+@dataclass(kw_only=True, slots=True)
+class SamplesConfig(HookConfig):
+    """`samples.jsonl`, which windows each step was trained on; with `data.log_samples`."""
+
+    SCHEMA: ClassVar[tuple[str, str]] = ("hook", "samples_schema")
+    _target_: str = "regrow.trainer.hooks.metrics.SamplesHook"
+    stage: HookStage = HookStage.write
+
+
+@dataclass(kw_only=True, slots=True)
+class ProgressConfig(HookConfig):
+    """A bar on a terminal, lines elsewhere.
+
+    Attributes:
+        every: steps between lines, `train.log_every`.
+    """
+
+    SCHEMA: ClassVar[tuple[str, str]] = ("hook", "progress_schema")
+    _target_: str = "regrow.trainer.hooks.progress.ProgressHook"
+    stage: HookStage = HookStage.write
+    every: int = 10
+
+
+@dataclass(kw_only=True, slots=True)
+class WandbHookConfig(HookConfig):
+    """Weights & Biases, with `logger=wandb`.
+
+    Attributes:
+        settings: the section `wandb`.
+    """
+
+    SCHEMA: ClassVar[tuple[str, str]] = ("hook", "wandb_hook_schema")
+    _target_: str = "regrow.trainer.hooks.wandb.WandbHook"
+    stage: HookStage = HookStage.log
+    settings: WandbConfig = _WANDB_SECTION
+
+
+@dataclass(kw_only=True, slots=True)
+class RecordConfig(HookConfig):
+    """`run.json`, the run's own history."""
+
+    SCHEMA: ClassVar[tuple[str, str]] = ("hook", "record_schema")
+    _target_: str = "regrow.trainer.hooks.record.RecordHook"
+    stage: HookStage = HookStage.record
+
+
+@dataclass(kw_only=True, slots=True)
+class ExportHookConfig(HookConfig):
+    """Hugging Face folders while training goes on, with `checkpoint.export.every_n`."""
+
+    SCHEMA: ClassVar[tuple[str, str]] = ("hook", "export_schema")
+    _target_: str = "regrow.trainer.hooks.export.ExportHook"
+    stage: HookStage = HookStage.save
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointHookConfig(HookConfig):
+    """Saves the run's state, with `checkpoint.enable`; the section `checkpoint` says when and how."""
+
+    SCHEMA: ClassVar[tuple[str, str]] = ("hook", "checkpoint_hook_schema")
+    _target_: str = "regrow.trainer.hooks.checkpoint.CheckpointHook"
+    stage: HookStage = HookStage.save
+
+
+@dataclass(kw_only=True, slots=True)
+class StartupConfig(HookConfig):
+    """One line on where the time before the first step went."""
+
+    SCHEMA: ClassVar[tuple[str, str]] = ("hook", "startup_schema")
+    _target_: str = "regrow.trainer.hooks.startup.StartupHook"
+    stage: HookStage = HookStage.end

@@ -3,6 +3,7 @@
 import gc
 from typing import final
 
+from regrow.errors import ConfigError
 from regrow.trainer.hook import Hook
 from regrow.trainer.hooks.config import GarbageConfig
 from regrow.trainer.loop import Trainer
@@ -16,19 +17,16 @@ class GarbageCollectionHook(Hook):
 
     def __init__(self, config: GarbageConfig) -> None:
         if config.every < 1:
-            raise ValueError(f"hooks.garbage.every must be at least 1, but is {config.every}; use 50")
+            raise ConfigError(f"hooks.garbage.every must be at least 1, but is {config.every}; use 50")
         self._every = config.every
 
-    def fit_start(self, trainer: Trainer) -> None:
+    def before_fit(self, trainer: Trainer) -> None:
         gc.collect()
         gc.disable()
 
-    def step_end(self, trainer: Trainer) -> None:
+    def after_step(self, trainer: Trainer) -> None:
         if trainer.state.step % self._every == 0:
             gc.collect(1)
 
-    def fit_end(self, trainer: Trainer) -> None:
-        gc.enable()
-
-    def on_exception(self, trainer: Trainer, error: BaseException) -> None:
+    def close(self, trainer: Trainer) -> None:
         gc.enable()

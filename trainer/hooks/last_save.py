@@ -1,9 +1,7 @@
 """The last step's save where it holds weights alone: as a checkpoint, or as a Hugging Face folder."""
 
-import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -14,35 +12,14 @@ from regrow.checkpoint.errors import CheckpointError
 from regrow.checkpoint.format.layout import local_tensor
 from regrow.checkpoint.format.manifest import Manifest
 from regrow.checkpoint.save.saver import StepSaver
+from regrow.trainer.checkpoint_plans import LastSave
+from regrow.trainer.export_folder import export_step, remove_leftovers
 from regrow.trainer.hf_folder import HfExport
-from regrow.trainer.hooks.export import export_step, remove_leftovers
 from regrow.trainer.parallel.context import ParallelContext
 
-__all__ = ["LastSave", "cast_weights", "save_in_hf"]
+__all__ = ["cast_weights", "save_in_hf"]
 
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class LastSave:
-    """The last step's save.
-
-    Attributes:
-        model_only: weights alone.
-        dtype: of the weights, where they are saved alone.
-        export: makes it a Hugging Face folder, and no checkpoint.
-        folder: receives that folder.
-    """
-
-    model_only: bool
-    dtype: torch.dtype
-    export: HfExport | None
-    folder: Path
-
-    @property
-    def is_full(self) -> bool:
-        """Whether it is like any other save."""
-        return not self.model_only and self.export is None
 
 
 def cast_weights(tensors: Mapping[str, Tensor], dtype: torch.dtype, context: ParallelContext) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import numpy as np
 import torch.distributed as dist
 
 from regrow.trainer.hook import Hook
+from regrow.trainer.hooks.config import MetricsConfig, SamplesConfig
 from regrow.trainer.jsonlines import StepLog
 from regrow.trainer.loop import Trainer
 
@@ -18,16 +19,17 @@ SAMPLES = "samples.jsonl"
 
 @final
 class MetricsHook(Hook):
-    """Writes each step's row once, however often the run is restarted; rank 0 alone."""
+    """See `MetricsConfig`. Writes each step's row once, however often the run is restarted; rank 0 alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: MetricsConfig) -> None:
+        self._config = config
         self._log: StepLog | None = None
 
-    def fit_start(self, trainer: Trainer) -> None:
+    def before_fit(self, trainer: Trainer) -> None:
         if trainer.context.is_main:
             self._log = StepLog(trainer.resources.run_dir / METRICS, trainer.state.step)
 
-    def on_metrics(self, trainer: Trainer, row: Mapping[str, Any]) -> None:
+    def after_metrics(self, trainer: Trainer, row: Mapping[str, Any]) -> None:
         if self._log is not None:
             self._log.append(row)
 
@@ -35,24 +37,28 @@ class MetricsHook(Hook):
         if self._log is not None:
             self._log.make_durable()
 
-    def fit_end(self, trainer: Trainer) -> None:
+    def after_fit(self, trainer: Trainer) -> None:
         if self._log is not None:
             self._log.make_durable()
+
+    def close(self, trainer: Trainer) -> None:
+        if self._log is not None:
             self._log.close()
 
 
 @final
 class SamplesHook(Hook):
-    """Writes which windows each step was trained on, as the ranks really read them."""
+    """See `SamplesConfig`. The windows are those that the ranks really read."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: SamplesConfig) -> None:
+        self._config = config
         self._log: StepLog | None = None
 
-    def fit_start(self, trainer: Trainer) -> None:
+    def before_fit(self, trainer: Trainer) -> None:
         if trainer.context.is_main:
             self._log = StepLog(trainer.resources.run_dir / SAMPLES, trainer.state.step)
 
-    def step_end(self, trainer: Trainer) -> None:
+    def after_step(self, trainer: Trainer) -> None:
         assert trainer.batch is not None
         context = trainer.context
         parts: list[Any] | None = [None] * context.world_size if context.is_main else None
@@ -66,6 +72,6 @@ class SamplesHook(Hook):
         if self._log is not None:
             self._log.make_durable()
 
-    def fit_end(self, trainer: Trainer) -> None:
+    def close(self, trainer: Trainer) -> None:
         if self._log is not None:
             self._log.close()

@@ -4,6 +4,8 @@ import logging
 from pathlib import Path
 from typing import final
 
+from matplotlib.figure import Figure
+
 from regrow.trainer.hook import Hook
 from regrow.trainer.hooks.config import PlotConfig
 from regrow.trainer.hooks.metrics import METRICS
@@ -17,13 +19,10 @@ log = logging.getLogger(__name__)
 
 def plot_loss(run_dir: Path) -> Path:
     """Draws `metrics.jsonl` into `loss.png` and returns its path."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     rows = list(read_rows(run_dir / METRICS))
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
+    # Without pyplot, which would look for a screen.
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.subplots()
     axes.plot([r["step"] for r in rows], [r["loss"] for r in rows], linewidth=1, label="training")
     validated = [r for r in rows if "val_loss" in r]
     if validated:
@@ -36,7 +35,6 @@ def plot_loss(run_dir: Path) -> Path:
     axes.legend()
     path = run_dir / "loss.png"
     figure.savefig(path)
-    pyplot.close(figure)
     return path
 
 
@@ -47,6 +45,6 @@ class PlotHook(Hook):
     def __init__(self, config: PlotConfig) -> None:
         self._config = config
 
-    def fit_end(self, trainer: Trainer) -> None:
+    def after_fit(self, trainer: Trainer) -> None:
         if trainer.context.is_main and trainer.state.step >= trainer.options.steps:
             log.info("loss curve: %s", plot_loss(trainer.resources.run_dir))

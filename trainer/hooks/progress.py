@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from regrow.trainer.hook import Hook
+from regrow.trainer.hooks.config import ProgressConfig
 from regrow.trainer.loop import Trainer
 
 __all__ = ["ProgressHook", "format_row"]
@@ -29,17 +30,15 @@ def format_row(row: Mapping[str, Any]) -> str:
 
 @final
 class ProgressHook(Hook):
-    """On rank 0.
+    """See `ProgressConfig`. On rank 0."""
 
-    Args:
-        every: steps between lines where there is no terminal.
-    """
-
-    def __init__(self, every: int) -> None:
-        self._every = every
+    def __init__(self, config: ProgressConfig) -> None:
+        if config.every < 1:
+            raise ValueError(f"hooks.progress.every must be at least 1, but is {config.every}; use 10")
+        self._every = config.every
         self._progress: Progress | None = None
 
-    def fit_start(self, trainer: Trainer) -> None:
+    def before_fit(self, trainer: Trainer) -> None:
         if not (trainer.context.is_main and sys.stderr.isatty()):
             return
         columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
@@ -47,7 +46,7 @@ class ProgressHook(Hook):
         self._progress.add_task("", total=trainer.options.steps, completed=trainer.state.step)
         self._progress.start()
 
-    def on_metrics(self, trainer: Trainer, row: Mapping[str, Any]) -> None:
+    def after_metrics(self, trainer: Trainer, row: Mapping[str, Any]) -> None:
         if not trainer.context.is_main:
             return
         if self._progress is not None:
@@ -55,10 +54,6 @@ class ProgressHook(Hook):
         elif row["step"] % self._every == 0 or row["step"] in (1, trainer.options.steps) or "val_loss" in row:
             log.info("step %d/%d  %s", row["step"], trainer.options.steps, format_row(row))
 
-    def fit_end(self, trainer: Trainer) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-
-    def on_exception(self, trainer: Trainer, error: BaseException) -> None:
+    def close(self, trainer: Trainer) -> None:
         if self._progress is not None:
             self._progress.stop()

@@ -7,6 +7,7 @@ from typing import Any, final
 
 from regrow.checkpoint.run.lease import LeaseLostError
 from regrow.trainer.hook import Hook
+from regrow.trainer.hooks.config import RecordConfig
 from regrow.trainer.loop import Trainer
 from regrow.trainer.process import Interrupted
 from regrow.trainer.run_record import Attempt, RunRecord, RunRecordError
@@ -18,14 +19,11 @@ log = logging.getLogger(__name__)
 
 @final
 class RecordHook(Hook):
-    """Adds this attempt when training starts and its end when it ends; rank 0 alone.
+    """See `RecordConfig`. Adds this attempt when training starts and its end when it ends; rank 0 alone."""
 
-    Args:
-        attempt: what is known before the start.
-    """
-
-    def __init__(self, attempt: Attempt) -> None:
-        self._attempt = attempt
+    def __init__(self, config: RecordConfig) -> None:
+        self._config = config
+        self._attempt = Attempt()
         self._index: int | None = None
 
     def _load(self, trainer: Trainer) -> RunRecord:
@@ -33,25 +31,25 @@ class RecordHook(Hook):
         assert record is not None, "the launcher writes run.json before any rank starts"
         return record
 
-    def fit_start(self, trainer: Trainer) -> None:
+    def before_fit(self, trainer: Trainer) -> None:
         if not trainer.context.is_main:
             return
-        record = self._load(trainer)
+        record, self._attempt = self._load(trainer), trainer.resources.attempt
         self._attempt.lineage = record.lineages[-1].id
         self._attempt.from_step = self._attempt.to_step = trainer.state.step
         self._index = len(record.attempts)
         record.attempts.append(self._attempt)
         record.save(trainer.resources.run_dir)
 
-    def on_metrics(self, trainer: Trainer, row: Mapping[str, Any]) -> None:
+    def after_metrics(self, trainer: Trainer, row: Mapping[str, Any]) -> None:
         self._attempt.to_step = int(row["step"])
 
-    def on_committed(self, trainer: Trainer, step: int) -> None:
+    def after_commit(self, trainer: Trainer, step: int) -> None:
         if trainer.context.is_main:
             self._attempt.saved_step = step
             self._write(trainer)
 
-    def fit_end(self, trainer: Trainer) -> None:
+    def after_fit(self, trainer: Trainer) -> None:
         if trainer.context.is_main:
             done = trainer.state.step >= trainer.options.steps
             self._attempt.end = "finished" if done or trainer.stop is None else trainer.stop.value

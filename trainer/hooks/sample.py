@@ -5,6 +5,7 @@ from typing import final
 
 from tokenizers import Tokenizer
 
+from regrow.errors import ConfigError
 from regrow.trainer.generate import generate
 from regrow.trainer.hook import Hook
 from regrow.trainer.hooks.config import SampleConfig
@@ -21,14 +22,14 @@ class SampleHook(Hook):
 
     def __init__(self, config: SampleConfig) -> None:
         if config.tokens < 1:
-            raise ValueError(f"hooks.sample.tokens must be at least 1, but is {config.tokens}; use 64")
+            raise ConfigError(f"hooks.sample.tokens must be at least 1, but is {config.tokens}; use 64")
         if not all(config.prompts):
-            raise ValueError("hooks.sample.prompts must hold texts, but one is empty; write 'The '")
+            raise ConfigError("hooks.sample.prompts must hold texts, but one is empty; write 'The '")
         if config.temperature < 0:
-            raise ValueError(f"hooks.sample.temperature must be at least 0, but is {config.temperature}; use 0.7")
+            raise ConfigError(f"hooks.sample.temperature must be at least 0, but is {config.temperature}; use 0.7")
         self._config = config
 
-    def fit_end(self, trainer: Trainer) -> None:
+    def after_fit(self, trainer: Trainer) -> None:
         if trainer.state.step < trainer.options.steps:
             return
         tokenizer = trainer.resources.tokenizer

@@ -13,6 +13,7 @@ from typing import Any, final
 import psutil
 
 from regrow.trainer.hook import Hook
+from regrow.trainer.hooks.config import StartupConfig
 from regrow.trainer.loop import Trainer
 
 __all__ = ["STARTED_VARIABLE", "StartupHook", "begin", "mark"]
@@ -48,15 +49,16 @@ def parts(marks: list[tuple[str, float]], began: float) -> dict[str, float]:
 
 @final
 class StartupHook(Hook):
-    """Logs where the time before the first step went; placed last, so that its marks come after the others' work."""
+    """See `StartupConfig`. Last, so that its marks come after the others' work."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: StartupConfig) -> None:
+        self._config = config
         self._done = False
 
-    def fit_start(self, trainer: Trainer) -> None:
+    def before_fit(self, trainer: Trainer) -> None:
         mark("state")
 
-    def on_metrics(self, trainer: Trainer, row: Mapping[str, Any]) -> None:
+    def after_metrics(self, trainer: Trainer, row: Mapping[str, Any]) -> None:
         if self._done or not trainer.context.is_main:
             return
         self._done = True

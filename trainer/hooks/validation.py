@@ -1,13 +1,13 @@
 """Loss on the validation split, the same under every layout."""
 
 import logging
-import math
 from typing import final
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from regrow.errors import ConfigError
 from regrow.trainer.data.loader import step_batch
 from regrow.trainer.data.windows import Windows
 from regrow.trainer.hook import Hook
@@ -27,14 +27,14 @@ class ValidationHook(Hook):
 
     def __init__(self, config: ValidationConfig) -> None:
         if config.every < 1:
-            raise ValueError(f"hooks.validation.every must be at least 1, but is {config.every}; use 100")
+            raise ConfigError(f"hooks.validation.every must be at least 1, but is {config.every}; use 100")
         if config.max_batches < 0:
-            raise ValueError(
+            raise ConfigError(
                 f"hooks.validation.max_batches must be at least 0, but is {config.max_batches}; use 0 for all"
             )
         self._config = config
 
-    def fit_start(self, trainer: Trainer) -> None:
+    def before_fit(self, trainer: Trainer) -> None:
         if not trainer.resources.validation and trainer.context.is_main:
             log.warning("no document falls into the validation split: no val_loss; raise data.validation_fraction")
 
@@ -46,7 +46,7 @@ class ValidationHook(Hook):
         chosen = step % self._config.every == 0 or step in (1, trainer.options.steps)
         return bool(trainer.resources.validation) and step > 0 and chosen
 
-    def validate(self, trainer: Trainer) -> None:
+    def after_optimizer_step(self, trainer: Trainer) -> None:
         if self._due(trainer):
             with trainer.evaluating():
                 loss = self._measure(trainer, trainer.resources.validation)
@@ -64,8 +64,7 @@ class ValidationHook(Hook):
         with trainer.evaluating():
             loss = self._measure(trainer, trainer.resources.validation)
         if loss is not None:
-            best = trainer.state.best.get("val_loss", math.inf)
-            trainer.state.best["val_loss"] = min(best, loss)
+            trainer.state.note_best("val_loss", loss, lower_is_better=True)
         if loss is not None and context.is_main:
             rows[-1]["val_loss"] = loss
             rewrite_rows(path, rows)
@@ -88,8 +87,7 @@ class ValidationHook(Hook):
                 document_mask=trainer.resources.document_mask,
             )
             total += trainer.engine.losses(batch.micro_batches)
-            trainer.stop = trainer.stop or trainer.agree_on_stop()
-            if trainer.stop is not None:
+            if trainer.agree_on_stop() is not None:
                 return None
         if trainer.context.world_size > 1:
             dist.all_reduce(total)

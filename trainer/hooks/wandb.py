@@ -7,14 +7,14 @@ import queue
 import signal
 import threading
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, final
 
-from regrow.trainer.config import WandbConfig
 from regrow.trainer.hook import Hook
+from regrow.trainer.hooks.config import WandbHookConfig
 from regrow.trainer.hooks.metrics import METRICS
 from regrow.trainer.jsonlines import read_rows
 from regrow.trainer.loop import Trainer
+from regrow.trainer.resources import Resources
 from regrow.trainer.run_record import RunRecord, RunRecordError
 
 __all__ = ["WandbHook"]
@@ -27,25 +27,15 @@ _STEP = "train/global_step"
 
 @final
 class WandbHook(Hook):
-    """One W&B run for the whole life of a run, on rank 0.
+    """See `WandbHookConfig`. One W&B run for the whole life of a run, on rank 0."""
 
-    Args:
-        config: see `WandbConfig`.
-        name: the run's name.
-        config_dict: the whole config as plain values.
-        group: the sweep, if any.
-    """
-
-    def __init__(self, config: WandbConfig, name: str, config_dict: dict[str, Any], group: str | None) -> None:
-        self._config = config
-        self._name = name
-        self._config_dict = config_dict
-        self._group = config.group or group
+    def __init__(self, config: WandbHookConfig) -> None:
+        self._config = config.settings
         self._queue: queue.SimpleQueue[Mapping[str, Any] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._complete = False
 
-    def fit_start(self, trainer: Trainer) -> None:
+    def before_fit(self, trainer: Trainer) -> None:
         if not trainer.context.is_main:
             return
         run_dir = trainer.resources.run_dir
@@ -55,20 +45,15 @@ class WandbHook(Hook):
         for row in read_rows(run_dir / METRICS):
             if row["step"] > record.wandb_step:
                 self._queue.put(row)
-        self._thread = threading.Thread(target=self._work, args=(run_dir, record.run_id), name="wandb", daemon=True)
+        given = (trainer.resources, record.run_id)
+        self._thread = threading.Thread(target=self._work, args=given, name="wandb", daemon=True)
         self._thread.start()
 
-    def on_metrics(self, trainer: Trainer, row: Mapping[str, Any]) -> None:
+    def after_metrics(self, trainer: Trainer, row: Mapping[str, Any]) -> None:
         if self._thread is not None:
             self._queue.put(row)
 
-    def fit_end(self, trainer: Trainer) -> None:
-        self._finish(trainer)
-
-    def on_exception(self, trainer: Trainer, error: BaseException) -> None:
-        self._finish(trainer)
-
-    def _finish(self, trainer: Trainer) -> None:
+    def close(self, trainer: Trainer) -> None:
         if self._thread is None:
             return
         self._queue.put(None)
@@ -92,23 +77,24 @@ class WandbHook(Hook):
         while (row := self._queue.get()) is not None:
             yield row
 
-    def _work(self, run_dir: Path, run_id: str) -> None:
+    def _work(self, resources: Resources, run_id: str) -> None:
         # Slurm signals every process of a step. W&B's own, which this thread starts, inherits what it blocks, and
         # lives until the run is saved.
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR2, signal.SIGTERM))
         try:
+            # Here, and not at the top: importing it takes a second, and whatever fails in it fails in this thread.
             import wandb
 
             run = wandb.init(
                 project=self._config.project,
                 entity=self._config.entity,
-                group=self._group,
+                group=self._config.group or resources.sweep,
                 tags=list(self._config.tags),
                 mode=self._config.mode.value,
                 id=run_id,
-                name=self._name,
-                config=self._config_dict,
-                dir=str(run_dir),
+                name=resources.run_name,
+                config=resources.config,
+                dir=str(resources.run_dir),
                 resume="allow",
                 settings=wandb.Settings(console="off", silent=True),
             )

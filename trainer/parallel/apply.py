@@ -1,6 +1,11 @@
 """How a model is parallelised, in a visible order.
 
 Stages of the pipeline, tensor, context and expert parallelism, activation checkpointing, compilation, FSDP or HSDP.
+
+A module's behaviour is changed in three ways, each for one purpose: where parameters become DTensors, its class
+becomes a subclass that computes with local shards (`mix_in`); where an algorithm differs, a field that the model
+declares for it is set (`Attention.attend`, `MixtureOfExperts.run_experts`); what wraps any forward pass,
+recomputation and compilation, replaces `forward`.
 """
 
 import functools
@@ -20,13 +25,16 @@ from regrow.models.base import LanguageModel
 from regrow.models.config import DecoderConfig
 from regrow.models.cpu import CPU_PRODUCTS
 from regrow.models.init import fill_shard
+from regrow.models.layers import Attention
 from regrow.models.moe import MixtureOfExperts
+from regrow.torch_compat import ATTENTION_OPERATORS, overlap_tensor_parallel
 from regrow.trainer.config import ActivationCheckpoint, ContextMethod, ParallelConfig, PrecisionName, TrainConfig
 from regrow.trainer.parallel.context import ParallelContext
 from regrow.trainer.parallel.expert import apply_expert_parallel, set_auxiliary_loss
+from regrow.trainer.parallel.heads import kv_heads_per_rank
 from regrow.trainer.parallel.sequence import ContextGroup, apply_context_parallel
 from regrow.trainer.parallel.stages import StagePlan, plan_stages
-from regrow.trainer.parallel.tensor import TensorGroup, apply_tensor_parallel
+from regrow.trainer.parallel.tensor import TensorGroup, apply_tensor_parallel, shared_parameters, tie
 
 __all__ = ["ParallelModel", "initialise", "local_shard", "parallelise", "reshard"]
 
@@ -66,7 +74,7 @@ def parallelise(
 
     Args:
         whole: the model.
-        context: this rank's place.
+        context: this rank's process groups, meshes and device.
         model_config: the model's.
         parallel: options of the degrees.
         train: activation checkpointing and compilation.
@@ -81,7 +89,9 @@ def parallelise(
     model, parts = _take_stages(whole, stages)
     tensor = sequence = None
     if layout.tp > 1:
-        tensor = apply_tensor_parallel(model, context.meshes.dense["tp"], sequence=parallel.sequence_parallel)
+        tensor = apply_tensor_parallel(
+            model, model_config, context.meshes.dense["tp"], sequence=parallel.sequence_parallel
+        )
     if layout.cp > 1:
         sequence = ContextGroup(
             name=context.group_name("cp"),
@@ -92,8 +102,9 @@ def parallelise(
         apply_context_parallel(model, sequence, context_method(parallel, model_config, layout.tp, layout.cp))
     if layout.ep > 1:
         apply_expert_parallel(model, context.meshes.experts["ep"])
-    data = context.meshes.data
-    set_auxiliary_loss(model, [data.get_group(a) for a in ("cp", "tp") if data[a].size() > 1], sequences)
+    if model_config.n_experts > 0:
+        data = context.meshes.data
+        set_auxiliary_loss(model, [data.get_group(a) for a in ("cp", "tp") if data[a].size() > 1], sequences)
     if train.activation_checkpoint is not ActivationCheckpoint.none:
         _checkpoint_activations(model, selective=train.activation_checkpoint is ActivationCheckpoint.selective)
     if train.compile:
@@ -115,7 +126,8 @@ def context_method(parallel: ParallelConfig, model_config: DecoderConfig, tp: in
     """What `auto` stands for."""
     if parallel.cp_method is not ContextMethod.auto:
         return parallel.cp_method
-    divides = model_config.n_heads // tp % cp == 0 and model_config.n_kv_heads // tp % cp == 0
+    kv_heads = kv_heads_per_rank(model_config.n_kv_heads, tp)
+    divides = model_config.n_heads // tp % cp == 0 and kv_heads % cp == 0
     return ContextMethod.ulysses if divides else ContextMethod.gather
 
 
@@ -131,27 +143,19 @@ def _take_stages(whole: LanguageModel, stages: StagePlan) -> tuple[LanguageModel
 def _compile(model: LanguageModel, backend: str, overlap: ParallelContext | None) -> None:
     """Compiles each block's forward alone: FSDP's hooks stay outside of the graph, and names stay as they are."""
     if overlap is not None:
-        from torch._inductor import config as inductor
-        from torch.distributed._symmetric_memory import enable_symm_mem_for_group
-
-        inductor._micro_pipeline_tp = True
-        enable_symm_mem_for_group(overlap.meshes.data.get_group("tp").group_name)
+        overlap_tensor_parallel(overlap.group_name("tp"))
     for block in model.blocks():
-        # How many rows each expert gets is known on the host alone: there the attention is compiled, not the experts.
-        mixture = any(isinstance(m, MixtureOfExperts) for m in block.modules())
-        part = block.get_submodule("attention") if mixture else block
+        # How many rows each expert gets is known on the host alone: with experts the attention alone is compiled.
+        part = _attention_of_mixture(block) or block
         part.forward = torch.compile(part.forward, backend=backend, fullgraph=True)
 
 
-# The results that selective activation checkpointing keeps: those that are dear to compute again.
+# The results that selective activation checkpointing keeps: those that are expensive to compute again.
 _KEPT = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    *ATTENTION_OPERATORS,
     *CPU_PRODUCTS,
 }
 
@@ -166,24 +170,30 @@ def _checkpoint_activations(model: LanguageModel, *, selective: bool) -> None:
     if selective:
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_products)
     for block in model.blocks():
-        mixture = any(isinstance(m, MixtureOfExperts) for m in block.modules())
         # FSDP gathers experts within the block, which must not happen in a selective context; the products of experts
         # would be kept in any case.
-        part = block.get_submodule("attention") if mixture and selective else block
+        part = (_attention_of_mixture(block) if selective else None) or block
         part.forward = functools.partial(
             torch.utils.checkpoint.checkpoint, part.forward, use_reentrant=False, **options
         )
 
 
+def _attention_of_mixture(block: nn.Module) -> nn.Module | None:
+    """The attention of a block with experts, None for a dense block."""
+    if not any(isinstance(m, MixtureOfExperts) for m in block.modules()):
+        return None
+    return next((m for m in block.modules() if isinstance(m, Attention)), None)
+
+
 def _shard(part: LanguageModel, context: ParallelContext, precision: PrecisionName) -> None:
-    """FSDP2 with a unit per block and one for its experts; HSDP with replicas, DDP where nothing is cut."""
+    """FSDP2 with a unit per block and one for its experts; HSDP with replicas, DDP where nothing is sharded."""
     compute = torch.bfloat16 if precision is PrecisionName.bf16 else None
     reduce = None if precision is PrecisionName.fp64 else torch.float32
     # Tables of positions go into the blocks in float32 and must stay so.
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce, cast_forward_inputs=False)
     # Under a pipeline many micro-batches pass a stage one after the other; what is gathered stays for all of them.
-    # (Schedules that cut the backward pass in two find a stage's weights in the gathered tensors alone.)
-    again = None if context.layout.pp == 1 else False
+    # (Schedules that split the backward pass find a stage's weights in the gathered tensors alone.)
+    reshard_after = None if context.layout.pp == 1 else False
     mesh = _data_mesh(context.meshes.dense, "fsdp")
     for block in part.blocks():
         for module in block.modules():
@@ -191,16 +201,16 @@ def _shard(part: LanguageModel, context: ParallelContext, precision: PrecisionNa
                 experts = _data_mesh(context.meshes.experts, "efsdp")
                 ranks = context.meshes.experts["efsdp"].size()
                 held = module.n_experts // context.layout.ep
-                place = functools.partial(_cut_of_experts, held=held, ranks=ranks)
+                placement = functools.partial(_expert_placement, held=held, ranks=ranks)
                 fully_shard(
                     module.experts,
                     mesh=experts,
                     mp_policy=policy,
-                    shard_placement_fn=place,
-                    reshard_after_forward=again,
+                    shard_placement_fn=placement,
+                    reshard_after_forward=reshard_after,
                 )
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=again)
-    fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=again)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after)
+    fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after)
     for module in part.modules():
         if isinstance(module, FSDPModule):
             # The loss is divided by the global number of tokens already; gradients are summed. gloo has no
@@ -213,16 +223,16 @@ def _data_mesh(mesh: DeviceMesh, shard_axis: str) -> DeviceMesh:
     return mesh[shard_axis] if mesh["dp_replicate"].size() == 1 else mesh["dp_replicate", shard_axis]
 
 
-def _cut_of_experts(parameter: nn.Parameter, *, held: int, ranks: int) -> Shard:
-    """Experts by number; within their matrices where there are more ranks than experts."""
+def _expert_placement(parameter: nn.Parameter, *, held: int, ranks: int) -> Shard:
+    """Shards experts by number; within their matrices where there are more ranks than experts."""
     return Shard(1) if held < ranks and parameter.shape[1] % ranks == 0 else Shard(0)
 
 
 def reshard(parts: list[LanguageModel]) -> None:
-    """Gives back what a forward pass without a backward pass left gathered.
+    """Frees what a forward pass without a backward pass left gathered.
 
-    FSDP keeps its outermost unit gathered until the backward pass; anybody who looked at the parameters then
-    would see tensors whose memory is about to go.
+    FSDP keeps its outermost unit gathered until the backward pass; whoever read the parameters then would see
+    tensors whose memory is about to be freed.
     """
     for part in parts:
         for module in part.modules():
@@ -232,33 +242,24 @@ def reshard(parts: list[LanguageModel]) -> None:
 
 @torch.no_grad()
 def initialise(parallel: ParallelModel, device: torch.device, seed: int, length: int) -> None:
-    """Gives a parallelised meta model its memory and its first weights, the same under every layout.
+    """Allocates a parallelised meta model and fills in its first weights, the same under every layout.
 
     Args:
         parallel: on the meta device.
-        device: where it will live.
+        device: of the parameters and buffers.
         seed: the run's seed.
         length: positions that its tables must cover.
     """
     for model in parallel.parts:
-        shared = _shared_parameters(model)
+        shared = shared_parameters(model)
         model.to_empty(device=device)
-        # Giving memory makes a new tensor of every name, also of two names of one parameter.
-        for first, other in shared:
-            owner, _, leaf = other.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, model.get_parameter(first))
+        # Allocation makes a new tensor for every name, also for two names of one parameter.
+        tie(model, shared)
         model.init_buffers(device, length)
         rules = model.init_rules()
         for name, parameter in model.named_parameters():
             local, offset = local_shard(parameter)
             fill_shard(local, name=name, rule=rules[name], global_shape=parameter.shape, offset=offset, seed=seed)
-
-
-def _shared_parameters(model: nn.Module) -> list[tuple[str, str]]:
-    """Pairs (first name, other name) of parameters that are one."""
-    first: dict[nn.Parameter, str] = {}
-    named = model.named_parameters(remove_duplicate=False)
-    return [(first[p], name) for name, p in named if first.setdefault(p, name) != name]
 
 
 def local_shard(parameter: nn.Parameter) -> tuple[torch.Tensor, tuple[int, ...]]:

@@ -7,8 +7,10 @@ compiled graph would lose the gradient of an asynchronous one.
 from typing import Any
 
 import torch
-import torch.distributed._functional_collectives as funcol
 from torch import Tensor
+
+from regrow.torch_compat import all_gather, functional_collectives
+from regrow.torch_compat import reduce_scatter as reduce_scatter_tensor
 
 __all__ = [
     "all_gather_slice_grad",
@@ -25,10 +27,7 @@ __all__ = [
 ]
 
 
-# torch 2.13 has these two under new names and warns of the old ones.
-_all_gather: Any = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
-_reduce_scatter: Any = getattr(funcol, "reduce_scatter_single", None) or funcol.reduce_scatter_tensor
-_f: Any = funcol
+_f: Any = functional_collectives
 
 
 def all_reduce_no_grad(x: Tensor, operation: str, group: str) -> Tensor:
@@ -38,7 +37,7 @@ def all_reduce_no_grad(x: Tensor, operation: str, group: str) -> Tensor:
 
 
 def all_to_all_no_grad(x: Tensor, received: list[int] | None, sent: list[int] | None, group: str) -> Tensor:
-    """Rows to ranks and from them, as many each way where no numbers are given; autograd does not see it."""
+    """Sends rows to ranks and receives theirs, equally many where no numbers are given; autograd does not see it."""
     out: Tensor = _f.wait_tensor(_f.all_to_all_single(x.contiguous(), received, sent, group))
     return out
 
@@ -63,13 +62,13 @@ def ring_send_recv_wait(coming: Tensor, like: Tensor) -> Tensor:
 
 
 def _gather(x: Tensor, dim: int, group: str) -> Tensor:
-    out: Tensor = _f.wait_tensor(_all_gather(x.contiguous(), 0, group))
+    out: Tensor = _f.wait_tensor(all_gather(x.contiguous(), 0, group))
     # The library's own way to another dimension cannot be compiled in torch 2.11.
     return out if dim == 0 else torch.cat(out.chunk(out.shape[0] // x.shape[0]), dim)
 
 
 def _scatter(x: Tensor, dim: int, group: str) -> Tensor:
-    out: Tensor = _f.wait_tensor(_reduce_scatter(x.contiguous(), "sum", dim, group))
+    out: Tensor = _f.wait_tensor(reduce_scatter_tensor(x.contiguous(), "sum", dim, group))
     return out
 
 
@@ -163,7 +162,7 @@ def reduce_from(x: Tensor, group: str) -> Tensor:
 
 
 def all_gather_sum_grad(x: Tensor, dim: int, group: str) -> Tensor:
-    """The ranks' parts joined along `dim`, used for different things; gradients are summed and cut again."""
+    """The ranks' parts joined along `dim`, used for different things; gradients are summed and split again."""
     out: Tensor = _AllGatherSumGrad.apply(x, dim, group)  # type: ignore[no-untyped-call]
     return out
 

@@ -1,4 +1,4 @@
-"""This rank's place: process groups, mesh, device."""
+"""What a rank knows of the others: process groups, meshes, its device."""
 
 import datetime
 import os
@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.distributed.tensor.debug as tensor_debug
 from torch.distributed.rendezvous import rendezvous
 
+from regrow.torch_compat import clear_sharding_cache
 from regrow.trainer.parallel.layout import Layout
 from regrow.trainer.parallel.mesh import Meshes, make_meshes
 
@@ -49,7 +49,7 @@ class ParallelContext:
         return self.coordinate("pp") == self.coordinate("cp") == self.coordinate("tp") == 0
 
     def coordinate(self, axis: str) -> int:
-        """This rank's place along an axis of the data mesh."""
+        """This rank's coordinate along an axis of the data mesh."""
         return self.meshes.data.get_local_rank(axis)
 
     def group_name(self, axis: str) -> str:
@@ -57,7 +57,7 @@ class ParallelContext:
         return str(self.meshes.data.get_group(axis).group_name)
 
     def stage_ranks(self, stage_rank: int) -> list[int]:
-        """The ranks, among all, that hold a place in the pipeline."""
+        """The ranks, among all, with a coordinate along the pp axis."""
         size = self.layout.world_size // self.layout.pp
         return list(range(stage_rank * size, (stage_rank + 1) * size))
 
@@ -102,5 +102,5 @@ def close_parallel() -> None:
     """Leaves the process groups."""
     if dist.is_initialized():
         dist.destroy_process_group()
-    # What DTensor remembers of operations holds meshes; the next run of this process would get groups that are gone.
-    tensor_debug._clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
+    # The next run of this process would get groups that are gone.
+    clear_sharding_cache()

@@ -6,7 +6,7 @@ from typing import final
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from regrow.models.config import DecoderConfig
@@ -20,10 +20,10 @@ from regrow.trainer.parallel.context import ParallelContext
 from regrow.trainer.parallel.pipeline import Pipeline, StageInput
 from regrow.trainer.parallel.sequence_chunks import positions_of
 from regrow.trainer.parallel.vocabulary import summed_vocabulary_cross_entropy
+from regrow.trainer.reduction import StepReduction
 
 __all__ = ["Engine"]
 
-_TIED = "tok_embeddings.weight"
 _COMPUTE = {
     PrecisionName.fp32: torch.float32,
     PrecisionName.bf16: torch.bfloat16,
@@ -37,7 +37,7 @@ class Engine:
 
     Args:
         parallel: this rank's part of the model, initialised.
-        context: this rank's place.
+        context: this rank's process groups, meshes and device.
         model_config: the model's dimensions.
         schedule: of the pipeline.
         precision: of the computation.
@@ -55,8 +55,11 @@ class Engine:
         self._parallel, self._context, self._model_config = parallel, context, model_config
         self.model, self.names = parallel.model, parallel.names
         self._parameters = dict(parallel.model.named_parameters())
+        # Parameters that lie on the first stage and on the last, each with a gradient of its own.
+        self._tied_apart = parallel.model.tied_parameters() if context.layout.pp > 1 else ()
         self._mixtures = [m for m in parallel.model.modules() if isinstance(m, MixtureOfExperts)]
         self._losses: list[Tensor] = []
+        self._busiest: Tensor | None = None
         self._tokens = 1
         last = parallel.stages.count - 1 in parallel.stages.mine
         # One of the ranks with the same loss reports it.
@@ -80,9 +83,9 @@ class Engine:
         size, tensor = self._model_config.vocab_size, self._parallel.tensor
         if tensor is None:
             return 0, size
-        piece = -(-size // tensor.ranks)
-        first = min(tensor.rank * piece, size)
-        return first, min(first + piece, size) - first
+        chunk = -(-size // tensor.ranks)
+        first = min(tensor.rank * chunk, size)
+        return first, min(first + chunk, size) - first
 
     def _shape_of(self, tokens: Tensor, last: bool) -> tuple[int, ...]:
         rows, length = tokens.shape
@@ -121,7 +124,9 @@ class Engine:
         if self._reports:
             for loss in self._losses:
                 total += loss
-        self._add_tied_gradients()
+        for name in self._tied_apart:
+            if name in self._parameters:
+                self._add_tied_gradient(self._parameters[name])
         return total
 
     @torch.no_grad()
@@ -156,8 +161,8 @@ class Engine:
         given, options, _ = self._inputs(micro_batch)
         logits = self._forward(given, options)
         out = torch.zeros(self._model_config.vocab_size, dtype=torch.float32, device=device)
-        places = options.get("positions", torch.arange(padded.shape[1], device=device))
-        here = (places == at).nonzero().flatten().tolist()
+        positions = options.get("positions", torch.arange(padded.shape[1], device=device))
+        here = (positions == at).nonzero().flatten().tolist()
         if logits is not None and here:
             first, count = self._vocabulary
             out[first : first + count] = logits[0, here[0]].float()
@@ -167,7 +172,7 @@ class Engine:
         return out
 
     def reshard(self) -> None:
-        """Gives back what forward passes without backward passes left gathered."""
+        """Frees what forward passes without backward passes left gathered."""
         reshard(self._parallel.parts)
 
     def _forward(self, tokens: Tensor, options: dict[str, Tensor]) -> Tensor | None:
@@ -190,7 +195,7 @@ class Engine:
             tokens, labels = tokens[:, positions], labels[:, positions]
             options["positions"] = positions
         elif self._pipeline is not None:
-            # Later stages cannot tell from what reaches them, which may be cut along the sequence.
+            # Later stages cannot tell from their input, which may be split along the sequence.
             options["positions"] = torch.arange(tokens.shape[1], device=device)
         if self._mixtures:
             options["valid"] = labels != IGNORE
@@ -207,15 +212,8 @@ class Engine:
         self._losses.append(loss.detach())
         return loss / self._tokens
 
-    @property
-    def _tied_apart(self) -> bool:
-        return self._model_config.tied_embeddings and self._context.layout.pp > 1
-
-    def _add_tied_gradients(self) -> None:
-        """Where embedding and output are one matrix on two ranks, both get the sum of their gradients."""
-        parameter = self._parameters.get(_TIED)
-        if not self._tied_apart or parameter is None:
-            return
+    def _add_tied_gradient(self, parameter: nn.Parameter) -> None:
+        """Gives the first and the last stage, which both hold this matrix, the sum of their gradients."""
         assert parameter.grad is not None
         own = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
         own, other = own.contiguous(), torch.empty_like(own)
@@ -234,20 +232,22 @@ class Engine:
     def grad_norm(self) -> Tensor:
         """The L2 norm of all gradients over all ranks, each parameter counted once; a scalar on the device."""
         context = self._context
-        skipped = {_TIED} if self._tied_apart and 0 not in self._parallel.stages.mine else set()
+        skipped = () if 0 in self._parallel.stages.mine else self._tied_apart
         counted = [p for n, p in self._parameters.items() if n not in skipped]
         return global_grad_norm(counted, context.meshes.data.get_group("pp") if context.layout.pp > 1 else None)
 
-    @torch.no_grad()
-    def balance(self) -> Tensor | None:
-        """After an update: moves the experts' biases by what the step's load was, and forgets the load.
-
-        Returns:
-            The busiest expert's load in any layer, as a multiple of the layer's mean, on the device; None without
-            experts.
+    def register(self, reduction: StepReduction) -> None:
+        """Registers what all ranks are to know of a step: with experts, the busiest one's load in any layer, as a
+        multiple of the layer's mean.
         """
+        if self._mixtures:
+            reduction.max("expert_load_max", lambda: 0.0 if self._busiest is None else self._busiest, in_row=True)
+
+    @torch.no_grad()
+    def after_update(self) -> None:
+        """Moves the experts' biases by what the step's load was, and forgets the load."""
         if not self._mixtures:
-            return None
+            return
         loads_LE = torch.stack([m.load for m in self._mixtures])
         dense = self._context.meshes.dense
         for axis in ("dp_replicate", "fsdp", "tp"):
@@ -257,10 +257,7 @@ class Engine:
         for mixture, load_E, mean in zip(self._mixtures, loads_LE, means_L1, strict=True):
             mixture.expert_bias += mixture.bias_update_speed * (mean - load_E).sign()
             mixture.load.zero_()
-        busiest = (loads_LE / means_L1).max()
-        if self._context.layout.pp > 1:
-            dist.all_reduce(busiest, dist.ReduceOp.MAX, group=self._context.meshes.data.get_group("pp"))
-        return busiest
+        self._busiest = (loads_LE / means_L1).max()
 
     def owner_ranks(self, names: Sequence[str]) -> dict[str, list[int]]:
         """The ranks that hold tensors which not all ranks hold, for the checkpoint."""
@@ -268,4 +265,4 @@ class Engine:
             return {}
         mine = self._context.stage_ranks(self._context.coordinate("pp"))
         first = self._context.stage_ranks(self._parallel.stages.ranks[0])
-        return {n: first if self._tied_apart and _TIED in n else mine for n in names}
+        return {n: first if any(tied in n for tied in self._tied_apart) else mine for n in names}

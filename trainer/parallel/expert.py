@@ -39,19 +39,19 @@ def _dispatch_and_combine(group: str, ranks: int, x_SD: Tensor, expert_S: Tensor
     own = experts_of(experts) // ranks
     order_S = expert_S.argsort(stable=True)
     counts_RE = torch.bincount(expert_S, minlength=own * ranks).view(ranks, own)
-    given_RE = all_to_all_no_grad(counts_RE, None, None, group)
-    sent, received = counts_RE.sum(1).tolist(), given_RE.sum(1).tolist()
+    incoming_RE = all_to_all_no_grad(counts_RE, None, None, group)
+    sent, received = counts_RE.sum(1).tolist(), incoming_RE.sum(1).tolist()
     rows_SD = all_to_all(x_SD[order_S], received, sent, group)
-    # Rows come sorted by rank, then expert; the experts want them by expert.
+    # Rows arrive sorted by rank, then expert; the experts take them by expert.
     numbers_E = torch.arange(own, device=x_SD.device).repeat(ranks)
-    came_S = numbers_E.repeat_interleave(given_RE.flatten(), output_size=rows_SD.shape[0])
-    out_SD = run_experts(rows_SD, came_S, experts)
+    expert_of_S = numbers_E.repeat_interleave(incoming_RE.flatten(), output_size=rows_SD.shape[0])
+    out_SD = run_experts(rows_SD, expert_of_S, experts)
     back_SD = all_to_all(out_SD, sent, received, group)
     return torch.empty_like(back_SD).index_copy(0, order_S, back_SD)
 
 
 def apply_expert_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Cuts the experts by number over the `ep` axis; a model without experts stays as it is."""
+    """Shards the experts by number over the `ep` axis."""
     group = mesh.get_group()
     dispatch = functools.partial(_dispatch_and_combine, str(group.group_name), dist.get_world_size(group))
     for module in model.modules():
@@ -65,8 +65,8 @@ def set_auxiliary_loss(model: nn.Module, groups: list[dist.ProcessGroup], sequen
     """Makes the balancing loss a mean over a step's sequences, with counts of whole sequences.
 
     Args:
-        model: with or without experts.
-        groups: over whose ranks a sequence is cut.
+        model: with experts.
+        groups: over whose ranks a sequence is split.
         sequences: of a step.
     """
 

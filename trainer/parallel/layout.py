@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
+from regrow.errors import ConfigError
 from regrow.trainer.config import ParallelConfig
 
 __all__ = ["DEGREES", "Layout", "divisors_of", "resolve_layout"]
@@ -48,20 +49,20 @@ def resolve_layout(parallel: ParallelConfig, available_ranks: int, *, ranks_are_
         ranks_are_given: whether they were started already, so that the product must match.
 
     Raises:
-        ValueError: naming the degree, the rule, its value and the remedy.
+        ConfigError: naming the degree, the rule, its value and the remedy.
     """
     for name in (*DEGREES, "ep"):
         value = getattr(parallel, name)
         if value < 1 and not (name == "dp_shard" and value == -1):
             allowed = "at least 1 or -1" if name == "dp_shard" else "at least 1"
-            raise ValueError(
+            raise ConfigError(
                 f"parallel.{name} must be {allowed}, but is {value}; use {-1 if name == 'dp_shard' else 1}"
             )
     shard = parallel.dp_shard
     others = parallel.dp_replicate * parallel.tp * parallel.pp * parallel.cp
     if shard == -1:
         if available_ranks % others:
-            raise ValueError(_too_many(parallel, available_ranks, others))
+            raise ConfigError(_too_many(parallel, available_ranks, others))
         shard = available_ranks // others
     layout = Layout(
         dp_replicate=parallel.dp_replicate,
@@ -73,7 +74,7 @@ def resolve_layout(parallel: ParallelConfig, available_ranks: int, *, ranks_are_
     )
     if ranks_are_given and layout.world_size != available_ranks:
         degrees = ", ".join(f"parallel.{n} ({getattr(layout, n)})" for n in DEGREES if getattr(layout, n) > 1)
-        raise ValueError(
+        raise ConfigError(
             f"the product of {degrees or 'the degrees (1)'} must be the number of ranks that were started "
             f"({available_ranks}), but is {layout.world_size}; use parallel.dp_shard=-1 or start "
             f"{layout.world_size} ranks"

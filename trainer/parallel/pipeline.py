@@ -1,7 +1,7 @@
-"""The pipeline: stages of torch.distributed.pipelining for training, and one after the other where nothing is learnt.
+"""The pipeline: stages of torch.distributed.pipelining for training, and one after the other without gradients.
 
-The schedules get micro-batches as they are (no splitting), sums of losses (no scaling) and the shapes that travel, so
-that nothing is run to find them out.
+The schedules get micro-batches as they are (no splitting), sums of losses (no scaling) and the shapes that are sent,
+so that nothing is run to infer them.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
 
+from regrow.torch_compat import set_micro_batches
 from regrow.trainer.config import PipelineSchedule
 from regrow.trainer.parallel.stages import StagePlan
 
@@ -32,7 +33,7 @@ class Pipeline:
         schedule: of training.
         group: the ranks of the pipeline.
         device: where this rank computes.
-        shape_of: the shape of what leaves a stage, given a micro-batch' tokens and whether the stage is the last.
+        shape_of: the shape of what leaves a stage, given a micro-batch's tokens and whether the stage is the last.
         dtype: of what leaves a stage.
         loss: of the last stage's output and the labels.
     """
@@ -63,8 +64,7 @@ class Pipeline:
         schedule = self._built[key]
         arguments: list[Any] = [(t,) for t, _, _ in inputs] if self._has(0) else [()] * len(inputs)
         options = [o for _, o, _ in inputs]
-        # The schedule would cut one large batch; micro-batches come cut already.
-        schedule._split_inputs = lambda _args, _kwargs=None: (arguments, options)
+        set_micro_batches(schedule, arguments, options)
         if self._has(self._stages.count - 1):
             schedule.step(target=torch.cat([label for _, _, label in inputs]), losses=[], return_outputs=False)
         else:

@@ -1,11 +1,12 @@
-"""Ring attention (Liu et al. 2023, arXiv:2310.01889): keys and values travel from rank to rank, none has them all.
+"""Ring attention (Liu et al. 2023, arXiv:2310.01889): keys and values travel from rank to rank, no rank has them all.
 
 Each rank attends with its queries to one part of the keys at a time, while the next part is on its way, and merges
 what it finds by the logarithm of the sum of exponents (as FlashAttention does, Dao et al. 2022, arXiv:2205.14135). In
-the backward pass the gradients of keys and values travel along, and are home after a round.
+the backward pass the gradients of keys and values travel along, and are back after a round.
 
-With balance a rank has a piece from the front of the sequence and one from its back: of a rank before it only the
-front piece is visible, of a rank behind it only its own back piece sees any. Every step is then half of the work.
+With balance a rank holds a chunk from the front of the sequence and one from its back: of a rank before it only the
+front chunk is visible, and of a rank behind it only its own back chunk sees anything. Every step is then half of the
+work.
 
 Shapes: B batch, T positions of a rank, S positions of the sequence, N query heads, K key/value heads, H head width;
 I query and J key positions of a block.
@@ -18,12 +19,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from regrow.torch_compat import (
+    cpu_attention,
+    cpu_attention_backward,
+    efficient_attention,
+    efficient_attention_backward,
+    flash_attention,
+    flash_attention_backward,
+)
 from regrow.trainer.parallel.collectives import ring_send_recv_start, ring_send_recv_wait
 from regrow.trainer.parallel.sequence_chunks import sequence_chunks
 
 __all__ = ["block_attention", "block_gradients", "ring_attention"]
-
-_aten: Any = torch.ops.aten
 
 
 def block_attention(
@@ -40,13 +47,11 @@ def block_attention(
     """
     bias = _bias(q_BNIH, k_BNJH, mask)
     if q_BNIH.device.type == "cpu":
-        out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
-            q_BNIH, k_BNJH, v_BNJH, 0.0, causal, attn_mask=bias
-        )
+        out, lse = cpu_attention(q_BNIH, k_BNJH, v_BNJH, 0.0, causal, attn_mask=bias)
     elif _flash(q_BNIH, mask):
-        out, lse, *_ = _aten._scaled_dot_product_flash_attention(q_BNIH, k_BNJH, v_BNJH, 0.0, causal)
+        out, lse, *_ = flash_attention(q_BNIH, k_BNJH, v_BNJH, 0.0, causal)
     else:
-        out, lse, *_ = _aten._scaled_dot_product_efficient_attention(q_BNIH, k_BNJH, v_BNJH, bias, True, 0.0, causal)
+        out, lse, *_ = efficient_attention(q_BNIH, k_BNJH, v_BNJH, bias, True, 0.0, causal)
         lse = lse[..., : q_BNIH.shape[2]]
     if mask is not None:
         # What the kernels give for a row that sees nothing differs.
@@ -81,7 +86,7 @@ def block_gradients(
     """
     bias = _bias(q_BNIH, k_BNJH, mask)
     if q_BNIH.device.type == "cpu":
-        grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grads = cpu_attention_backward(
             grad_BNIH, q_BNIH, k_BNJH, v_BNJH, out_BNIH, lse_BNI, 0.0, causal, attn_mask=bias
         )
         return grads[0], grads[1], grads[2]
@@ -89,14 +94,14 @@ def block_gradients(
     none = torch.empty((), dtype=torch.uint64, device=q_BNIH.device)
     if _flash(q_BNIH, mask):
         longest = (q_BNIH.shape[2], k_BNJH.shape[2])
-        grads = _aten._scaled_dot_product_flash_attention_backward(
+        grads = flash_attention_backward(
             grad_BNIH, q_BNIH, k_BNJH, v_BNJH, out_BNIH, lse_BNI, None, None, *longest, 0.0, causal, none, none
         )
         return grads[0], grads[1], grads[2]
     padded = F.pad(lse_BNI, (0, -lse_BNI.shape[2] % 32))
     needed = [True, True, True, False]
     seed = torch.empty((), dtype=torch.int64, device=q_BNIH.device)
-    grads = _aten._scaled_dot_product_efficient_attention_backward(
+    grads = efficient_attention_backward(
         grad_BNIH, q_BNIH, k_BNJH, v_BNJH, bias, out_BNIH, padded, seed, seed, 0.0, needed, causal
     )
     return grads[0], grads[1], grads[2]
@@ -206,13 +211,13 @@ class _Ring(torch.autograd.Function):
         # A `to` that changes nothing is another name of the same tensor, whose gradient torch 2.11's compiler loses.
         result = out if out.dtype == q_BNTH.dtype else out.to(q_BNTH.dtype)
         ctx.save_for_backward(q_BNTH, k_BKTH, v_BKTH, mask, result, lse)
-        ctx.place = (rank, ranks, balance, group)
+        ctx.ring = (rank, ranks, balance, group)
         return result
 
     @staticmethod
     def backward(ctx: Any, grad_BNTH: Tensor) -> tuple[Tensor | None, ...]:
         q, k_BKTH, v_BKTH, mask, out, lse = ctx.saved_tensors
-        rank, ranks, balance, group = ctx.place
+        rank, ranks, balance, group = ctx.ring
         length, groups = q.shape[2], q.shape[1] // k_BKTH.shape[1]
         grad_q = torch.zeros_like(q, dtype=lse.dtype)
         travelling = torch.stack([k_BKTH, v_BKTH])
@@ -276,9 +281,9 @@ def ring_attention(
         k_BTKH: this rank's keys.
         v_BTKH: this rank's values.
         mask: boolean, `(B, 1, S, S)`, true where a position sees another; None is causal.
-        rank: this one's place in the ring.
+        rank: this one's number in the ring.
         ranks: how many there are.
-        balance: whether a rank holds two pieces.
+        balance: whether a rank holds two chunks of the sequence.
         group: the name of the ranks' group.
     """
     heads = (x.transpose(1, 2).contiguous() for x in (q_BTNH, k_BTKH, v_BTKH))

@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from regrow.errors import ConfigError
 from regrow.models.config import DecoderConfig, ModelConfig
-from regrow.models.qwen3.config import Qwen3MoeConfig
 from regrow.trainer.config import (
     ActivationCheckpoint,
     ContextMethod,
@@ -13,6 +13,7 @@ from regrow.trainer.config import (
     PipelineSchedule,
     TrainConfig,
 )
+from regrow.trainer.parallel.heads import kv_heads_per_rank
 from regrow.trainer.parallel.layout import Layout, divisors_of
 from regrow.trainer.parallel.stages import stages_per_rank
 
@@ -64,10 +65,10 @@ def check_layout(
         splits_backward: whether torch runs a backward pass in two halves through autograd functions of one's own.
 
     Raises:
-        ValueError: naming field, rule, value and remedy.
+        ConfigError: naming field, rule, value and remedy.
     """
     if not isinstance(model, DecoderConfig):
-        raise ValueError(f"model must be a decoder of models/layers.py, but is {model.name}; use llama3_debug")
+        raise ConfigError(f"model must be a decoder of models/layers.py, but is {model.name}; use llama3_debug")
     problems = (
         *_tensor(layout, parallel, model, batch, train, device_type),
         *_context(layout, parallel, model, batch),
@@ -75,7 +76,7 @@ def check_layout(
         *_experts(layout, model),
     )
     for problem in problems:
-        raise ValueError(problem)
+        raise ConfigError(problem)
 
 
 def _divides(name: str, value: int, number: int, what: str) -> Iterator[str]:
@@ -93,17 +94,13 @@ def _tensor(
         )
     if layout.tp == 1:
         return
-    yield from _divides("tp", layout.tp, model.n_kv_heads, "model.n_kv_heads")
     yield from _divides("tp", layout.tp, model.n_heads, "model.n_heads")
-    ffn_dim = getattr(model, "ffn_dim", None)
-    if ffn_dim is not None:
-        yield from _divides("tp", layout.tp, ffn_dim, "model.ffn_dim")
+    yield from _divides("tp", layout.tp, model.ffn_dim, "model.ffn_dim")
     if model.vocab_size < layout.tp:
         yield f"parallel.tp must be at most model.vocab_size ({model.vocab_size}), but is {layout.tp}; use 1"
-    cut = parallel.sequence_parallel or isinstance(model, Qwen3MoeConfig)
-    if cut and batch.seq_len % (layout.tp * layout.cp):
+    if (parallel.sequence_parallel or model.n_experts) and batch.seq_len % (layout.tp * layout.cp):
         yield (
-            f"parallel.tp · parallel.cp must divide data.seq_len ({batch.seq_len}), which is cut over their ranks, "
+            f"parallel.tp · parallel.cp must divide data.seq_len ({batch.seq_len}), which is split over their ranks, "
             f"but is {layout.tp * layout.cp}; use data.seq_len={_next(batch.seq_len, layout.tp * layout.cp)}"
         )
 
@@ -115,14 +112,14 @@ def _next(value: int, multiple: int) -> int:
 def _context(layout: Layout, parallel: ParallelConfig, model: DecoderConfig, batch: Batch) -> Iterator[str]:
     if layout.cp == 1:
         return
-    pieces = 2 if parallel.cp_balance else 1
-    multiple = math.lcm(pieces * layout.cp, layout.cp * layout.tp)
+    chunks = 2 if parallel.cp_balance else 1
+    multiple = math.lcm(chunks * layout.cp, layout.cp * layout.tp)
     if batch.seq_len % multiple:
         yield (
-            f"data.seq_len must be a multiple of {multiple} with parallel.cp={layout.cp}, whose ranks hold {pieces} "
-            f"piece(s) each, but is {batch.seq_len}; use {_next(batch.seq_len, multiple)}"
+            f"data.seq_len must be a multiple of {multiple} with parallel.cp={layout.cp}, whose ranks hold {chunks} "
+            f"chunk(s) each, but is {batch.seq_len}; use {_next(batch.seq_len, multiple)}"
         )
-    heads, kv_heads = model.n_heads // layout.tp, model.n_kv_heads // layout.tp
+    heads, kv_heads = model.n_heads // layout.tp, kv_heads_per_rank(model.n_kv_heads, layout.tp)
     if parallel.cp_method is ContextMethod.ulysses and (heads % layout.cp or kv_heads % layout.cp):
         yield (
             f"parallel.cp must divide the heads of a rank ({heads} and {kv_heads} for keys) with "
@@ -223,7 +220,7 @@ def _schedulable(kind: PipelineSchedule, count: int, stages: int, pp: int) -> bo
 
 
 def _experts(layout: Layout, model: DecoderConfig) -> Iterator[str]:
-    if not isinstance(model, Qwen3MoeConfig):
+    if not model.n_experts:
         if layout.ep > 1:
             yield f"parallel.ep must be 1 for {model.name}, which has no experts, but is {layout.ep}; use 1"
         return

@@ -1,8 +1,9 @@
-"""Context parallelism: each rank has a part of every sequence.
+"""Context parallelism: each rank holds a part of every sequence.
 
 Ulysses (Jacobs et al. 2023, arXiv:2309.14509) exchanges parts of the sequence for heads, so that attention itself is
-that of one rank; another way joins the keys and values of all ranks, and a third passes them on (`ring.py`). With
-`balance` a rank holds a piece from the front and one from the back: causal attention then costs all ranks the same.
+that of one rank; a second method gathers the keys and values of all ranks, and a third passes them on (`ring.py`).
+With `balance` a rank holds a chunk from the front and one from the back: causal attention then costs all ranks the
+same.
 
 Shapes: B batch, T positions of a rank, S positions of the sequence, N query heads, K key/value heads, H head width.
 """
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 from regrow.models.layers import Attention, attend
 from regrow.trainer.config import ContextMethod
@@ -29,9 +31,9 @@ class ContextGroup:
 
     Attributes:
         name: of the process group.
-        rank: this one's place.
+        rank: this one's number among them.
         ranks: how many.
-        balance: whether a rank holds two pieces.
+        balance: whether a rank holds two chunks of the sequence.
     """
 
     name: str
@@ -41,7 +43,7 @@ class ContextGroup:
 
 
 def _order(g: ContextGroup, length: int, device: torch.device) -> Tensor:
-    """Where each position of the sequence lies once the ranks' parts are joined, int64 `(S,)`."""
+    """The index of each position of the sequence in the concatenation of the ranks' parts, int64 `(S,)`."""
     return (
         torch.cat([positions_of(r, g.ranks, length, balance=g.balance) for r in range(g.ranks)]).argsort().to(device)
     )
@@ -75,7 +77,7 @@ def _all_gather_kv(g: ContextGroup, q_BTNH: Tensor, k: Tensor, v: Tensor, mask: 
     held = sequence_chunks(g.rank, g.ranks, balance=g.balance)
     size = q_BTNH.shape[1] // len(held)
     out = [
-        # A piece sees nothing behind its own end.
+        # A chunk sees no position behind its own end.
         _attend_up_to(q, k_BSKH[:, : (p + 1) * size], v_BSKH[:, : (p + 1) * size], p * size, mask)
         for p, q in zip(held, q_BTNH.chunk(len(held), dim=1), strict=True)
     ]
@@ -90,12 +92,10 @@ def _attend_up_to(q_BTNH: Tensor, k: Tensor, v: Tensor, start: int, mask: Tensor
         allowed = mask[:, :, start:stop, :stop]
     elif q_BTNH.device.type == "cuda":
         # Keeps the flash kernel, which takes no explicit mask.
-        from torch.nn.attention.bias import causal_lower_right
-
         allowed = causal_lower_right(stop - start, stop)
     else:
-        places = torch.arange(stop, device=q_BTNH.device)
-        allowed = places[start:, None] >= places[None, :]
+        positions_S = torch.arange(stop, device=q_BTNH.device)
+        allowed = positions_S[start:, None] >= positions_S[None, :]
     out_BNTH = F.scaled_dot_product_attention(
         q_BTNH.transpose(1, 2),
         k.transpose(1, 2),
@@ -114,7 +114,7 @@ _METHODS = {ContextMethod.ulysses: _ulysses, ContextMethod.gather: _all_gather_k
 
 
 def apply_context_parallel(model: nn.Module, group: ContextGroup, method: ContextMethod) -> None:
-    """Gives every attention the way to see the whole sequence; masks then cover `(S, S)`."""
+    """Lets every attention see the whole sequence; masks then cover `(S, S)`."""
     attend_with = _METHODS[method]
 
     def attend_across(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, mask: Tensor | None) -> Tensor:

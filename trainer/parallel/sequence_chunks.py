@@ -7,12 +7,12 @@ __all__ = ["positions_of", "sequence_chunks"]
 
 
 def sequence_chunks(rank: int, ranks: int, *, balance: bool) -> list[int]:
-    """The pieces of the sequence that a rank holds: of `2 · ranks` with balance, else of `ranks`."""
+    """Numbers of the chunks of the sequence that a rank holds: of `2 · ranks` with balance, else of `ranks`."""
     return [rank, 2 * ranks - 1 - rank] if balance else [rank]
 
 
 def positions_of(rank: int, ranks: int, length: int, *, balance: bool) -> Tensor:
-    """The places in the sequence of a rank's tokens, int64 `(length / ranks,)`."""
+    """The positions in the sequence of a rank's tokens, int64 `(length / ranks,)`."""
     held = sequence_chunks(rank, ranks, balance=balance)
     size = length // (ranks * len(held))
     return torch.cat([torch.arange(p * size, (p + 1) * size) for p in held])

@@ -1,4 +1,4 @@
-"""Which layers make a stage of the pipeline, and which rank has it: arithmetic alone."""
+"""Which layers make a stage of the pipeline, and which rank holds it: arithmetic alone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,7 +62,7 @@ def plan_stages(parallel: ParallelConfig, pp: int, n_layers: int, rank: int) -> 
         parallel: the config.
         pp: the pipeline's degree.
         n_layers: of the model.
-        rank: this rank's place in the pipeline.
+        rank: this rank's coordinate along the pp axis.
     """
     count = pp * stages_per_rank(parallel) if pp > 1 else 1
     sizes: Sequence[int] = (pp > 1 and parallel.pp_layers) or split_layers(

@@ -1,11 +1,12 @@
-"""Tensor parallelism: each rank has a part of every matrix, and of the sequence between the matrices.
+"""Tensor parallelism: each rank holds a shard of every matrix, and of the sequence between the matrices.
 
 Parameters are DTensors, so that checkpoints, initialisation and the gradient norm know what a rank holds; the
 computation is on local tensors with explicit collectives. With sequence parallelism (Korthikanti et al. 2022,
-arXiv:2205.05198) activations between blocks are cut along the sequence, too.
+arXiv:2205.05198) activations between blocks are split along the sequence, too.
 """
 
 import fnmatch
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from regrow.models.base import LanguageModel
+from regrow.models.config import DecoderConfig
 from regrow.models.plan import Style
 from regrow.trainer.parallel.collectives import (
     all_gather_slice_grad,
@@ -27,8 +29,17 @@ from regrow.trainer.parallel.collectives import (
     reduce_scatter,
     shard,
 )
+from regrow.trainer.parallel.heads import KvHeads, kv_heads_of_rank
 
-__all__ = ["TensorGroup", "apply_tensor_parallel", "distribute_parameters", "local", "mix_in"]
+__all__ = [
+    "TensorGroup",
+    "apply_tensor_parallel",
+    "distribute_parameters",
+    "local",
+    "mix_in",
+    "shared_parameters",
+    "tie",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,9 +48,9 @@ class TensorGroup:
 
     Attributes:
         name: of the process group.
-        rank: this one's place.
+        rank: this one's number among them.
         ranks: how many.
-        sequence: whether the sequence is cut between the matrices.
+        sequence: whether activations are split along the sequence between the matrices.
     """
 
     name: str
@@ -84,6 +95,27 @@ class _ColwiseLinear(nn.Module):
         return F.linear(x, local(self.weight))
 
 
+class _SharedKvHeads(nn.Module):
+    """Key/value heads that several ranks use: the weight is whole on each, which computes what its queries need.
+
+    So a checkpoint keeps it once and the norm counts it once; its gradients, zero for heads that a rank does not use,
+    are summed.
+    """
+
+    weight: nn.Parameter
+    tensor_group: TensorGroup
+    kv_heads: KvHeads
+    head_dim: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, heads = copy_to(local(self.weight), self.tensor_group.name), self.kv_heads
+        out = F.linear(x, weight.narrow(0, heads.first * self.head_dim, heads.count * self.head_dim))
+        if heads.repeats == tuple(range(heads.count)):
+            return out
+        parts = torch.split(out, self.head_dim, dim=-1)
+        return torch.cat([parts[head] for head in heads.repeats], dim=-1)
+
+
 class _RowwiseLinear(nn.Module):
     weight: nn.Parameter
     tensor_group: TensorGroup
@@ -108,12 +140,12 @@ class _Vocabulary(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         weight = local(self.weight)
         if weight.shape[0] == 0:
-            # Fewer rows than ranks: nothing here, but a gradient of the right shape.
+            # Fewer rows than ranks: no rows here, but a gradient of the right shape.
             rows = weight.sum() + weight.new_zeros(*tokens.shape, weight.shape[1])
             return _leave(rows, self.tensor_group)
-        places = tokens - self.first_row
-        outside = (places < 0) | (places >= weight.shape[0])
-        rows = F.embedding(places.masked_fill(outside, 0), weight).masked_fill(outside[..., None], 0.0)
+        local_rows = tokens - self.first_row
+        outside = (local_rows < 0) | (local_rows >= weight.shape[0])
+        rows = F.embedding(local_rows.masked_fill(outside, 0), weight).masked_fill(outside[..., None], 0.0)
         return _leave(rows, self.tensor_group)
 
 
@@ -171,37 +203,64 @@ def distribute_parameters(module: nn.Module, mesh: DeviceMesh, placement: Placem
             continue
         shape = list(parameter.shape)
         if isinstance(placement, Shard):
-            size, piece = shape[placement.dim], -(-shape[placement.dim] // mesh.size())
-            start = min(mesh.get_local_rank() * piece, size)
-            shape[placement.dim] = min(start + piece, size) - start
+            size, chunk = shape[placement.dim], -(-shape[placement.dim] // mesh.size())
+            start = min(mesh.get_local_rank() * chunk, size)
+            shape[placement.dim] = min(start + chunk, size) - start
         part = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
-        placed = DTensor.from_local(
+        distributed = DTensor.from_local(
             part, mesh, [placement], run_check=False, shape=parameter.shape, stride=parameter.stride()
         )
-        setattr(module, name, nn.Parameter(placed, requires_grad=parameter.requires_grad))
+        setattr(module, name, nn.Parameter(distributed, requires_grad=parameter.requires_grad))
 
 
-def apply_tensor_parallel(model: LanguageModel, mesh: DeviceMesh, *, sequence: bool) -> TensorGroup:
-    """Cuts the matrices as the model's plan says.
+def shared_parameters(model: nn.Module) -> list[tuple[str, str]]:
+    """Pairs (first name, other name) of parameters that are one."""
+    first: dict[nn.Parameter, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    return [(first[p], name) for name, p in named if first.setdefault(p, name) != name]
+
+
+def tie(model: nn.Module, shared: Sequence[tuple[str, str]]) -> None:
+    """Makes pairs of names, as `shared_parameters` gives them, one parameter again."""
+    for first, other in shared:
+        owner, _, leaf = other.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, model.get_parameter(first))
+
+
+def apply_tensor_parallel(
+    model: LanguageModel, config: DecoderConfig, mesh: DeviceMesh, *, sequence: bool
+) -> TensorGroup:
+    """Shards the matrices as the model's plan says.
 
     Args:
         model: on the meta device.
+        config: the model's.
         mesh: the `tp` axis.
-        sequence: cut activations along the sequence between the matrices.
+        sequence: split activations along the sequence between the matrices.
     """
     group = mesh.get_group()
     member = TensorGroup(
         name=str(group.group_name), rank=dist.get_rank(group), ranks=dist.get_world_size(group), sequence=sequence
     )
-    tied = [m for m in (getattr(model, "tok_embeddings", None), getattr(model, "output", None)) if m is not None]
-    shared = len(tied) == 2 and tied[0].weight is tied[1].weight
+    kv_heads = kv_heads_of_rank(config.n_kv_heads, member.ranks, member.rank)
+    shared = shared_parameters(model)
     for pattern, style in model.plan().items():
         for name, module in model.named_modules():
             if fnmatch.fnmatchcase(name, pattern) and name.count(".") == pattern.count("."):
-                _apply_style(module, style, mesh, member)
-    if shared:
-        tied[1].weight = tied[0].weight
+                if style is Style.kv_heads and kv_heads.shared:
+                    _share_kv_heads(module, config.head_width, kv_heads, mesh, member)
+                else:
+                    _apply_style(module, style, mesh, member)
+    # Each name got a DTensor of its own.
+    tie(model, shared)
     return member
+
+
+def _share_kv_heads(
+    module: nn.Module, head_dim: int, kv_heads: KvHeads, mesh: DeviceMesh, member: TensorGroup
+) -> None:
+    distribute_parameters(module, mesh, Replicate())
+    mix_in(module, _SharedKvHeads, tensor_group=member, kv_heads=kv_heads, head_dim=head_dim)
 
 
 def _apply_style(module: nn.Module, style: Style, mesh: DeviceMesh, member: TensorGroup) -> None:
@@ -214,7 +273,7 @@ def _apply_style(module: nn.Module, style: Style, mesh: DeviceMesh, member: Tens
             )
         case Style.gather_input:
             mix_in(module, _GatherInput, tensor_group=member)
-        case Style.colwise:
+        case Style.colwise | Style.kv_heads:
             distribute_parameters(module, mesh, Shard(0))
             mix_in(module, _ColwiseLinear)
         case Style.rowwise:
@@ -238,5 +297,5 @@ def _apply_style(module: nn.Module, style: Style, mesh: DeviceMesh, member: Tens
         case Style.split_tokens:
             mix_in(module, _SplitTokens, tensor_group=member)
         case Style.expert:
-            # Experts see different tokens on every rank; they are cut by the expert mesh alone.
+            # Experts see different tokens on every rank; they are sharded over the expert mesh alone.
             pass

@@ -1,4 +1,4 @@
-"""Cross-entropy over logits whose vocabulary is cut over ranks, without ever joining them."""
+"""Cross-entropy over logits whose vocabulary is sharded over ranks, without ever gathering them."""
 
 from typing import Any
 
@@ -18,26 +18,26 @@ class _CrossEntropy(torch.autograd.Function):
         highest = logits_SV.new_full((rows,), -torch.inf) if width == 0 else logits_SV.amax(-1)
         highest = all_reduce_no_grad(highest, "max", group)
         exponents = (logits_SV - highest[:, None]).exp()
-        places = labels_S - first
-        here = (places >= 0) & (places < width)
-        places = places.masked_fill(~here, 0)
+        targets_S = labels_S - first
+        here = (targets_S >= 0) & (targets_S < width)
+        targets_S = targets_S.masked_fill(~here, 0)
         target = torch.zeros_like(highest)
         if width:
-            target = logits_SV.gather(1, places[:, None])[:, 0].masked_fill(~here, 0.0)
+            target = logits_SV.gather(1, targets_S[:, None])[:, 0].masked_fill(~here, 0.0)
         parts = torch.stack([exponents.sum(-1), target]).to(torch.float64)
         sums, target = all_reduce_no_grad(parts, "sum", group).unbind()
         counts = labels_S != IGNORE
         shares = exponents / sums[:, None].to(exponents.dtype)
-        ctx.save_for_backward(shares, places, here & counts, counts)
+        ctx.save_for_backward(shares, targets_S, here & counts, counts)
         losses_S: Tensor = (sums.log() + highest - target).masked_fill(~counts, 0.0)
         return losses_S.sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        shares, places, here, counts = ctx.saved_tensors
+        shares, targets_S, here, counts = ctx.saved_tensors
         out = shares * counts[:, None]
         if out.shape[1]:
-            out.scatter_add_(1, places[:, None], -here[:, None].to(out.dtype))
+            out.scatter_add_(1, targets_S[:, None], -here[:, None].to(out.dtype))
         return out * grad, None, None, None
 
 
@@ -47,7 +47,7 @@ def summed_vocabulary_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor, first
     Args:
         logits_BTV: this rank's part of the vocabulary.
         labels_BT: over the whole vocabulary.
-        first: the first token of this rank's part.
+        first: the first token of this rank's part of the vocabulary.
         group: the ranks' process group.
     """
     logits_SV = logits_BTV.flatten(0, 1)

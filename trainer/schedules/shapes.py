@@ -8,6 +8,7 @@ All of them rise in a straight line to 1, which they reach at the end of the war
 import math
 from typing import final
 
+from regrow.errors import ConfigError
 from regrow.trainer.config import SchedulerConfig
 from regrow.trainer.schedules.base import Schedule
 from regrow.trainer.schedules.config import CosineConfig, LinearConfig, WSDConfig
@@ -16,13 +17,13 @@ __all__ = ["Cosine", "Linear", "WarmupStableDecay"]
 
 
 def check_schedule(config: SchedulerConfig) -> None:
-    """Raises ValueError where a common field is out of its range."""
+    """Raises ConfigError where a common field is out of its range."""
     if config.warmup_steps < 0:
-        raise ValueError(f"scheduler.warmup_steps must be at least 0, but is {config.warmup_steps}; use 0")
+        raise ConfigError(f"scheduler.warmup_steps must be at least 0, but is {config.warmup_steps}; use 0")
     if not 0 <= config.min_lr_ratio <= 1:
-        raise ValueError(f"scheduler.min_lr_ratio must be within 0 and 1, but is {config.min_lr_ratio}; use 0.1")
+        raise ConfigError(f"scheduler.min_lr_ratio must be within 0 and 1, but is {config.min_lr_ratio}; use 0.1")
     if config.total_steps is not None and config.total_steps < 1:
-        raise ValueError(f"scheduler.total_steps must be at least 1 or null, but is {config.total_steps}; use null")
+        raise ConfigError(f"scheduler.total_steps must be at least 1 or null, but is {config.total_steps}; use null")
 
 
 def _peak(warmup_steps: int, total: int) -> int:
@@ -66,7 +67,7 @@ class WarmupStableDecay(Schedule):
     def __init__(self, config: WSDConfig) -> None:
         check_schedule(config)
         if not 0 <= config.decay_ratio <= 1:
-            raise ValueError(f"scheduler.decay_ratio must be within 0 and 1, but is {config.decay_ratio}; use 0.2")
+            raise ConfigError(f"scheduler.decay_ratio must be within 0 and 1, but is {config.decay_ratio}; use 0.2")
         self.config = config
 
     def decay_start(self, total: int) -> float:

@@ -15,6 +15,7 @@ from regrow.checkpoint.load.initial_load import LoadRules, RenamedSource, check_
 from regrow.checkpoint.load.open_source import open_source
 
 SHAPES = {"tok_embeddings.weight": (6, 4), "layers.0.w.weight": (4, 4), "output.weight": (6, 4)}
+VOCABULARY = ("tok_embeddings.weight", "output.weight")
 
 
 def stored(folder: Path, **changes: Tensor | None) -> Path:
@@ -61,7 +62,7 @@ def test_what_is_no_weight_may_lie_beside(tmp_path: Path) -> None:
 
 def test_renaming_rules(tmp_path: Path) -> None:
     config = CheckpointConfig(load_rename=[r"^blocks\.(\d+)\.lin=>layers.\1.w", "x=>y"])
-    rules = LoadRules.from_config(config)
+    rules = LoadRules.from_config(config, ())
     path = stored(tmp_path, layers__0__w__weight=None, blocks__0__lin__weight=torch.ones(4, 4))
     with RenamedSource(open_source(path), rules.rename) as source:
         assert check_load(source, SHAPES, rules).missing == ()
@@ -72,7 +73,7 @@ def test_renaming_rules(tmp_path: Path) -> None:
         RenamedSource(open_source(path), [("^.*$", "same")])
     for wrong in ("a", "=>b", "(=>b", r"a=>\1"):
         with pytest.raises(ValueError, match=r"^checkpoint.load_rename must hold rules PATTERN=>REPLACEMENT, but"):
-            LoadRules.from_config(CheckpointConfig(load_rename=[wrong]))
+            LoadRules.from_config(CheckpointConfig(load_rename=[wrong]), ())
 
 
 def test_a_resized_vocabulary_must_be_allowed(tmp_path: Path) -> None:
@@ -82,8 +83,8 @@ def test_a_resized_vocabulary_must_be_allowed(tmp_path: Path) -> None:
             r"has shape (8, 4), but the model's has (6, 4); use model.vocab_size=8, or checkpoint.load_resized=true"
         )
         with pytest.raises(CheckpointError, match=re.escape(message)):
-            check_load(source, SHAPES, LoadRules())
-        rules = LoadRules(resized=True)
+            check_load(source, SHAPES, LoadRules(vocabulary=VOCABULARY))
+        rules = LoadRules(vocabulary=VOCABULARY, resized=True)
         assert check_load(source, SHAPES, rules).resized == ("tok_embeddings.weight", "output.weight")
         into = targets()
         load_from(source, into, rules)
@@ -95,7 +96,7 @@ def test_a_resized_vocabulary_must_be_allowed(tmp_path: Path) -> None:
         open_source(stored(tmp_path, layers__0__w__weight=torch.zeros(6, 4))) as source,
         pytest.raises(CheckpointError, match=r"layers.0.w.weight .* has shape \(6, 4\), .* that it was saved with"),
     ):
-        check_load(source, SHAPES, LoadRules(resized=True))
+        check_load(source, SHAPES, LoadRules(vocabulary=VOCABULARY, resized=True))
 
 
 def test_types_are_cast(tmp_path: Path) -> None:

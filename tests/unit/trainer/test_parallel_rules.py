@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+import math
 import re
 
 import pytest
@@ -37,9 +38,9 @@ def problem_of(config: Config, device: str = "cpu") -> str | None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["parallel.tp=3"], "parallel.tp must divide model.n_kv_heads (2), but is 3; use 1 or 2"),
+        (["parallel.tp=3"], "parallel.tp must divide model.n_heads (4), but is 3; use 1, 2 or 4"),
         (["parallel.tp=2", "model.ffn_dim=65"], "parallel.tp must divide model.ffn_dim (65), but is 2"),
-        (["parallel.tp=2", "data.seq_len=31"], "parallel.tp · parallel.cp must divide data.seq_len (31), which is cut"),
+        (["parallel.tp=2", "data.seq_len=31"], "parallel.tp · parallel.cp must divide data.seq_len (31), which is split"),
         (["parallel.cp=2", "data.seq_len=30"], "data.seq_len must be a multiple of 4 with parallel.cp=2"),
         (["parallel.cp=4", "parallel.cp_method=ulysses"], "use parallel.cp_method=gather"),
         (["parallel.pp=4"], "parallel.pp · stages per rank must be at most model.n_layers (2), but is 4; use parallel.pp=2 or less"),
@@ -95,7 +96,7 @@ def decoder(
 def can_run(layout: Layout, p: ParallelConfig, model: DecoderConfig, batch: Batch) -> bool:
     """The rules once more, as one would say them."""
     moe = isinstance(model, Qwen3MoeConfig)
-    heads = model.n_heads % layout.tp == 0 and model.n_kv_heads % layout.tp == 0
+    heads = model.n_heads % layout.tp == 0
     ffn = layout.tp == 1 or moe or getattr(model, "ffn_dim", 0) % layout.tp == 0
     parts = layout.tp * layout.cp if layout.tp > 1 and (p.sequence_parallel or moe) else layout.cp
     even = batch.seq_len % parts == 0 and (layout.cp == 1 or batch.seq_len % (layout.tp * layout.cp) == 0)
@@ -103,7 +104,10 @@ def can_run(layout: Layout, p: ParallelConfig, model: DecoderConfig, batch: Batc
     ulysses = (
         layout.cp == 1
         or p.cp_method is not ContextMethod.ulysses
-        or (model.n_heads // layout.tp % layout.cp == 0 and model.n_kv_heads // layout.tp % layout.cp == 0)
+        or (
+            model.n_heads // layout.tp % layout.cp == 0
+            and model.n_kv_heads // math.gcd(model.n_kv_heads, layout.tp) % layout.cp == 0
+        )
     )
     sharing = layout.dp_shard * layout.cp * layout.tp
     experts = layout.ep == 1 or (moe and sharing % layout.ep == 0 and getattr(model, "n_experts", 0) % layout.ep == 0)

@@ -1,0 +1,126 @@
+"""What Hydra must know of a user's own packages: their schemas, and their `conf/` folders."""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, final
+
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.plugins.config_source import ConfigLoadError
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+import regrow.conf
+from regrow.launch.config.plugins import (
+    PackageError,
+    UserPackages,
+    active_packages,
+    find_packages,
+    import_of,
+    load_packages,
+    modules_named,
+)
+from regrow.launch.config.schema import register_schemas
+
+__all__ = ["schemas_of", "use_packages"]
+
+
+def use_packages(environ: Mapping[str, str] = os.environ) -> UserPackages:
+    """Finds the user's own packages, imports them, and makes their configs known to Hydra.
+
+    Raises:
+        PackageError: one sentence on what is wrong with them.
+    """
+    try:
+        folder = Path.cwd()
+    except FileNotFoundError:
+        folder = Path("/")  # the working directory has been removed, and with it the project
+    packages = find_packages(environ, folder)
+    load_packages(packages)
+    register_schemas()
+    for name in packages.names:
+        _register(name)
+    Plugins.instance().register(_OwnConfigs)
+    return packages
+
+
+def schemas_of(package: str) -> list[type[Any]]:
+    """The dataclasses with a `SCHEMA` in a loaded package's modules named `config` or `…_config`.
+
+    Raises:
+        PackageError: such a module cannot be imported.
+    """
+    found = []
+    for name in modules_named(package, lambda stem: stem == "config" or stem.endswith("_config")):
+        module = import_of(name)
+        found += [
+            kind
+            for kind in vars(module).values()
+            if isinstance(kind, type)
+            and dataclasses.is_dataclass(kind)
+            and kind.__module__ == name
+            and "SCHEMA" in vars(kind)
+        ]
+    return found
+
+
+def _register(package: str) -> None:
+    for kind in schemas_of(package):
+        _store(kind)
+    for folder in _conf_folders(package):
+        _check_no_clash(package, folder)
+
+
+def _store(kind: type[Any]) -> None:
+    where, schema = f"SCHEMA of {kind.__module__}.{kind.__qualname__}", kind.SCHEMA
+    if not (isinstance(schema, tuple) and len(schema) == 2 and all(isinstance(s, str) and s for s in schema)):
+        raise PackageError(f'{where} must be (group, name), but is {schema!r}; write ("model", "mine_schema")')
+    group, name = schema
+    store = ConfigStore.instance()
+    try:
+        other = store.load(f"{group}/{name}.yaml").node._metadata.object_type
+    except ConfigLoadError:
+        other = None
+    if other is not None and other is not kind:
+        raise PackageError(
+            f"{where} must be a name of its own, but {group}/{name} is that of {other.__module__}."
+            f"{other.__qualname__}; choose another one"
+        )
+    try:
+        store.store(group=group, name=name, node=kind)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise PackageError(
+            f"{kind.__module__}.{kind.__qualname__} must be a dataclass that OmegaConf can hold, but is not "
+            f"({reason}); use numbers, texts, enums, lists and dataclasses for its fields"
+        ) from error
+
+
+def _conf_folders(package: str) -> list[Path]:
+    return [folder for p in sys.modules[package].__path__ if (folder := Path(p, "conf").absolute()).is_dir()]
+
+
+def _check_no_clash(package: str, folder: Path) -> None:
+    """Of two files with one name Hydra would take the first and say nothing."""
+    others = [Path(p) for p in regrow.conf.__path__]
+    names = active_packages().names
+    for name in names[: names.index(package)]:
+        others += _conf_folders(name)
+    for path in sorted([*folder.rglob("*.yaml"), *folder.rglob("*.yml")]):
+        inside = path.relative_to(folder)
+        other = next((o / inside for o in others if (o / inside).is_file()), None)
+        if other is not None:
+            raise PackageError(f"{path} must have a name of its own, but {other} has it too; choose another one")
+
+
+@final
+class _OwnConfigs(SearchPathPlugin):
+    """Hydra finds the packages' YAML files behind Regrow's own."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        for name in active_packages().names:
+            for folder in _conf_folders(name):
+                search_path.append(provider=name, path=f"file://{folder}")

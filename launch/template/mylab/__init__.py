@@ -1,0 +1,1 @@
+"""Models, hooks and optimizers of our own, for Regrow."""

@@ -1,0 +1,1 @@
+"""Jumps of the loss, written down: `config`, `spikes`."""

@@ -1,0 +1,1 @@
+"""Llama with GEGLU: `config`, `model`, `plan`, `hf`."""

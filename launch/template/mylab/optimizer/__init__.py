@@ -1,0 +1,1 @@
+"""Lion: `config`, `lion`."""

@@ -1,0 +1,109 @@
+"""Everything of torch's that is private, or not the same in all versions that Regrow runs with (2.11 and 2.13 today).
+
+It lies beside the rooms and below all of them, so that models, checkpoint and trainer may each import it without
+importing each other; it imports torch alone. Whoever moves to another torch reads this file first.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed._functional_collectives as functional_collectives
+import torch.distributed.tensor.debug as _tensor_debug
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo
+from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
+
+__all__ = [
+    "ATTENTION_OPERATORS",
+    "FakeTensorMode",
+    "StorageInfo",
+    "StridedShard",
+    "all_gather",
+    "clear_sharding_cache",
+    "cpu_attention",
+    "cpu_attention_backward",
+    "efficient_attention",
+    "efficient_attention_backward",
+    "flash_attention",
+    "flash_attention_backward",
+    "foreach_divide",
+    "foreach_norm",
+    "functional_collectives",
+    "is_in_backward",
+    "onednn_linear",
+    "overlap_tensor_parallel",
+    "reduce_scatter",
+    "set_micro_batches",
+    "softmax_gradient",
+    "splits_backward",
+    "view_of_nothing_else",
+]
+
+_aten: Any = torch.ops.aten
+
+# Attention by kernel, with the logarithm of the sum of exponents among the results: nothing public gives it.
+cpu_attention: Any = _aten._scaled_dot_product_flash_attention_for_cpu
+cpu_attention_backward: Any = _aten._scaled_dot_product_flash_attention_for_cpu_backward
+flash_attention: Any = _aten._scaled_dot_product_flash_attention
+flash_attention_backward: Any = _aten._scaled_dot_product_flash_attention_backward
+efficient_attention: Any = _aten._scaled_dot_product_efficient_attention
+efficient_attention_backward: Any = _aten._scaled_dot_product_efficient_attention_backward
+# What `scaled_dot_product_attention` becomes, for policies that name operators.
+ATTENTION_OPERATORS: tuple[Any, ...] = (
+    cpu_attention.default,
+    flash_attention.default,
+    efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+)
+# A view whose source nobody else has, so that autograd need not know it as one.
+view_of_nothing_else: Any = _aten._unsafe_view
+softmax_gradient: Any = torch._softmax_backward_data
+foreach_norm: Any = torch._foreach_norm
+foreach_divide: Any = torch._foreach_div_
+
+# torch 2.13 has these two under new names and warns of the old ones.
+all_gather: Any = (
+    getattr(functional_collectives, "all_gather_single", None) or functional_collectives.all_gather_tensor
+)
+reduce_scatter: Any = (
+    getattr(functional_collectives, "reduce_scatter_single", None) or functional_collectives.reduce_scatter_tensor
+)
+
+
+def onednn_linear() -> Any:
+    """oneDNN's product of plain tensors; None where this torch has none."""
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+def is_in_backward() -> bool:
+    """Whether a backward pass runs on this thread, for instance one that computes a block again."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def splits_backward() -> bool:
+    """Whether the two halves of a backward pass go through autograd functions of one's own.
+
+    Before torch 2.13 they do not. Names and signatures are the same in both, so the version is all there is to ask.
+    """
+    return tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13)
+
+
+def set_micro_batches(schedule: Any, arguments: list[tuple[Tensor, ...]], options: list[dict[str, Tensor]]) -> None:
+    """Gives a pipeline's schedule micro-batches that are cut already; of itself it would cut one large batch."""
+    schedule._split_inputs = lambda _args, _kwargs=None: (arguments, options)
+
+
+def clear_sharding_cache() -> None:
+    """Forgets what DTensor remembers of operations, which holds meshes and their process groups."""
+    _tensor_debug._clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
+
+
+def overlap_tensor_parallel(group_name: Any) -> None:
+    """Lets the compiler run tensor parallelism's collectives beside its products, on GPUs."""
+    # The compiler is needed here alone, and importing it takes a second.
+    from torch._inductor import config as inductor
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    inductor._micro_pipeline_tp = True
+    enable_symm_mem_for_group(group_name)

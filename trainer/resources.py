@@ -1,0 +1,48 @@
+"""What hooks may need of the run, beside the trainer itself."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from regrow.trainer.checkpoint_plans import CheckpointPlan, ExportPlan
+from regrow.trainer.data.windows import Windows
+from regrow.trainer.run_record import Attempt
+
+__all__ = ["Resources"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resources:
+    """`trainer.resources`: composed once, when the run starts.
+
+    Attributes:
+        run_dir: the run's directory.
+        run_name: `run.name`.
+        sweep: the sweep's name, if any.
+        config: the whole config as plain values.
+        tokenizer: of the data.
+        validation: the held-out windows; may be empty.
+        micro_batch_size: rows of a forward pass.
+        document_mask: whether attention stays within documents.
+        begin: writes what this start changes in the run's directory; called by rank 0 alone, once the state is
+            loaded.
+        attempt: what `run.json` is to say of this start, as far as it is known before it.
+        checkpoint: how the run is saved; None where it has no checkpoints.
+        export: what is exported while training goes on; None where nothing is.
+    """
+
+    run_dir: Path
+    run_name: str
+    sweep: str | None
+    config: dict[str, Any]
+    tokenizer: Tokenizer
+    validation: Windows
+    micro_batch_size: int
+    document_mask: bool
+    begin: Callable[[], None]
+    attempt: Attempt
+    checkpoint: CheckpointPlan | None
+    export: ExportPlan | None
