@@ -415,6 +415,7 @@ def run_rank(rank: int, args: argparse.Namespace, folder: str) -> None:
     bench = Bench(args.gib, Path(folder), args.files, args.compute)
     bench.round(peers=args.peers)
     rounds, begun = [], machine()
+    result: dict[str, Any] = {}
     for _ in range(args.rounds):
         rounds.append(bench.round(peers=args.peers))
         if rank == 0:

@@ -65,7 +65,7 @@ class Bench:
                 check=False,
             )
         except subprocess.TimeoutExpired as error:
-            out = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else (error.stdout or "")
+            out = (error.stdout or b"").decode(errors="replace")
             self.logs[name] = out
             raise PartFailedError(f"not done after {limit:.0f} s: …{out[-1500:]}") from error
         self.logs[name] = done.stdout

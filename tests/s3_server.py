@@ -30,8 +30,8 @@ def s3_server() -> Iterator[int]:
 
     def answers() -> bool:
         assert process.poll() is None
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
         try:
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
             connection.request("PUT", "/bucket")
             return connection.getresponse().status == 200
         except OSError:

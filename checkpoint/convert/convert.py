@@ -151,8 +151,10 @@ def convert(
     existed = work.exists()
     work.mkdir(exist_ok=True)
     journal: _Journal | None = None
+    nbytes = 0
     try:
         plan = make_plan(source.infos, work)
+        nbytes = plan.nbytes
         journal = _Journal(work, {**identity, "tensors": _identity(plan)}, existed=existed)
         writer = _Writer(source, plan, work, journal, threads, progress)
         resumed = writer.run()
@@ -167,7 +169,7 @@ def convert(
         if error.errno == errno.ENOSPC:
             _remove(work)
             raise CheckpointError(
-                f"OUT must have room for {plan.nbytes / 2**20:,.1f} MiB, but the disk of {out} is full; "
+                f"OUT must have room for {nbytes / 2**20:,.1f} MiB, but the disk of {out} is full; "
                 "free some or choose another disk"
             ) from error
         raise

@@ -5,16 +5,12 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
-
-from omegaconf import OmegaConf
 
 from regrow.checkpoint.inspect.compare import compare
 from regrow.checkpoint.inspect.maintenance import Row, list_steps, pin, prune, repair, show, tree, unpin, verify
 from regrow.checkpoint.scratch import clear_dead_scratch
-from regrow.checkpoint.storage.base import Storage
-from regrow.checkpoint.storage.opening import as_storage, is_url, open_storage
+from regrow.checkpoint.storage.opening import as_storage
 from regrow.launch.commands.convert import (
     ConversionRequest,
     add_conversions,
@@ -26,6 +22,7 @@ from regrow.launch.commands.convert import (
 from regrow.launch.config.errors import EXPLAINED
 from regrow.launch.exit_code import ExitCode
 from regrow.launch.run.logs import log_to_console
+from regrow.launch.run.stored_run import steps_place
 
 __all__ = ["main"]
 
@@ -80,20 +77,6 @@ def main() -> None:
     sys.exit(code)
 
 
-def _run_place(run: str) -> Storage:
-    """Where a run's stored config says that its steps lie; without one, the place itself."""
-    stored = Path(run) / "config.yaml"
-    if is_url(run) or not stored.is_file():
-        return as_storage(run)
-    config = OmegaConf.load(stored)
-    folder, name = str(config.checkpoint.folder), str(config.run.name)
-    if is_url(folder):
-        options = OmegaConf.to_container(config.checkpoint.storage_options)
-        assert isinstance(options, dict)
-        return open_storage(f"{folder.rstrip('/')}/{name}", {str(k): v for k, v in options.items()})
-    return as_storage(Path(run) / folder)
-
-
 def _print(args: argparse.Namespace, value: Any, lines: list[str]) -> None:
     if args.json:
         print(json.dumps(value))
@@ -129,7 +112,7 @@ def _age_text(seconds: float | None) -> str:
 
 
 def _ls(args: argparse.Namespace) -> int:
-    rows = list_steps(_run_place(args.run))
+    rows = list_steps(steps_place(as_storage(args.run)))
 
     def cells(row: Row) -> dict[str, str]:
         marks = [m for m, on in (("best", row.best), ("pinned", row.pinned)) if on]
@@ -171,7 +154,7 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    reports = verify(_run_place(args.place))
+    reports = verify(steps_place(as_storage(args.place)))
     lines = [
         f"{r['place']}: {'sound' if not r['problems'] else '; '.join(r['problems'])} "
         f"({r['tensors']} tensors, {size_text(r['bytes'])})"
@@ -191,7 +174,7 @@ def _diff(args: argparse.Namespace) -> int:
 
 
 def _prune(args: argparse.Namespace) -> int:
-    removed = prune(_run_place(args.run), args.keep_latest, args.keep_every, dry_run=args.dry_run)
+    removed = prune(steps_place(as_storage(args.run)), args.keep_latest, args.keep_every, dry_run=args.dry_run)
     word = "would remove" if args.dry_run else "removed"
     _print(args, {"removed": removed}, [f"{word} step {s}" for s in removed] or ["nothing to remove"])
     return 0
@@ -210,7 +193,7 @@ def _unpin(args: argparse.Namespace) -> int:
 
 
 def _repair(args: argparse.Namespace) -> int:
-    done = repair(_run_place(args.run)) + clear_dead_scratch()
+    done = repair(steps_place(as_storage(args.run))) + clear_dead_scratch()
     _print(args, {"done": done}, done or ["nothing to repair"])
     return 0
 

@@ -121,7 +121,7 @@ def run_folder_of(step: Storage) -> Path | None:
     return next((p for p in step.path.resolve().parents[:4] if (p / "config.yaml").is_file()), None)
 
 
-def model_of(place: str, forced: str | None, overrides: Collection[str] = ()) -> ModelConfig:
+def model_of(place: Storage | str, forced: str | None, overrides: Collection[str] = ()) -> ModelConfig:
     """The model that a checkpoint is of, of Regrow's or of a package that is named now.
 
     Args:

@@ -49,6 +49,7 @@ __all__ = [
     "buffers_of",
     "contradictions",
     "model_of_folder",
+    "model_on_meta",
     "open_weights",
     "shapes_of",
     "vocabulary_of",
@@ -160,21 +161,22 @@ def _with_either_name(
 
 def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Of all of a model's parameters, by name; tied ones once."""
-    return {name: tuple(p.shape) for name, p in _on_meta(config).named_parameters()}
+    return {name: tuple(p.shape) for name, p in model_on_meta(config).named_parameters()}
 
 
 def vocabulary_of(config: ModelConfig) -> tuple[str, ...]:
     """The names of the parameters whose rows are tokens."""
-    return _on_meta(config).vocabulary_parameters()
+    return model_on_meta(config).vocabulary_parameters()
 
 
 def buffers_of(config: ModelConfig) -> set[str]:
     """What a checkpoint of ours holds beside the parameters."""
-    model = _on_meta(config)
+    model = model_on_meta(config)
     return set(model.state_dict()) - {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
 
-def _on_meta(config: ModelConfig) -> LanguageModel:
+def model_on_meta(config: ModelConfig) -> LanguageModel:
+    """The model that a config describes, without memory."""
     with torch.device("meta"):
         return construct(config._target_, "model", LanguageModel, config)
 

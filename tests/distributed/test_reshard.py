@@ -78,6 +78,7 @@ def test_every_layout_passes_the_state_on_unchanged(corpus: Path, tmp_path: Path
     if not tied:
         overrides = [o for o in overrides if not o.startswith("model.vocab_size")]
     source: Path | None = None
+    first: dict[str, torch.Tensor] = {}
     for number, (world, degrees) in enumerate([(1, []), *CHAIN]):
         run_dir, target = tmp_path / f"run{number}", tmp_path / f"c{number}"
         run_dir.mkdir()

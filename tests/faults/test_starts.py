@@ -202,14 +202,15 @@ def test_a_restart_before_the_record_is_written_chooses_the_same_again(
 ) -> None:
     spec = spec_of(overrides(corpus, "train.steps=15", "run.resume=never"), run, 1)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "launch-1")
+    records = []
     for restart in ("0", "1"):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restart)
-        opened = open_spec(spec)
-        assert [x.origin for x in opened.record.lineages] == [StartKind.fresh, StartKind.fresh]
-    begin_run(spec.config_dict, run, TokenStore(spec.data_folder), spec.overrides, opened.record)
+        records.append(open_spec(spec).record)
+        assert [x.origin for x in records[-1].lineages] == [StartKind.fresh, StartKind.fresh]
+    begin_run(spec.config_dict, run, TokenStore(spec.data_folder), spec.overrides, records[-1])
     # From now on a restart goes on with it.
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
-    assert [x.id for x in open_spec(spec).record.lineages] == [x.id for x in opened.record.lineages]
+    assert [x.id for x in open_spec(spec).record.lineages] == [x.id for x in records[-1].lineages]
     # Another launch does what it is told.
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "launch-2")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")

@@ -141,7 +141,7 @@ def test_launch_imports_inside_functions_where_it_must() -> None:
                 assert lines[number - 1].lstrip().startswith("#"), f"{path}:{number + 1} has no reason"
 
 
-ROOMS = ("config", "run", "sweep", "commands")
+ROOMS = ("config", "run", "sweep", "commands", "api")
 
 
 def test_the_rooms_of_launch_import_downwards() -> None:
