@@ -20,7 +20,7 @@ FLOORS = {
         {"save"},
         {"convert", "inspect"},
     ],
-    "launch": [{"config"}, {"run"}, {"sweep"}, {"commands"}],
+    "launch": [{"config"}, {"run"}, {"sweep"}, {"commands"}, {"api"}],
 }
 
 
