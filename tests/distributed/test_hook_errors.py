@@ -120,7 +120,7 @@ def _fail_in_each(specs: Sequence[tuple[str, RankSpec]]) -> list[Seen]:
 
 def _specs(corpus: Path, folder: Path, world_size: int) -> list[tuple[str, RankSpec]]:
     overrides = tiny(
-        corpus, "data.global_batch_size=8", "train.steps=3", "checkpoint.interval=1", "hooks=none",
+        corpus, "data.global_batch_size=8", "train.steps=2", "checkpoint.interval=1", "hooks=none",
         "+hook@hooks.garbage=garbage", f"parallel.dp_shard={world_size}",
     )  # fmt: skip
     spec, specs = spec_of(overrides, folder, world_size), []
