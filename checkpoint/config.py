@@ -116,7 +116,7 @@ class KeepBestConfig(RetentionRuleConfig):
 
 @dataclass(kw_only=True, slots=True)
 class ExportConfig:
-    """Hugging Face folders made while training goes on, in `<run>/export/step-N/`.
+    """Hugging Face folders made during training, in `<run>/export/step-N/`.
 
     Attributes:
         every_n: export every so many steps, from the same snapshot as the step's checkpoint; 0 never does.
@@ -151,7 +151,7 @@ class CheckpointConfig:
         direct_io: write past the page cache.
         files_per_rank: a rank's share is written as so many files at once.
         commit_timeout_s: a step whose ranks have not all reported by then has failed.
-        lease_timeout_s: a writer on another host whose lease has not moved for so long is taken for dead; up to 3600.
+        lease_timeout_s: a writer on another host whose lease has not moved for so long counts as dead; up to 3600.
         keep_latest_k: newest steps to keep; 0 keeps all.
         load_only: resume, but never save.
         load_step: -1 for the newest, else the step to go back to; acts once.
@@ -204,8 +204,8 @@ class CheckpointConfig:
 
 @dataclass(kw_only=True, slots=True)
 class FinetuneConfig(CheckpointConfig):
-    """A policy whose `initial_load_path` must be given: checked by type, since in a merge a missing value gives way
-    to one that is there.
+    """A policy whose `initial_load_path` must be given: checked by type, since a merge replaces a missing value by
+    one that is there.
     """
 
     SCHEMA: ClassVar[tuple[str, str]] = ("checkpoint", "finetune_schema")

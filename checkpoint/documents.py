@@ -5,18 +5,22 @@ passed over; a field that is missing, of another type or out of its bounds makes
 """
 
 import json
+import re
 from typing import Annotated, Any, TypeVar
 
 import msgspec
 from msgspec import Meta
 
 __all__ = [
+    "LONGEST_FLAT_NAME",
     "Count",
     "DocumentError",
     "FileName",
     "FlatName",
     "Token",
     "convert_document",
+    "is_file_name",
+    "is_flat_name",
     "parse_json",
     "read_document",
 ]
@@ -26,11 +30,23 @@ T = TypeVar("T")
 # A number of bytes, items, steps or ranks.
 Count = Annotated[int, Meta(ge=0, le=2**62)]
 # The name of a file or folder that must stay in its folder: no separator, not `.` or `..`.
-FileName = Annotated[str, Meta(min_length=1, max_length=255, pattern=r"^(?!\.\.?\Z)[^/\\\x00]+\Z")]
+_FILE_NAME = r"^(?!\.\.?\Z)[^/\\\x00]{1,255}\Z"
+FileName = Annotated[str, Meta(min_length=1, max_length=255, pattern=_FILE_NAME)]
 # What ends up in a folder's name: letters, digits and hyphens.
 Token = Annotated[str, Meta(max_length=64, pattern=r"^[A-Za-z0-9_-]*\Z")]
 # A tensor's name.
-FlatName = Annotated[str, Meta(min_length=1, max_length=4096)]
+LONGEST_FLAT_NAME = 4096
+FlatName = Annotated[str, Meta(min_length=1, max_length=LONGEST_FLAT_NAME)]
+
+
+def is_file_name(text: str) -> bool:
+    """Whether a text from a file of another program names a file beside it: no path, and on one line."""
+    return re.match(_FILE_NAME, text) is not None and text.isprintable()
+
+
+def is_flat_name(text: str) -> bool:
+    """Whether a text from a file of another program can be a tensor's name: of one line, and not too long."""
+    return 0 < len(text) <= LONGEST_FLAT_NAME and text.isprintable()
 
 
 class DocumentError(ValueError):
@@ -41,7 +57,7 @@ def parse_json(body: bytes) -> Any:
     """The value of a JSON document.
 
     Raises:
-        DocumentError: it is none: cut short, not UTF-8, nested too deeply, a number of too many digits.
+        DocumentError: it is not JSON: cut short, not UTF-8, nested too deeply, a number of too many digits.
     """
     try:
         return json.loads(body)

@@ -24,9 +24,14 @@ class OtherFormatError(CheckpointError):
 class StepNotFoundError(CheckpointError, FileNotFoundError):
     """The step asked for is not there."""
 
-    def __init__(self, step: int, available: Sequence[int], folder: str) -> None:
+    def __init__(
+        self, step: int, available: Sequence[int], folder: str, setting: str = "checkpoint.load_step"
+    ) -> None:
         there = ", ".join(str(s) for s in available) or "none"
-        super().__init__(
-            f"checkpoint.load_step must be one of the steps in {folder} ({there}), but is {step}; "
-            "choose one of these or -1 for the newest"
-        )
+        remedy = "choose one of these" + (" or -1 for the newest" if setting == "checkpoint.load_step" else "")
+        super().__init__(f"{setting} must be one of the steps in {folder} ({there}), but is {step}; {remedy}")
+        self._given = (step, tuple(available), folder, setting)
+
+    def __reduce__(self) -> tuple[type["StepNotFoundError"], tuple[object, ...]]:
+        # An error travels between ranks by what it was made of.
+        return type(self), self._given

@@ -4,10 +4,14 @@ import errno
 import json
 import os
 import stat
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from regrow.checkpoint.documents import parse_json
+from regrow.checkpoint.processes import process_tag
 
 __all__ = [
     "SMALL_FILE_BYTES",
@@ -17,6 +21,7 @@ __all__ = [
     "open_regular",
     "read_json",
     "read_regular",
+    "temporary_path",
     "write_json",
 ]
 
@@ -88,9 +93,14 @@ def fsync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def temporary_path(path: Path) -> Path:
+    """A new name beside `path` for what will be renamed to it; it says whose it is, so that it can be cleared."""
+    return path.with_name(f".{path.name}.{process_tag()}.{uuid.uuid4().hex[:8]}.tmp")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Replaces `path` by `value` as JSON: readers see the old file or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     try:
         with naming(path), temporary.open("w") as out:
             json.dump(value, out, indent=1)
@@ -111,6 +121,6 @@ def read_json(path: Path) -> Any:
 
     Raises:
         OSError: it cannot be read, or is not a regular file.
-        ValueError: it is no JSON.
+        DocumentError: it is no JSON.
     """
-    return json.loads(read_regular(path))
+    return parse_json(read_regular(path))

@@ -17,7 +17,7 @@ def boot_id() -> str:
 
 
 def pid_namespace() -> str:
-    """Within which process ids mean something; empty where nobody can say."""
+    """The namespace in which process ids are unique; empty where it is not known."""
     try:
         return str(Path("/proc/self/ns/pid").readlink())
     except OSError:

@@ -1,4 +1,4 @@
-"""What a process keeps outside its run while it lives: named by its owner, so that a later start can clear it."""
+"""Temporary files outside the run: named after their process, so that a later start can remove what a kill left."""
 
 import logging
 import os
@@ -57,8 +57,8 @@ def clear_dead_scratch() -> list[str]:
         One line for each thing removed.
     """
     done = []
-    for place, names in ((Path(tempfile.gettempdir()), _FOLDER), (_SEMAPHORES, _SEMAPHORE)):
-        for path in _owned_by_the_dead(place, names):
+    for parent, names in ((Path(tempfile.gettempdir()), _FOLDER), (_SEMAPHORES, _SEMAPHORE)):
+        for path in _owned_by_the_dead(parent, names):
             try:
                 if names is _FOLDER:
                     shutil.rmtree(path)
@@ -71,9 +71,9 @@ def clear_dead_scratch() -> list[str]:
     return done
 
 
-def _owned_by_the_dead(place: Path, names: re.Pattern[str]) -> list[Path]:
+def _owned_by_the_dead(parent: Path, names: re.Pattern[str]) -> list[Path]:
     try:
-        found = [(path, match[1]) for path in place.iterdir() if (match := names.fullmatch(path.name))]
+        found = [(path, match[1]) for path in parent.iterdir() if (match := names.fullmatch(path.name))]
     except OSError:
         return []
     kind = stat.S_ISDIR if names is _FOLDER else stat.S_ISREG
@@ -81,7 +81,7 @@ def _owned_by_the_dead(place: Path, names: re.Pattern[str]) -> list[Path]:
 
 
 def _is_own(path: Path, is_kind: Any) -> bool:
-    """Whether it is this user's and no link: the places are everybody's."""
+    """Whether it is this user's and no link: these folders are shared by all users."""
     try:
         status = path.lstat()
     except OSError:

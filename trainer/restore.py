@@ -2,22 +2,22 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, final
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from regrow.checkpoint.documents import DocumentError
 from regrow.checkpoint.errors import CheckpointError, DamagedStepError
-from regrow.checkpoint.format.manifest import read_manifest
+from regrow.checkpoint.format.stored_step import StoredStep, is_verified
 from regrow.checkpoint.format.tensor_source import TensorSource
+from regrow.checkpoint.load.agreement import load_agreed, storage_errors
 from regrow.checkpoint.load.initial_load import LoadRules, load_from, pin_source, stored_step
-from regrow.checkpoint.load.loading import is_verified, load_tensors
+from regrow.checkpoint.load.loading import load_step
 from regrow.checkpoint.policy.lineage import StartKind, StartPoint, start_point
-from regrow.checkpoint.run.catalog import Catalog
+from regrow.checkpoint.run.catalog import Catalog, Scan
 from regrow.checkpoint.run.reader_lock import reading
 from regrow.checkpoint.storage.base import Storage
 from regrow.checkpoint.storage.opening import open_storage
@@ -64,6 +64,8 @@ class Restorer:
         self._catalog = Catalog(plan.folder, plan.reader_timeout_s)
         # Found damaged at this start, with the reason.
         self._damaged: dict[int, str] = {}
+        # On rank 0: each step's manifest, read once.
+        self._scan: Scan | None = None
         self._start = StartPoint(kind=StartKind.fresh)
 
     def restore(
@@ -84,22 +86,16 @@ class Restorer:
             CheckpointError: on all ranks alike, where there is nothing to go on from as asked.
         """
         target = _Target(context=context, engine=engine, optimizer=optimizer, steps=steps)
-        while True:
-            start = self._agree_on_start(context, self._damaged)
-            source, state, error = self._try_start(target, start)
-            # Loading is verifying: all ranks go on with a step, or none does.
-            answers: list[CheckpointError | None] = [None] * context.world_size
-            dist.all_gather_object(answers, error, group=context.cpu_group)
-            problem = next((a for a in answers if a is not None), None)
-            if problem is None:
-                break
-            if not isinstance(problem, DamagedStepError) or not self._may_fall_back(start):
-                raise problem
-            self._damaged[start.step] = str(problem)
+        loaded = load_agreed(
+            self._choose_start,
+            lambda start: self._load_start(target, start),
+            self._replaceable,
+            context.cpu_group,
             # What the damaged step has left in the moments is not the next one's, which may hold weights alone.
-            optimizer.reset()
-            if context.is_main:
-                log.warning("%s", problem)
+            before_retry=optimizer.reset,
+        )
+        start, self._damaged = loaded.choice, loaded.damaged
+        source, state = loaded.result
         self._start = start
         if context.is_main:
             without = f", without {', '.join(start.exclude)}" if start.exclude else ""
@@ -116,30 +112,15 @@ class Restorer:
         """
         if self._plan.ticket is not None:
             self._plan.ticket.check_not_taken(self._plan.folder)
-        for line in self._catalog.clean_up(self._plan.lineages, self._damaged):
+        scan = self._scanned()
+        for line in self._catalog.clean_up(self._plan.lineages, self._damaged, scan):
             log.warning("%s", line)
-        entries = self._catalog.entries(self._plan.lineages)
+        entries = [e for e in scan.line(self._plan.lineages) if e.step not in self._damaged]
         self._leave_weights(self._start, [e.step for e in entries if not e.resumable])
-
-    def _agree_on_start(self, context: ParallelContext, damaged: Mapping[int, str]) -> StartPoint:
-        """Rank 0's choice on all ranks, or its error."""
-        choice: list[StartPoint | CheckpointError | None] = [None]
-        if context.is_main:
-            try:
-                choice[0] = self._choose_start(damaged)
-            except CheckpointError as error:
-                choice[0] = error
-            except OSError as error:
-                choice[0] = CheckpointError(f"{self._plan.folder.url} cannot be read: {error}; check the storage")
-        dist.broadcast_object_list(choice, group=context.cpu_group, group_src=0)
-        if isinstance(choice[0], CheckpointError):
-            raise choice[0]
-        assert choice[0] is not None
-        return choice[0]
 
     def _choose_start(self, damaged: Mapping[int, str]) -> StartPoint:
         """Rank 0's choice; changes nothing, so that a start that is refused leaves the run as it was."""
-        entries = [e for e in self._catalog.entries(self._plan.lineages) if e.step not in damaged]
+        entries = [e for e in self._scanned().line(self._plan.lineages) if e.step not in damaged]
         resumable = [(e.step, e.manifest.lineage) for e in entries if e.resumable]
         start = start_point(self._plan.lineages, resumable)
         if damaged and start.kind is not StartKind.step:
@@ -161,47 +142,50 @@ class Restorer:
             )
         return start
 
-    def _may_fall_back(self, start: StartPoint) -> bool:
-        """Whether another step may be taken instead: only where the user did not name this one."""
+    def _scanned(self) -> Scan:
+        """What lies in the folder; looked at once, since nothing is written there before the start is over."""
+        if self._scan is None:
+            try:
+                self._scan = self._catalog.scan()
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self._plan.folder.url} cannot be read: {error}; check the storage"
+                ) from error
+        return self._scan
+
+    def _replaceable(self, start: StartPoint) -> int | None:
+        """The step that another one may be taken for: only where the user did not name this one."""
         lineage = self._plan.lineages[-1]
         named = lineage.origin is StartKind.step and start.step == lineage.origin_step
-        return start.kind is StartKind.step and not (named and lineage.request.load_step >= 0)
+        may = start.kind is StartKind.step and not (named and lineage.request.load_step >= 0)
+        return start.step if may else None
 
-    def _try_start(self, target: _Target, start: StartPoint) -> tuple[str, TrainState | None, CheckpointError | None]:
-        """Brings the tensors to a starting point; returns where from, the state there, and what was wrong."""
+    def _load_start(self, target: _Target, start: StartPoint) -> tuple[str, TrainState | None]:
+        """Brings the tensors to a starting point; returns where from, and the state there."""
         if start.kind is StartKind.fresh:
-            return "fresh weights", None, None
+            return "fresh weights", None
         if start.kind is StartKind.step:
-            place, source = self._catalog.step_place(start.step), f"step {start.step} of"
-        else:
-            assert start.path is not None
-            place, source = open_storage(start.path, self._plan.storage_options), "initial load from"
-        source = f"{source} {place.url}"
-        state: TrainState | None = None
-        try:
-            verified = is_verified(place)
-            source += f", {'verified' if verified else 'unverified'}"
+            folder = self._catalog.step_place(start.step)
+            with storage_errors(folder):
+                step = self._open_step(start.step, folder)
+                with _locked(folder, target.context):
+                    state = self._load(target, step, start)
+            return f"step {start.step} of {folder.url}, verified", state
+        assert start.path is not None
+        folder = open_storage(start.path, self._plan.storage_options)
+        with storage_errors(folder):
+            verified = is_verified(folder)
+            source = f"initial load from {folder.url}, {'verified' if verified else 'unverified'}"
             source += ", model only" if start.model_only else ""
             source += ", Hugging Face" if start.in_hf else ""
-            # One lock keeps the step for all ranks, which end their reading together.
-            with reading(place) if target.context.is_main and verified else nullcontext():
-                if start.kind is StartKind.initial:
-                    found, state = self._load_initial(target, place, start)
-                    source += found
-                else:
-                    state = self._load(target, place, start)
-        except CheckpointError as error:
-            # Without its cause, which may not travel to the other ranks.
-            kind = DamagedStepError if isinstance(error, DamagedStepError) else CheckpointError
-            return source, None, kind(str(error))
-        except OSError as error:
-            if place.is_remote:
-                # Which says nothing of the step.
-                problem = f"{place.url} cannot be read ({error}); check the storage and try again"
-                return source, None, CheckpointError(problem)
-            # What cannot be read is as good as damaged.
-            return source, None, DamagedStepError(f"{place.url} cannot be read ({error}); use another step")
-        return source, state, None
+            with _locked(folder, target.context) if verified else nullcontext():
+                found, state = self._load_initial(target, folder, start)
+        return source + found, state
+
+    def _open_step(self, number: int, folder: Storage) -> StoredStep:
+        """The step; rank 0 has opened it to choose it, the others do so once."""
+        known = [] if self._scan is None else [s for s in self._scan.complete if s.step == number]
+        return known[0] if known else StoredStep.open(folder, check_files=False)
 
     def _load_initial(self, target: _Target, place: Storage, start: StartPoint) -> tuple[str, TrainState | None]:
         """Starts from a checkpoint elsewhere; says how much of the model was found there, where that is not all."""
@@ -221,30 +205,31 @@ class Restorer:
             wanted, names = optimizer_tensors(target.optimizer), set(source.infos)
             # Preflight has looked for those of all parameters that are there.
             load_from(source, {n: t for n, t in wanted.items() if n in names}, LoadRules())
-        stored = read_manifest(place, check_files=False).train_state if is_verified(place) else {}
+        opened = StoredStep.find(place, check_files=False)
+        stored = opened.train_state if opened is not None else {}
         # Others' samples have another order than ours, which begins anew then.
-        saved = _parse_state(place, stored) if stored else TrainState(step=stored_step(source) or 0)
+        saved = _parse_state(place.url, stored) if stored else TrainState(step=stored_step(source) or 0)
         if not stored:
             saved.schedule_total = target.steps
         return self._as_started(target.steps, saved, start)
 
-    def _load(self, target: _Target, place: Storage, start: StartPoint) -> TrainState | None:
+    def _load(self, target: _Target, step: StoredStep, start: StartPoint) -> TrainState | None:
         """Loads one of the run's own steps; the state there, None for weights alone."""
         tensors, counters = model_tensors(target.engine.model), dict[str, Tensor]()
-        manifest, saved = read_manifest(place, check_files=False), None
-        if manifest.kind == "model":
-            log.info("%s is a seed checkpoint: weights alone", place.url)
+        saved = None
+        if step.kind == "model":
+            log.info("%s is a seed checkpoint: weights alone", step.url)
         else:
             if "optimizer" not in start.exclude:
                 tensors |= optimizer_tensors(target.optimizer)
-            saved = _parse_state(place, manifest.train_state)
-            if target.context.is_main and manifest.train_state:
+            saved = _parse_state(step.url, step.train_state)
+            if target.context.is_main and step.train_state:
                 counters = {n: torch.zeros_like(t) for n, t in counter_tensors(saved).items()}
         # A run's own step holds what its model has; other starts say themselves what they leave out.
-        load_tensors(place, tensors | counters, target.context.cpu_group, target.engine.names)
+        load_step(step, tensors | counters, target.context.cpu_group, target.engine.names)
         if saved is None:
             return None
-        _check_counters(place, saved, counters)
+        _check_counters(step.url, saved, counters)
         return self._as_started(target.steps, saved, start)
 
     def _as_started(self, steps: int, saved: TrainState, start: StartPoint) -> TrainState:
@@ -289,14 +274,21 @@ class Restorer:
                 )
 
 
-def _parse_state(place: Storage, values: Mapping[str, Any]) -> TrainState:
+@contextmanager
+def _locked(folder: Storage, context: ParallelContext) -> Iterator[None]:
+    """One lock keeps the step for all ranks, which end their reading together."""
+    with reading(folder) if context.is_main else nullcontext():
+        yield
+
+
+def _parse_state(url: str, values: Mapping[str, Any]) -> TrainState:
     try:
         return TrainState.from_json(values)
     except DocumentError as error:
-        raise DamagedStepError(f"the train state of {place.url} is damaged ({error}); use another step") from error
+        raise DamagedStepError(f"the train state of {url} is damaged ({error}); use another step") from error
 
 
-def _check_counters(place: Storage, state: TrainState, stored: Mapping[str, Tensor]) -> None:
+def _check_counters(url: str, state: TrainState, stored: Mapping[str, Tensor]) -> None:
     """Whether the train state of a manifest is the one among the tensors.
 
     Raises:
@@ -306,6 +298,5 @@ def _check_counters(place: Storage, state: TrainState, stored: Mapping[str, Tens
     wrong = [name for name, value in stored.items() if not torch.equal(value, expected[name])]
     if wrong:
         raise DamagedStepError(
-            f"{wrong[0]} in {place.url} must be what its manifest says, but is {int(stored[wrong[0]])}; use another "
-            "step"
+            f"{wrong[0]} in {url} must be what its manifest says, but is {int(stored[wrong[0]])}; use another step"
         )

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from regrow.checkpoint.documents import Count, convert_document
+from regrow.checkpoint.policy.best import BestMetric
 
 __all__ = ["TrainState"]
 
@@ -44,8 +45,8 @@ class TrainState:
 
     def note_best(self, name: str, value: float | None, *, lower_is_better: bool) -> None:
         """Remembers a metric's value where it is the best so far; one that is not a number never is."""
-        best = self.best.get(name)
-        if value is not None and value == value and (best is None or (value < best) == lower_is_better):
+        metric = BestMetric(metric=name, lower_is_better=lower_is_better)
+        if value is not None and metric.improves(value, self.best.get(name)):
             self.best[name] = value
 
     def without(self, exclude: tuple[str, ...], *, schedule_total: int) -> "TrainState":

@@ -212,20 +212,20 @@ def _finish_step(
     objects: Mapping[str, Any],
 ) -> None:
     """The ranks' manifests, and what makes a step of them."""
-    place = LocalStorage(folder)
+    storage = LocalStorage(folder)
     reports, items = [], []
     for rank, plan in enumerate(plans):
         names = [file_name(rank, 0)][: len(plan.file_bytes)]
         body = rank_manifest(plan, names, [hashes[item.chunk.name] for item in plan.items])
-        place.write(rank_manifest_name(rank), body, flush=False)
+        storage.write(rank_manifest_name(rank), body, flush=False)
         reports.append(report_of(body))
         items += parse_rank_manifest(body)
     metadata = None
     if objects:
         metadata, stored = _with_objects(metadata_of(items), objects)
-        place.write(_OBJECTS, stored, flush=False)
+        storage.write(_OBJECTS, stored, flush=False)
         reports[0]["files"][_OBJECTS] = len(stored)
-    complete_step(place, manifest, reports, metadata)
+    complete_step(storage, manifest, reports, metadata)
 
 
 _OBJECTS = "__objects.distcp"

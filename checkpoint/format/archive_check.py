@@ -24,12 +24,12 @@ _GAP_BYTES = 1 << 20
 
 
 def stream_problems(
-    place: Storage, items: Sequence[StoredChunk], sizes: dict[str, int], torch_version: str
+    folder: Storage, items: Sequence[StoredChunk], sizes: dict[str, int], torch_version: str
 ) -> list[str]:
     """What is wrong around the tensors' bytes, a sentence each.
 
     Args:
-        place: the step.
+        folder: the step.
         items: all of its chunks, whose data were verified.
         sizes: bytes of its files.
         torch_version: that wrote it. Another one's streams may have other heads and tails, and are read by torch.
@@ -40,13 +40,13 @@ def stream_problems(
     problems: list[str] = []
     for name, stored in sorted(by_file.items()):
         stored.sort(key=lambda i: i.start)
-        with place.open(name) as file:
+        with folder.open(name) as file:
             for item in stored:
                 if not _is_framed(file, item) and (_minor(torch_version) == _OWN or not _is_read(file, item)):
-                    problems.append(f"the stream of {item.name} in {place.url}/{name} is damaged around its data")
+                    problems.append(f"the stream of {item.name} in {folder.url}/{name} is damaged around its data")
             for start, stop in _gaps(stored, sizes.get(name, 0)):
                 if any(any(_read(file, at, min(_GAP_BYTES, stop - at))) for at in range(start, stop, _GAP_BYTES)):
-                    problems.append(f"{place.url}/{name} must hold zeros from byte {start} to {stop}, but does not")
+                    problems.append(f"{folder.url}/{name} must hold zeros from byte {start} to {stop}, but does not")
     return problems
 
 

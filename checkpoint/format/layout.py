@@ -11,10 +11,10 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import Placement, Shard
 
 from regrow.checkpoint.format.torch_archive import frame_of
+from regrow.checkpoint.storage.base import PAGE
 from regrow.torch_compat import StridedShard
 
 __all__ = [
-    "PAGE",
     "Chunk",
     "Item",
     "LayoutKey",
@@ -30,7 +30,6 @@ __all__ = [
 ]
 
 _ALIGN = 64
-PAGE = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,12 +148,12 @@ def writer_of(name: str, tensor: Tensor, owner_ranks: Sequence[int]) -> int:
     mesh = tensor.device_mesh
     coordinate = mesh.get_coordinate()
     assert coordinate is not None, "a rank outside of the mesh holds no part"
-    place = list(coordinate)
+    writer = list(coordinate)
     for axis, placement in enumerate(tensor.placements):
         if isinstance(placement, Replicate):
-            place[axis] = pick % mesh.size(axis)
+            writer[axis] = pick % mesh.size(axis)
             pick //= mesh.size(axis)
-    return int(mesh.mesh[tuple(place)].item())
+    return int(mesh.mesh[tuple(writer)].item())
 
 
 LayoutKey = tuple[tuple[object, ...], ...]

@@ -19,7 +19,7 @@ from msgspec import Meta
 from regrow.checkpoint.documents import Count, DocumentError, FileName, Token, convert_document, parse_json
 from regrow.checkpoint.errors import DamagedStepError, OtherFormatError
 from regrow.checkpoint.policy.lineage import Lineage, check_lineages
-from regrow.checkpoint.storage.base import Storage
+from regrow.checkpoint.storage.base import COMMIT_FILE, Storage
 from regrow.checkpoint.storage.opening import as_storage
 
 __all__ = ["FORMAT", "MANIFEST", "Manifest", "checksum", "read_manifest", "write_manifest"]
@@ -27,7 +27,7 @@ __all__ = ["FORMAT", "MANIFEST", "Manifest", "checksum", "read_manifest", "write
 FORMAT = 4
 # Format 3 has neither the run's id nor its config and lineages.
 _READABLE = (3, FORMAT)
-MANIFEST = "manifest.json"
+MANIFEST = COMMIT_FILE
 # A rank is named in it twice, a config is some thousand bytes.
 _LIMIT_BYTES = 64 << 20
 
@@ -47,7 +47,7 @@ class Manifest:
         layout: degrees that wrote it.
         ranks: how many wrote it, `rank-0.json` and so on.
         writer: is in the names of the ranks' files where a step is written under its final name, so that a paused
-            writer that wakes up replaces nobody else's; empty elsewhere.
+            writer that wakes up replaces no other writer's; empty elsewhere.
         data_fingerprint: identifies the data and the tokenizer.
         config_hash: hash of identity and hyperparameters.
         model: the model's config, as plain JSON; empty where it is not known.
@@ -84,7 +84,7 @@ def checksum(body: Mapping[str, Any]) -> str:
     return str(xxhash.xxh3_128_hexdigest(canonical.encode()))
 
 
-def write_manifest(place: Storage | Path | str, manifest: Manifest) -> None:
+def write_manifest(location: Storage | Path | str, manifest: Manifest) -> None:
     """Writes `manifest.json` into a step's folder, durable when it returns.
 
     Raises:
@@ -95,7 +95,7 @@ def write_manifest(place: Storage | Path | str, manifest: Manifest) -> None:
     # Not every reader of JSON takes numbers that are none.
     body["metrics"] = {n: v for n, v in manifest.metrics.items() if math.isfinite(v)}
     text = json.dumps({"checksum": checksum(body), **body}, indent=1).encode()
-    storage = as_storage(place)
+    storage = as_storage(location)
     if storage.renames:
         storage.write(MANIFEST, text)
     elif not storage.create(MANIFEST, text) and storage.read(MANIFEST) != text:
@@ -103,11 +103,11 @@ def write_manifest(place: Storage | Path | str, manifest: Manifest) -> None:
         raise FileExistsError(errno.EEXIST, f"{storage.url} is complete already")
 
 
-def read_manifest(place: Storage | Path | str, *, check_files: bool = True) -> Manifest:
+def read_manifest(location: Storage | Path | str, *, check_files: bool = True) -> Manifest:
     """Reads and checks a step's manifest and the presence and size of its files.
 
     Args:
-        place: the step's folder.
+        location: the step's folder.
         check_files: where many ranks read a step, one of them looks at all of its files.
 
     Raises:
@@ -116,7 +116,7 @@ def read_manifest(place: Storage | Path | str, *, check_files: bool = True) -> M
         OtherFormatError: another version wrote it.
         OSError: it cannot be read.
     """
-    storage = as_storage(place)
+    storage = as_storage(location)
     path = f"{storage.url}/{MANIFEST}"
     try:
         document = parse_json(storage.read(MANIFEST, _LIMIT_BYTES))

@@ -10,17 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, final
 
-import xxhash
-
 from regrow.checkpoint.documents import Count, DocumentError, FileName, FlatName, read_document
 from regrow.checkpoint.errors import CheckpointError, DamagedStepError
-from regrow.checkpoint.format.manifest import Manifest
-from regrow.checkpoint.format.rank_manifest import rank_manifest_name
 from regrow.checkpoint.format.torch_file import TorchArchive, plain_value
 from regrow.checkpoint.storage.base import RangeReader, Storage
 
-__all__ = ["MemoryFile", "StoredObject", "objects_file_name", "place_objects", "read_object", "read_objects",
-           "with_objects"]  # fmt: skip
+__all__ = ["MemoryFile", "StoredObject", "objects_file_name", "parse_objects", "place_objects",
+           "read_object", "with_objects"]  # fmt: skip
 
 
 @final
@@ -78,7 +74,7 @@ def objects_file_name(rank: int) -> str:
 
 
 def place_objects(file: str, streams: Mapping[str, bytes]) -> list[StoredObject]:
-    """Where `torch.save` streams come to lie one behind the other, and what they hold.
+    """Where `torch.save` streams are placed one after another, and what they hold.
 
     Args:
         file: theirs.
@@ -127,25 +123,13 @@ def with_objects(body: bytes, objects: Sequence[StoredObject]) -> bytes:
     return json.dumps(document).encode()
 
 
-def read_objects(storage: Storage, manifest: Manifest) -> dict[str, StoredObject]:
-    """The objects of a step of ours.
+def parse_objects(body: bytes) -> dict[str, StoredObject]:
+    """The objects in a rank's manifest, by flat name.
 
     Raises:
-        DamagedStepError: a rank's manifest is not what was written.
+        DocumentError: it is no such document.
     """
-    found: dict[str, StoredObject] = {}
-    for rank in range(manifest.ranks):
-        name = rank_manifest_name(rank, manifest.writer)
-        body = storage.read(name, manifest.files.get(name, 0))
-        try:
-            if xxhash.xxh3_128_hexdigest(body) != manifest.hashes.get(name):
-                raise DocumentError("it does not match its hash")
-            found |= {stored.name: stored for stored in read_document(body, _RankDocument).objects}
-        except DocumentError as error:
-            raise DamagedStepError(
-                f"{storage.url}/{name} must be a rank's manifest, but {error}; the step is damaged, use another one"
-            ) from error
-    return found
+    return {stored.name: stored for stored in read_document(body, _RankDocument).objects}
 
 
 def read_object(storage: Storage, stored: StoredObject) -> Any:

@@ -2,12 +2,15 @@
 
 import re
 
-__all__ = ["METADATA", "is_leftover", "parse_leftover", "parse_step_name", "step_folder_name"]
+__all__ = ["METADATA", "is_leftover", "parse_leftover", "parse_set_aside", "parse_step_name", "step_folder_name"]
 
+# The file in which DCP describes a checkpoint; its own spelling is private.
 METADATA = ".metadata"
 
 # One spelling a number: `step-021`, other scripts' digits and numbers beyond 18 digits are not steps.
 _STEP = re.compile(r"step-(0|[1-9][0-9]{0,17})")
+# Where the name is taken in `set-aside`, a number follows.
+_SET_ASIDE = re.compile(rf"{_STEP.pattern}(\.[0-9]+)?")
 _LEFTOVER = re.compile(rf"{_STEP.pattern}\.(partial|removing)-.*", re.DOTALL)
 
 
@@ -25,6 +28,12 @@ def parse_step_name(name: str) -> int | None:
 def parse_leftover(name: str) -> int | None:
     """The number of the step that a folder of a cut save or removal is of; None for any other name."""
     found = _LEFTOVER.fullmatch(name)
+    return int(found[1]) if found else None
+
+
+def parse_set_aside(name: str) -> int | None:
+    """The number of a step that was set aside; None for any other name."""
+    found = _SET_ASIDE.fullmatch(name)
     return int(found[1]) if found else None
 
 

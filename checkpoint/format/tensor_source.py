@@ -2,41 +2,35 @@
 
 import itertools
 import math
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
 
+from regrow.checkpoint.errors import CheckpointError
+from regrow.checkpoint.storage.base import RangeReader
+
 __all__ = [
-    "LONGEST_FLAT_NAME",
     "MOST_DIMS",
     "Box",
     "TensorInfo",
     "TensorSource",
-    "is_file_name",
+    "rows_of",
     "segments",
     "whole",
 ]
 
 # What a file that is read may say of a tensor: torch takes no more dimensions.
 MOST_DIMS = 64
-LONGEST_FLAT_NAME = 4096
+# What a thread holds of a tensor while it copies it.
+_PIECE_BYTES = 32 << 20
 
 # For each dimension (start, stop).
 Box = tuple[tuple[int, int], ...]
-
-
-_FILE_NAME = re.compile(r"(?!\.\.?\Z)[^/\\\x00]{1,255}")
-
-
-def is_file_name(text: str) -> bool:
-    """Whether a text that a file holds names a file beside it: no path, and on one line."""
-    return _FILE_NAME.fullmatch(text) is not None and text.isprintable()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,8 +65,20 @@ class TensorSource(ABC):
             CheckpointError: the bytes are not there, or not those that were written.
         """
 
+    def read_into(self, name: str, box: Box, target: Tensor) -> None:
+        """Copies a box into memory of its shape, cast to its type, in pieces that bound what is held beside it.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        for piece in segments(box, self.infos[name].dtype.itemsize, _PIECE_BYTES):
+            part = target
+            for dim, ((start, stop), (origin, _)) in enumerate(zip(piece, box, strict=True)):
+                part = part.narrow(dim, start - origin, stop - start)
+            part.copy_(self.read(name, piece))
+
     def close(self) -> None:
-        """Gives back what is open."""
+        """Closes open files."""
         return
 
     def __enter__(self) -> Self:
@@ -108,3 +114,32 @@ def segments(box: Box, itemsize: int, limit: int) -> Iterator[Box]:
     for prefix in itertools.product(*outer):
         for low in range(start, stop, run):
             yield (*prefix, (low, min(low + run, stop)), *box[cut + 1 :])
+
+
+def rows_of(file: RangeReader, start: int, info: TensorInfo, box: Box, what: str) -> Tensor:
+    """A box out of raw bytes that begin at `start`: its rows are read whole, then narrowed.
+
+    Raises:
+        CheckpointError: the file ends too soon.
+    """
+    if not box:
+        return _read_raw(file, start, info.nbytes, what).view(info.dtype).view(())
+    shape, cut = info.shape, box
+    # A single index of the first dimensions is one range of bytes further in.
+    while len(cut) > 1 and cut[0][1] - cut[0][0] == 1:
+        start += cut[0][0] * info.dtype.itemsize * math.prod(shape[1:])
+        shape, cut = shape[1:], cut[1:]
+    row = info.dtype.itemsize * math.prod(shape[1:])
+    first, last = cut[0]
+    raw = _read_raw(file, start + first * row, (last - first) * row, what)
+    values = raw.view(info.dtype).view(last - first, *shape[1:])
+    for dim, (low, high) in enumerate(cut[1:], start=1):
+        values = values.narrow(dim, low, high - low)
+    return values.contiguous().view([stop - start for start, stop in box])
+
+
+def _read_raw(file: RangeReader, start: int, size: int, what: str) -> Tensor:
+    raw = torch.empty(size, dtype=torch.uint8)
+    if file.read_into(start, memoryview(cast(Any, raw.numpy()))) < size:
+        raise CheckpointError(f"{what} is cut short; copy or download it again")
+    return raw

@@ -15,11 +15,10 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from regrow.checkpoint.documents import DocumentError
+from regrow.checkpoint.documents import LONGEST_FLAT_NAME, DocumentError
 from regrow.checkpoint.files import SMALL_FILE_BYTES
 from regrow.checkpoint.format.inert_pickle import Global, Pairs, PickleReader, Record, Reference, describe, shortened
-from regrow.checkpoint.format.tensor_source import LONGEST_FLAT_NAME, MOST_DIMS, Box, TensorInfo
-from regrow.checkpoint.sources.safetensors import rows_of
+from regrow.checkpoint.format.tensor_source import MOST_DIMS, Box, TensorInfo, rows_of
 from regrow.checkpoint.storage.base import RangeReader
 
 __all__ = [
@@ -199,7 +198,7 @@ class TorchArchive:
         value: what its pickle describes.
 
     Raises:
-        DocumentError: it is none, or not one that can be read without running it.
+        DocumentError: it is not one, or cannot be read without running it.
     """
 
     def __init__(self, file: RangeReader, start: int, size: int) -> None:
@@ -335,7 +334,7 @@ class TorchArchive:
         """The place of one tensor of the pickle's.
 
         Raises:
-            DocumentError: it is none, or does not lie in the file.
+            DocumentError: it is not one, or is not in the file.
         """
         for _ in range(4):
             if not isinstance(value, Record) or value.what not in (
@@ -425,7 +424,7 @@ def shape_of(value: Any) -> tuple[int, ...]:
     """A pickled shape, offset or stride.
 
     Raises:
-        DocumentError: it is none.
+        DocumentError: it is not one.
     """
     if isinstance(value, Record) and value.what == _SIZE and len(value.args) == 1:
         value = value.args[0]
@@ -438,7 +437,7 @@ def dtype_of(value: Any) -> torch.dtype:
     """A pickled dtype.
 
     Raises:
-        DocumentError: it is none, or not one that a tensor in a file can have.
+        DocumentError: it is not one, or not one that a tensor in a file can have.
     """
     if not isinstance(value, Global) or value.module != "torch" or value.name not in TORCH_DTYPES:
         raise DocumentError(f"{describe(value)} is no dtype")

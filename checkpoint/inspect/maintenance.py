@@ -1,6 +1,5 @@
 """Looking after the steps of a folder: listing, verifying, pinning, pruning, repairing. No run is needed for it."""
 
-import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,19 +10,21 @@ from typing import Any
 from regrow.checkpoint.config import KeepEveryNConfig
 from regrow.checkpoint.errors import CheckpointError, OtherFormatError
 from regrow.checkpoint.format.archive_check import stream_problems
-from regrow.checkpoint.format.manifest import Manifest, read_manifest
-from regrow.checkpoint.format.objects import read_object, read_objects
+from regrow.checkpoint.format.manifest import MANIFEST
 from regrow.checkpoint.format.step_name import (
     METADATA,
     is_leftover,
     parse_leftover,
+    parse_set_aside,
     parse_step_name,
     step_folder_name,
 )
+from regrow.checkpoint.format.stored_step import StoredStep, is_verified
 from regrow.checkpoint.format.tensor_source import TensorSource, segments, whole
-from regrow.checkpoint.load.loading import is_incomplete, is_verified, read_items
+from regrow.checkpoint.load.locate import is_incomplete
 from regrow.checkpoint.load.open_source import DcpSource, StepSource, open_source
-from regrow.checkpoint.policy.retention import KeepEveryN, KeepLatest, RetentionRule, StoredStep, removable_steps
+from regrow.checkpoint.policy.best import BestMetric
+from regrow.checkpoint.policy.retention import KeepEveryN, KeepLatest, RetainableStep, RetentionRule, removable_steps
 from regrow.checkpoint.run.catalog import ASIDE, PIN, Catalog
 from regrow.checkpoint.run.lease import HeartbeatMonitor, acquire_lease
 from regrow.checkpoint.run.leftovers import Leftovers
@@ -33,11 +34,10 @@ from regrow.errors import ConfigError
 
 __all__ = ["Row", "folder_of", "list_steps", "pin", "prune", "repair", "show", "tree", "unpin", "verify"]
 
-_ASIDE_STEP = re.compile(r"step-([0-9]{1,18})(\.[0-9]+)?")
 _PIECE_BYTES = 32 << 20
 _LEASE_S = 60.0
-# The metric that `ls` calls best by, as retention does.
-_METRIC = "val_loss"
+# What `ls` calls best, as retention does unless it is told otherwise.
+_BEST = BestMetric()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,41 +76,40 @@ class Row:
         return asdict(self)
 
 
-def folder_of(place: Storage) -> Storage:
+def folder_of(storage: Storage) -> Storage:
     """The checkpoint folder that is meant: itself, or that of a run.
 
     Raises:
         CheckpointError: neither is there.
     """
-    for folder in (place, place.child("checkpoint")):
+    for folder in (storage, storage.child("checkpoint")):
         if any(parse_step_name(n) is not None or is_leftover(n) or n == ASIDE for n in folder.names()):
             return folder
-    if place.exists("run.json") or place.child("checkpoint").names():
-        return place.child("checkpoint")
-    if any(n.startswith("lease-") for n in place.names()):
-        return place
-    raise CheckpointError(f"RUN must be a run or a folder with steps, but {place.url} is neither; check the path")
+    if storage.exists("run.json") or storage.child("checkpoint").names():
+        return storage.child("checkpoint")
+    if any(n.startswith("lease-") for n in storage.names()):
+        return storage
+    raise CheckpointError(f"RUN must be a run or a folder with steps, but {storage.url} is neither; check the path")
 
 
-def list_steps(place: Storage) -> list[Row]:
+def list_steps(storage: Storage) -> list[Row]:
     """Every step and what is left of one, by number; those set aside last."""
-    folder = folder_of(place)
+    folder = folder_of(storage)
     names = [n for n in folder.names() if parse_step_name(n) is not None or is_leftover(n)]
     rows = [_row(folder, n, now=time.time()) for n in names]
     rows.sort(key=lambda r: (r.step, r.name))
-    measured = [r for r in rows if r.state == "complete" and r.metrics.get(_METRIC) is not None]
-    best = min(measured, key=lambda r: (r.metrics[_METRIC], r.step), default=None)
-    rows = [r if r is not best else replace(r, best=True) for r in rows]
+    best = _BEST.best_step((r.step, r.metrics) for r in rows if r.state == "complete")
+    rows = [replace(r, best=r.state == "complete" and r.step == best) for r in rows]
     aside = folder.child(ASIDE)
     for reason in aside.names():
         for name in aside.child(reason).names():
-            found = _ASIDE_STEP.fullmatch(name)
-            if found:
+            step = parse_set_aside(name)
+            if step is not None:
                 size = sum(aside.child(reason).child(name).sizes().values())
                 rows.append(
                     Row(
                         name=f"{ASIDE}/{reason}/{name}",
-                        step=int(found[1]),
+                        step=step,
                         state="set aside",
                         problem=reason,
                         nbytes=size,
@@ -120,9 +119,9 @@ def list_steps(place: Storage) -> list[Row]:
 
 
 def _row(folder: Storage, name: str, now: float) -> Row:
-    left, place = parse_leftover(name), folder.child(name)
+    left, storage = parse_leftover(name), folder.child(name)
     try:
-        nbytes, pinned = sum(place.sizes().values()), place.exists(PIN)
+        nbytes, pinned = sum(storage.sizes().values()), storage.exists(PIN)
     except OSError:
         nbytes, pinned = 0, False
     if left is not None:
@@ -134,10 +133,10 @@ def _row(folder: Storage, name: str, now: float) -> Row:
     except OtherFormatError as error:
         return Row(name=name, step=step, state="other version", problem=str(error), nbytes=nbytes, pinned=pinned)
     except CheckpointError as error:
-        state = _state_without_manifest(place) if isinstance(error.__cause__, FileNotFoundError) else "damaged"
+        state = _state_without_manifest(storage) if isinstance(error.__cause__, FileNotFoundError) else "damaged"
         problem = "no manifest" if state != "damaged" else str(error)
         return Row(name=name, step=step, state=state, problem=problem, nbytes=nbytes, pinned=pinned)
-    age = now - (place.path / "manifest.json").stat().st_mtime if isinstance(place, LocalStorage) else None
+    age = now - (storage.path / MANIFEST).stat().st_mtime if isinstance(storage, LocalStorage) else None
     return Row(
         name=name,
         step=step,
@@ -151,19 +150,19 @@ def _row(folder: Storage, name: str, now: float) -> Row:
     )
 
 
-def _state_without_manifest(place: Storage) -> str:
+def _state_without_manifest(storage: Storage) -> str:
     """On an object store a save that is under way, or was cut short, looks so."""
     try:
-        if place.exists(METADATA) and not is_incomplete(place):
+        if storage.exists(METADATA) and not is_incomplete(storage):
             return "unverified"
     except OSError:
         return "damaged"
-    return "damaged" if place.renames else "partial"
+    return "damaged" if storage.renames else "partial"
 
 
-def show(place: Storage | str) -> dict[str, Any]:
+def show(storage: Storage | str) -> dict[str, Any]:
     """What a checkpoint is, and its tensors."""
-    with open_source(place) as source:
+    with open_source(storage) as source:
         about: dict[str, Any] = {"checkpoint": source.place}
         if isinstance(source, StepSource):
             m = source.manifest
@@ -202,30 +201,30 @@ def tree(tensors: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def verify(place: Storage, threads: int = 4) -> list[dict[str, Any]]:
+def verify(storage: Storage, threads: int = 4) -> list[dict[str, Any]]:
     """Reads everything and compares it with its hashes: one report for each step, with what is wrong."""
-    if is_verified(place) or place.exists(METADATA) or not _has_steps(place):
-        return [_verify_one(place, threads)]
-    folder = folder_of(place)
+    if is_verified(storage) or storage.exists(METADATA) or not _has_steps(storage):
+        return [_verify_one(storage, threads)]
+    folder = folder_of(storage)
     rows = [r for r in list_steps(folder) if parse_step_name(r.name) is not None]
     if not rows:
         raise CheckpointError(f"RUN must hold a step, but {folder.url} holds none; check the path")
     return [_verify_one(folder.child(r.name), threads) for r in rows]
 
 
-def _has_steps(place: Storage) -> bool:
+def _has_steps(storage: Storage) -> bool:
     try:
-        folder_of(place)
+        folder_of(storage)
     except CheckpointError:
         return False
     return True
 
 
-def _verify_one(place: Storage, threads: int) -> dict[str, Any]:
-    report: dict[str, Any] = {"place": place.url, "tensors": 0, "bytes": 0, "hashed": False, "problems": []}
-    step = parse_step_name(place.url.rstrip("/").rpartition("/")[2])
+def _verify_one(storage: Storage, threads: int) -> dict[str, Any]:
+    report: dict[str, Any] = {"place": storage.url, "tensors": 0, "bytes": 0, "hashed": False, "problems": []}
+    step = parse_step_name(storage.url.rstrip("/").rpartition("/")[2])
     try:
-        with open_source(place) as source:
+        with open_source(storage) as source:
             report["hashed"] = isinstance(source, StepSource)
             if isinstance(source, StepSource) and step is not None and source.manifest.step != step:
                 report["problems"].append(f"its manifest is of step {source.manifest.step}")
@@ -235,12 +234,10 @@ def _verify_one(place: Storage, threads: int) -> dict[str, Any]:
                 answers = list(pool.map(lambda name: _verify_tensor(source, name), source.infos))
             report["problems"] += [a for a in answers if a is not None]
             if isinstance(source, StepSource):
-                m = source.manifest
-                report["problems"] += stream_problems(
-                    place, read_items(place, m), m.files, m.versions.get("torch", "")
-                )
-                for stored in read_objects(place, m).values():
-                    read_object(place, stored)
+                opened, m = source.step, source.manifest
+                report["problems"] += stream_problems(storage, opened.items(), m.files, m.versions.get("torch", ""))
+                for stored in opened.objects().values():
+                    opened.read_object(stored)
     except FileNotFoundError as error:
         report["problems"].append(f"{error.filename or error} is missing")
     except (CheckpointError, OSError) as error:
@@ -258,42 +255,42 @@ def _verify_tensor(source: TensorSource, name: str) -> str | None:
     return None
 
 
-def pin(place: Storage) -> None:
+def pin(storage: Storage) -> None:
     """Keeps a step, whatever retention says.
 
     Raises:
         CheckpointError: it is not a complete step.
     """
-    _complete(place)
-    place.write(PIN, b"")
+    _complete(storage)
+    storage.write(PIN, b"")
 
 
-def unpin(place: Storage) -> None:
+def unpin(storage: Storage) -> None:
     """The inverse of `pin`."""
-    _complete(place)
-    place.remove(PIN)
+    _complete(storage)
+    storage.remove(PIN)
 
 
-def _complete(place: Storage) -> Manifest:
+def _complete(storage: Storage) -> StoredStep:
     try:
-        return read_manifest(place)
+        return StoredStep.open(storage)
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"STEP must be a complete step, but {place.url} has no manifest; give the folder of a step"
+            f"STEP must be a complete step, but {storage.url} has no manifest; give the folder of a step"
         ) from error
 
 
 @contextmanager
 def _owned(folder: Storage) -> Iterator[None]:
     """This process is the folder's one writer meanwhile: nothing is removed below a run that trains."""
-    lease = acquire_lease(folder, _LEASE_S, folder.url, setting="RUN")
+    lease = acquire_lease(folder, _LEASE_S, folder.url, setting="RUN", remedy="wait until it has ended, or stop it")
     try:
         yield
     finally:
         lease.release()
 
 
-def prune(place: Storage, keep_latest: int, keep_every: int | None, *, dry_run: bool) -> list[int]:
+def prune(storage: Storage, keep_latest: int, keep_every: int | None, *, dry_run: bool) -> list[int]:
     """Removes steps; returns which. The newest, the newest full one, pinned and read ones always stay.
 
     Raises:
@@ -303,26 +300,26 @@ def prune(place: Storage, keep_latest: int, keep_every: int | None, *, dry_run: 
     for name, value in (("--keep-latest", keep_latest), ("--keep-every", keep_every)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1, but is {value}; use 1 or more")
-    folder = folder_of(place)
+    folder = folder_of(storage)
     rules: list[RetentionRule] = [KeepLatest(keep_latest)]
     if keep_every is not None:
         rules.append(KeepEveryN(KeepEveryNConfig(n=keep_every)))
     complete = [r for r in list_steps(folder) if r.state == "complete"]
     full = max((r.step for r in complete if r.kind == "full"), default=-1)
-    stored = [StoredStep(step=r.step, pinned=r.pinned or r.step == full, metrics=r.metrics) for r in complete]
+    stored = [RetainableStep(step=r.step, pinned=r.pinned or r.step == full, metrics=r.metrics) for r in complete]
     if dry_run:
         return removable_steps(rules, stored)
     with _owned(folder):
         return Catalog(folder, _LEASE_S).remove_unread(removable_steps(rules, stored))
 
 
-def repair(place: Storage) -> list[str]:
+def repair(storage: Storage) -> list[str]:
     """Removes what killed saves left, sets damaged steps aside, and says which step a run would continue from.
 
     Raises:
         LeaseHeldError: the run is being trained.
     """
-    folder = folder_of(place)
+    folder = folder_of(storage)
     before = [r.name for r in list_steps(folder) if r.state == "partial" and folder.renames]
     with _owned(folder):
         # Listed again, since a run may have ended meanwhile; taking the lease has removed some of them already.

@@ -1,4 +1,4 @@
-"""Our steps, and anybody's DCP folders, for stock DCP: `dcp.load(state, storage_reader=ImageReader(path))`.
+"""Our steps, and other programs' DCP folders, for stock DCP: `dcp.load(state, storage_reader=ImageReader(path))`.
 
 For code that drives DCP itself. Steps of ours are verified as they are read; nothing that lies in a folder is run.
 """
@@ -21,9 +21,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from torch.futures import Future
 
-from regrow.checkpoint.format.objects import StoredObject, read_object, read_objects
+from regrow.checkpoint.format.objects import StoredObject
+from regrow.checkpoint.format.stored_step import StoredStep
 from regrow.checkpoint.format.tensor_source import TensorInfo
-from regrow.checkpoint.load.loading import is_verified
 from regrow.checkpoint.load.open_source import StepSource
 from regrow.checkpoint.sources.dcp import DcpSource
 from regrow.checkpoint.storage.base import Storage
@@ -37,35 +37,38 @@ class ImageReader(StorageReader):
     """Reads a step or a DCP folder into a state of any layout.
 
     Args:
-        place: the folder.
+        location: the folder.
 
     Raises (from DCP's calls, as one rank's part of a `CheckpointException`):
         CheckpointError: what is asked for is not there, damaged, or something that only running it would show.
     """
 
-    def __init__(self, place: Storage | Path | str) -> None:
-        self._storage = as_storage(place)
+    def __init__(self, location: Storage | Path | str) -> None:
+        self._storage = as_storage(location)
+        # Our step, once it was opened: DCP asks for metadata and data apart from each other.
+        self._step: StoredStep | None = None
 
     def reset(self, checkpoint_id: Any = None) -> None:
         if checkpoint_id is not None:
-            self._storage = as_storage(checkpoint_id)
+            self._storage, self._step = as_storage(checkpoint_id), None
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
         return isinstance(checkpoint_id, str | Path)
 
-    def _open(self, opened: ExitStack) -> tuple[StepSource | DcpSource, Mapping[str, StoredObject] | None]:
+    def _open(self, opened: ExitStack) -> tuple[StepSource | DcpSource, Mapping[str, StoredObject]]:
         """The tensors; and the objects of a step of ours."""
-        if not is_verified(self._storage):
-            return opened.enter_context(DcpSource(self._storage)), None
-        source = opened.enter_context(StepSource(self._storage))
-        return source, read_objects(self._storage, source.manifest)
+        if self._step is None:
+            self._step = StoredStep.find(self._storage)
+        if self._step is None:
+            return opened.enter_context(DcpSource(self._storage)), {}
+        return opened.enter_context(StepSource(self._step)), self._step.objects()
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with ExitStack() as opened:
             source, stored = self._open(opened)
             entries: dict[str, Any] = {name: _whole(info) for name, info in source.infos.items()}
-            objects = source.objects if isinstance(source, DcpSource) else stored or {}
+            objects = source.objects if isinstance(source, DcpSource) else stored
             entries |= {name: BytesStorageMetadata() for name in objects}
         return Metadata(state_dict_metadata=entries, planner_data={name: (name,) for name in entries})
 
@@ -89,7 +92,7 @@ class ImageReader(StorageReader):
                 if isinstance(source, DcpSource):
                     value = source.read_object(name)
                 else:
-                    value = read_object(self._storage, (stored or {})[name])
+                    value = source.step.read_object(stored[name])
                 planner.load_bytes(item, _stream_of(value))
         done: Future[None] = Future()
         done.set_result(None)
@@ -97,7 +100,7 @@ class ImageReader(StorageReader):
 
 
 def _whole(info: TensorInfo) -> TensorStorageMetadata:
-    """DCP's description of a tensor as one chunk: how it is cut on the disk is the source's affair."""
+    """DCP's description of a tensor as one chunk: how it is split on the disk is known to the source."""
     chunk = ChunkStorageMetadata(offsets=torch.Size([0] * len(info.shape)), sizes=torch.Size(info.shape))
     return TensorStorageMetadata(
         properties=TensorProperties(dtype=info.dtype), size=torch.Size(info.shape), chunks=[chunk]

@@ -16,7 +16,7 @@ from regrow.checkpoint.errors import CheckpointError
 from regrow.checkpoint.format.layout import chunk_of, local_tensor
 from regrow.checkpoint.format.manifest import MANIFEST
 from regrow.checkpoint.format.tensor_source import Box, TensorInfo, TensorSource, segments, whole
-from regrow.checkpoint.load.loading import resolve_foreign
+from regrow.checkpoint.load.locate import resolve_foreign
 from regrow.checkpoint.storage.base import Storage
 from regrow.checkpoint.storage.opening import as_storage
 from regrow.errors import ConfigError
@@ -115,9 +115,9 @@ class LoadPlan:
     idle_rules: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
-        """For people: what was left out."""
+        """What was left out, a line each, for the log."""
         words = {
-            "not found, so as they start": self.missing,
+            "missing, keep their initial values": self.missing,
             "not used": self.unused,
             "rows that both have": self.resized,
         }
@@ -182,13 +182,13 @@ def weights_of(source: TensorSource) -> list[str]:
     return [name for name in source.infos if not _NOT_WEIGHTS.search(name)]
 
 
-def pin_source(place: Storage | Path | str) -> Storage:
+def pin_source(location: Storage | Path | str) -> Storage:
     """What a path is at this moment: the newest step of a run that may still be saving, anything else itself.
 
     Raises:
         CheckpointError: there is no checkpoint.
     """
-    storage = as_storage(place)
+    storage = as_storage(location)
     names = storage.names()
     # As `open_source` decides it.
     if not names or (MANIFEST not in names and any(n.endswith(".safetensors") for n in names)):
@@ -470,8 +470,6 @@ def _fill(source: TensorSource, name: str, tensor: Tensor, rules: LoadRules) -> 
     )
     if any(start == stop for start, stop in box):
         return
-    for piece in segments(box, info.dtype.itemsize, _PIECE_BYTES):
-        target = local
-        for dim, ((start, stop), origin) in enumerate(zip(piece, chunk.offset, strict=True)):
-            target = target.narrow(dim, start - origin, stop - start)
-        target.copy_(source.read(name, piece))
+    for dim, (start, stop) in enumerate(box):
+        local = local.narrow(dim, 0, stop - start)
+    source.read_into(name, box, local)

@@ -1,6 +1,5 @@
-"""Sources for our steps, for anybody's DCP folder, and for one `torch.save` file; and which of them a path is."""
+"""Sources for our steps and for one `torch.save` file, and which kind of source a path is."""
 
-from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,11 +11,11 @@ from torch import Tensor
 from regrow.checkpoint.documents import DocumentError
 from regrow.checkpoint.errors import CheckpointError
 from regrow.checkpoint.format.layout import Chunk
-from regrow.checkpoint.format.manifest import MANIFEST, read_manifest
-from regrow.checkpoint.format.rank_manifest import StoredChunk
+from regrow.checkpoint.format.manifest import MANIFEST, Manifest
+from regrow.checkpoint.format.stored_step import StoredStep, chunks_by_name, infos_of, is_verified
 from regrow.checkpoint.format.tensor_source import Box, TensorInfo, TensorSource, whole
 from regrow.checkpoint.format.torch_file import TorchArchive
-from regrow.checkpoint.load.loading import is_verified, read_items, resolve_foreign
+from regrow.checkpoint.load.locate import locate_checkpoint
 from regrow.checkpoint.load.reader import read_chunk
 from regrow.checkpoint.sources.dcp import DcpSource
 from regrow.checkpoint.sources.safetensors import SafetensorsSource
@@ -30,26 +29,28 @@ Place = Storage | Path | str
 _TORCH_FILES = (".pt", ".pth", ".bin", ".ckpt")
 
 
-def is_hf_folder(place: Place) -> bool:
+def is_hf_folder(location: Place) -> bool:
     """Whether the folder has weights with Hugging Face's names."""
-    names = as_storage(place).names()
+    names = as_storage(location).names()
     return "config.json" in names and any(n.endswith(".safetensors") for n in names)
 
 
-def open_source(place: Place) -> TensorSource:
+def open_source(location: Place) -> TensorSource:
     """The source that a path or URL is: a file, a step, a run (its newest step), or a folder of safetensors.
 
     Raises:
         CheckpointError: none of these.
     """
-    storage = as_storage(place)
+    storage = as_storage(location)
     names = storage.names()
     if not names:
         return _open_file(storage)
     if MANIFEST not in names and any(n.endswith(".safetensors") for n in names):
         return SafetensorsSource(storage)
-    step = resolve_foreign(storage)
-    return StepSource(step) if is_verified(step) else DcpSource(step)
+    found = locate_checkpoint(storage)
+    if isinstance(found, StoredStep) or is_verified(found):
+        return StepSource(found)
+    return DcpSource(found)
 
 
 def _open_file(storage: Storage) -> TensorSource:
@@ -72,23 +73,25 @@ class StepSource(TensorSource):
     """One of our steps; every byte is verified.
 
     Args:
-        place: the step's folder.
+        location: the step's folder, or the step where it was opened before.
+
+    Attributes:
+        step: the opened step.
     """
 
-    def __init__(self, place: Place) -> None:
-        storage = as_storage(place)
-        self.place = storage.url
-        self.manifest = read_manifest(storage)
-        self._items: dict[str, list[StoredChunk]] = defaultdict(list)
-        for item in read_items(storage, self.manifest):
-            self._items[item.name].append(item)
-        self.infos: Mapping[str, TensorInfo] = {
-            name: TensorInfo(dtype=items[0].torch_dtype, shape=items[0].global_shape)
-            for name, items in self._items.items()
-        }
+    def __init__(self, location: StoredStep | Place) -> None:
+        self.step = location if isinstance(location, StoredStep) else StoredStep.open(location)
+        self.place = self.step.url
+        self._items = chunks_by_name(self.place, self.step.items())
+        self.infos: Mapping[str, TensorInfo] = infos_of(self._items)
         names = sorted({i.file for items in self._items.values() for i in items})
         self._opened = ExitStack()
-        self._files = {name: self._opened.enter_context(storage.open(name)) for name in names}
+        self._files = {name: self._opened.enter_context(self.step.storage.open(name)) for name in names}
+
+    @property
+    def manifest(self) -> Manifest:
+        """The step's."""
+        return self.step.manifest
 
     def shards(self, name: str) -> int:
         """In how many chunks a tensor lies there."""
@@ -120,7 +123,7 @@ class TorchFileSource(TensorSource):
         path: the file.
 
     Raises:
-        CheckpointError: it is none, or its tensors do not lie in it.
+        CheckpointError: it is not one, or its tensors are not in it.
     """
 
     def __init__(self, path: Path) -> None:

@@ -26,7 +26,7 @@ __all__ = ["BlockRange", "ReadOp", "StridedRead", "forget_scratch", "requests_of
 _GAP = 4096
 # The system takes 1024 pieces of memory at a time.
 _MOST_PARTS = 400
-# Where frames go; nobody reads it.
+# Where frames are read into; it is never looked at.
 _unused = memoryview(bytearray(_GAP))
 
 
@@ -50,7 +50,7 @@ class ReadOp(ABC):
     """What one thread does at a time.
 
     Attributes:
-        place: the step, for messages.
+        url: the step, for messages.
         file: the file's name.
         start: the first byte in it.
         stop: behind the last one.
@@ -58,8 +58,8 @@ class ReadOp(ABC):
 
     __slots__ = ("file", "place", "start", "stop")
 
-    def __init__(self, place: str, file: str, start: int, stop: int) -> None:
-        self.place, self.file, self.start, self.stop = place, file, start, stop
+    def __init__(self, url: str, file: str, start: int, stop: int) -> None:
+        self.place, self.file, self.start, self.stop = url, file, start, stop
 
     @abstractmethod
     def run(self, file: RangeReader) -> int:
@@ -83,13 +83,13 @@ class ReadOp(ABC):
         )
 
 
-def _damage(place: str, item: StoredChunk) -> DamagedStepError:
+def _damage(url: str, item: StoredChunk) -> DamagedStepError:
     return DamagedStepError(
-        f"{item.name} in {place}/{item.file} does not match its hash; the step is damaged, use another one"
+        f"{item.name} in {url}/{item.file} does not match its hash; the step is damaged, use another one"
     )
 
 
-def split_blocks(place: str, piece: ReadSlice, target: Chunk, local: Tensor) -> list[BlockRange] | None:
+def split_blocks(url: str, piece: ReadSlice, target: Chunk, local: Tensor) -> list[BlockRange] | None:
     """A piece that lies in the target as it lies in the file; None where its rows have to be cut.
 
     Raises:
@@ -97,7 +97,7 @@ def split_blocks(place: str, piece: ReadSlice, target: Chunk, local: Tensor) -> 
     """
     item = piece.item
     if item_hash(item.blocks) != item.hash:
-        raise _damage(place, item)
+        raise _damage(url, item)
     if not _is_straight(piece, target, local):
         return None
     memory = _memory(local)
@@ -146,10 +146,10 @@ class _Request(ReadOp):
 
     __slots__ = ("parts",)
 
-    def __init__(self, place: str, parts: list[BlockRange]) -> None:
+    def __init__(self, url: str, parts: list[BlockRange]) -> None:
         first, last = parts[0], parts[-1]
         stop = last.item.data + last.start + len(last.memory)
-        super().__init__(place, first.item.file, first.item.data + first.start, stop)
+        super().__init__(url, first.item.file, first.item.data + first.start, stop)
         self.parts = parts
 
     def run(self, file: RangeReader) -> int:
@@ -169,7 +169,7 @@ class _Request(ReadOp):
         return read
 
 
-def requests_of(place: str, parts: Sequence[BlockRange], request_bytes: int) -> Iterator[ReadOp]:
+def requests_of(url: str, parts: Sequence[BlockRange], request_bytes: int) -> Iterator[ReadOp]:
     """Groups parts, sorted by file and place in it, into requests of at most about so many bytes."""
     group: list[BlockRange] = []
     size = 0
@@ -179,12 +179,12 @@ def requests_of(place: str, parts: Sequence[BlockRange], request_bytes: int) -> 
             gap = part.item.data + part.start - (last.item.data + last.start + len(last.memory))
             fits = size + len(part.memory) <= request_bytes and len(group) < _MOST_PARTS
             if part.item.file != last.item.file or not 0 <= gap <= _GAP or not fits:
-                yield _Request(place, group)
+                yield _Request(url, group)
                 group, size = [], 0
         group.append(part)
         size += len(part.memory)
     if group:
-        yield _Request(place, group)
+        yield _Request(url, group)
 
 
 def _segments(parts: Sequence[BlockRange], request_bytes: int) -> Iterator[BlockRange]:
@@ -203,7 +203,7 @@ class StridedRead(ReadOp):
     """A piece whose rows have to be cut, or copied to an accelerator.
 
     Args:
-        place: the step, for messages.
+        url: the step, for messages.
         piece: what is needed.
         target: the box that `local` is.
         local: receives it.
@@ -211,9 +211,9 @@ class StridedRead(ReadOp):
 
     __slots__ = ("local", "piece", "target")
 
-    def __init__(self, place: str, piece: ReadSlice, target: Chunk, local: Tensor) -> None:
+    def __init__(self, url: str, piece: ReadSlice, target: Chunk, local: Tensor) -> None:
         start, stop = piece.verified
-        super().__init__(place, piece.item.file, piece.item.data + start, piece.item.data + stop)
+        super().__init__(url, piece.item.file, piece.item.data + start, piece.item.data + stop)
         self.piece, self.target, self.local = piece, target, local
 
     def run(self, file: RangeReader) -> int:

@@ -1,7 +1,6 @@
 """Which stored bytes a tensor needs: arithmetic on boxes, rows and blocks."""
 
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ from torch import Tensor
 from regrow.checkpoint.errors import CheckpointError, DamagedStepError
 from regrow.checkpoint.format.layout import Chunk
 from regrow.checkpoint.format.rank_manifest import StoredChunk
+from regrow.checkpoint.format.tensor_source import TensorInfo
 from regrow.checkpoint.format.tiling import tiles_exactly
 
 __all__ = ["ReadSlice", "bytes_to_read", "check_names", "covered", "plan_reads"]
@@ -89,7 +89,7 @@ def plan_reads(items: Sequence[StoredChunk], target: Chunk) -> list[ReadSlice]:
         DamagedStepError: the stored chunks do not cover it.
     """
     if len(items) == 1 and items[0].shape == target.shape and items[0].offset == target.offset:
-        # As a rule the layout is that of the save.
+        # Usually the layout is that of the save.
         (item,) = items
         box = tuple([(start, start + n) for start, n in zip(item.offset, item.shape, strict=True)])
         return [ReadSlice(item=item, box=box, rows=(0, item.shape[0]) if box else (0, 1))]
@@ -107,43 +107,31 @@ def bytes_to_read(pieces: Sequence[ReadSlice]) -> int:
     return sum(stop - start for start, stop in (piece.verified for piece in pieces))
 
 
-def check_names(
-    place: str, items: Sequence[StoredChunk], tensors: Mapping[str, Tensor]
-) -> Mapping[str, list[StoredChunk]]:
-    """The stored chunks by tensor, once every tensor is known to be there with its shape and dtype.
+def check_names(url: str, infos: Mapping[str, TensorInfo], tensors: Mapping[str, Tensor]) -> None:
+    """Whether every tensor is stored with its shape and dtype.
 
     Args:
-        place: the step, for messages.
-        items: what is stored.
-        tensors: what is wanted.
+        url: the checkpoint, for messages.
+        infos: what is stored.
+        tensors: what is asked for.
 
     Raises:
         CheckpointError: one is not.
     """
-    stored: dict[str, list[StoredChunk]] = defaultdict(list)
-    for item in items:
-        stored[item.name].append(item)
-    missing = [name for name in tensors if name not in stored]
+    missing = [name for name in tensors if name not in infos]
     if missing:
         raise CheckpointError(
-            f"{place} must hold {missing[0]}, but does not ({len(missing)} of {len(tensors)} names are missing); "
+            f"{url} must hold {missing[0]}, but does not ({len(missing)} of {len(tensors)} names are missing); "
             "use the model it was saved from, or exclude that part with checkpoint.exclude_from_loading"
         )
     for name, tensor in tensors.items():
-        item = stored[name][0]
-        if any((i.global_shape, i.dtype) != (item.global_shape, item.dtype) for i in stored[name]):
-            raise DamagedStepError(
-                f"the chunks of {name} in {place} must be of one tensor, but differ in shape or dtype; the step is "
-                "damaged, use another one"
-            )
-        if item.global_shape != tuple(tensor.shape):
+        info = infos[name]
+        if info.shape != tuple(tensor.shape):
             raise CheckpointError(
-                f"{name} in {place} has shape {item.global_shape}, but the model's has {tuple(tensor.shape)}; "
+                f"{name} in {url} has shape {info.shape}, but the model's has {tuple(tensor.shape)}; "
                 "use the model's dimensions that it was saved with"
             )
-        if item.torch_dtype != tensor.dtype:
+        if info.dtype != tensor.dtype:
             raise CheckpointError(
-                f"{name} in {place} is {item.torch_dtype}, but the model's is {tensor.dtype}; "
-                "convert the checkpoint first"
+                f"{name} in {url} is {info.dtype}, but the model's is {tensor.dtype}; convert the checkpoint first"
             )
-    return stored

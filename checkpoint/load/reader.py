@@ -13,6 +13,7 @@ from torch import Tensor
 
 from regrow.checkpoint.format.layout import Chunk, chunk_of, local_tensor
 from regrow.checkpoint.format.rank_manifest import StoredChunk
+from regrow.checkpoint.format.stored_step import chunks_by_name, infos_of
 from regrow.checkpoint.load.read_ops import BlockRange, ReadOp, StridedRead, forget_scratch, requests_of, split_blocks
 from regrow.checkpoint.load.read_plan import check_names, plan_reads
 from regrow.checkpoint.storage.base import RangeReader, Storage
@@ -25,12 +26,12 @@ _Wanted = tuple[Sequence[StoredChunk], Chunk, Tensor]
 
 
 def read_tensors(
-    place: Storage | Path | str, items: Sequence[StoredChunk], tensors: Mapping[str, Tensor], *, threads: int = 0
+    location: Storage | Path | str, items: Sequence[StoredChunk], tensors: Mapping[str, Tensor], *, threads: int = 0
 ) -> int:
     """Fills the tensors' local parts in place; returns the bytes read.
 
     Args:
-        place: the step.
+        location: the step.
         items: what is stored there.
         tensors: by flat name.
         threads: that read at once; 0 takes what suits the storage and this rank's cores.
@@ -39,11 +40,12 @@ def read_tensors(
         CheckpointError: a name is missing, or has another shape or dtype.
         DamagedStepError: naming file and tensor. The tensors' values are then undefined.
     """
-    storage = as_storage(place)
-    by_name = check_names(storage.url, items, tensors)
+    storage = as_storage(location)
+    by_name = chunks_by_name(storage.url, items)
+    check_names(storage.url, infos_of(by_name), tensors)
     wanted = ((by_name[name], chunk_of(name, t), local_tensor(t)) for name, t in tensors.items())
-    fills = _fills(storage.url, wanted, storage.request_bytes)
-    shares = list(_shares(fills, threads or _threads(storage))) or [[]]
+    ops = _read_ops(storage.url, wanted, storage.request_bytes)
+    shares = list(_shares(ops, threads or _threads(storage))) or [[]]
     # This thread takes the first share: with as many as there are cores, the system keeps each on its own.
     with ThreadPoolExecutor(max(1, len(shares) - 1), thread_name_prefix="read") as pool:
         others = [pool.submit(_read_share, storage, share) for share in shares[1:]]
@@ -51,55 +53,55 @@ def read_tensors(
 
 
 def read_chunk(
-    place: str, files: Mapping[str, RangeReader], items: Sequence[StoredChunk], target: Chunk, local: Tensor
+    url: str, files: Mapping[str, RangeReader], items: Sequence[StoredChunk], target: Chunk, local: Tensor
 ) -> int:
     """Fills one box of a tensor from its stored chunks, verified, in this thread; returns the bytes read.
 
     Args:
-        place: the step, for messages.
+        url: the step, for messages.
         files: opened, by name.
         items: the tensor's stored chunks.
         target: which box.
         local: receives it.
     """
     request_bytes = next(iter(files.values())).request_bytes
-    return sum(fill.run(files[fill.file]) for fill in _fills(place, [(items, target, local)], request_bytes))
+    return sum(op.run(files[op.file]) for op in _read_ops(url, [(items, target, local)], request_bytes))
 
 
-def _fills(place: str, wanted: Iterable[_Wanted], request_bytes: int) -> list[ReadOp]:
+def _read_ops(url: str, wanted: Iterable[_Wanted], request_bytes: int) -> list[ReadOp]:
     """What threads can do apart from each other, in the order of the files' bytes."""
     parts: list[BlockRange] = []
-    fills: list[ReadOp] = []
+    ops: list[ReadOp] = []
     for items, target, local in wanted:
         if not local.numel():
             continue
         for piece in plan_reads(items, target):
-            straight = split_blocks(place, piece, target, local)
+            straight = split_blocks(url, piece, target, local)
             if straight is None:
-                fills.append(StridedRead(place, piece, target, local))
+                ops.append(StridedRead(url, piece, target, local))
             else:
                 parts += straight
     parts.sort(key=lambda part: (part.item.file, part.item.data + part.start))
-    fills += requests_of(place, parts, request_bytes)
-    fills.sort(key=lambda fill: (fill.file, fill.start))
-    return fills
+    ops += requests_of(url, parts, request_bytes)
+    ops.sort(key=lambda op: (op.file, op.start))
+    return ops
 
 
 def _threads(storage: Storage) -> int:
-    """As many streams as the storage likes, and on a disk no more than this rank has cores."""
+    """As many reads at once as the storage serves best, and on a disk no more than this rank has cores."""
     if storage.is_remote:
         return storage.streams
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return min(storage.streams, max(1, cores))
 
 
-def _shares(fills: Sequence[ReadOp], count: int) -> Iterator[list[ReadOp]]:
+def _shares(ops: Sequence[ReadOp], count: int) -> Iterator[list[ReadOp]]:
     """Cuts what is to be read into runs of about the same number of bytes."""
-    total, done, share = sum(fill.stop - fill.start for fill in fills), 0, 1
+    total, done, share = sum(op.stop - op.start for op in ops), 0, 1
     run: list[ReadOp] = []
-    for fill in fills:
-        run.append(fill)
-        done += fill.stop - fill.start
+    for op in ops:
+        run.append(op)
+        done += op.stop - op.start
         if done * count >= total * share:
             yield run
             run, share = [], done * count // total + 1
@@ -107,10 +109,10 @@ def _shares(fills: Sequence[ReadOp], count: int) -> Iterator[list[ReadOp]]:
         yield run
 
 
-def _read_share(storage: Storage, fills: Sequence[ReadOp]) -> int:
+def _read_share(storage: Storage, ops: Sequence[ReadOp]) -> int:
     with ExitStack() as opened:
-        files = {name: opened.enter_context(storage.open(name)) for name in sorted({f.file for f in fills})}
+        files = {name: opened.enter_context(storage.open(name)) for name in sorted({op.file for op in ops})}
         try:
-            return sum(fill.run(files[fill.file]) for fill in fills)
+            return sum(op.run(files[op.file]) for op in ops)
         finally:
             forget_scratch()

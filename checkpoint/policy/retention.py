@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from typing import final
 
 from regrow.checkpoint.config import KeepBestConfig, KeepEveryNConfig
+from regrow.checkpoint.policy.best import BestMetric
 from regrow.errors import ConfigError
 
-__all__ = ["KeepBest", "KeepEveryN", "KeepLatest", "RetentionRule", "StoredStep", "removable_steps"]
+__all__ = ["KeepBest", "KeepEveryN", "KeepLatest", "RetainableStep", "RetentionRule", "removable_steps"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StoredStep:
+class RetainableStep:
     """A committed step as retention sees it.
 
     Attributes:
@@ -30,7 +31,7 @@ class RetentionRule(ABC):
     """One reason to keep steps."""
 
     @abstractmethod
-    def protects(self, steps: Sequence[StoredStep]) -> set[int]:
+    def protects(self, steps: Sequence[RetainableStep]) -> set[int]:
         """The numbers of the steps that must stay; `steps` are ascending."""
 
 
@@ -41,7 +42,7 @@ class KeepLatest(RetentionRule):
     def __init__(self, k: int) -> None:
         self.k = k
 
-    def protects(self, steps: Sequence[StoredStep]) -> set[int]:
+    def protects(self, steps: Sequence[RetainableStep]) -> set[int]:
         return {s.step for s in (steps[-self.k :] if self.k else steps)}
 
 
@@ -54,7 +55,7 @@ class KeepEveryN(RetentionRule):
             raise ConfigError(f"checkpoint.retention_rules.*.n must be at least 1, but is {config.n}; use 10000")
         self.n = config.n
 
-    def protects(self, steps: Sequence[StoredStep]) -> set[int]:
+    def protects(self, steps: Sequence[RetainableStep]) -> set[int]:
         return {s.step for s in steps if s.step % self.n == 0}
 
 
@@ -63,22 +64,14 @@ class KeepBest(RetentionRule):
     """The step with the best value of a metric; the earlier one of two equals."""
 
     def __init__(self, config: KeepBestConfig) -> None:
-        self.best = config.best
+        self.best = BestMetric.from_config(config.best)
 
-    def protects(self, steps: Sequence[StoredStep]) -> set[int]:
-        measured = [
-            (s.metrics[self.best.metric], s.step)
-            for s in steps
-            # NaN is unequal to itself, and is never best.
-            if self.best.metric in s.metrics and s.metrics[self.best.metric] == s.metrics[self.best.metric]
-        ]
-        if not measured:
-            return set()
-        sign = 1.0 if self.best.lower_is_better else -1.0
-        return {min(measured, key=lambda pair: (sign * pair[0], pair[1]))[1]}
+    def protects(self, steps: Sequence[RetainableStep]) -> set[int]:
+        best = self.best.best_step((s.step, s.metrics) for s in steps)
+        return set() if best is None else {best}
 
 
-def removable_steps(rules: Sequence[RetentionRule], steps: Sequence[StoredStep]) -> list[int]:
+def removable_steps(rules: Sequence[RetentionRule], steps: Sequence[RetainableStep]) -> list[int]:
     """The steps that may be removed, ascending: never the newest, a pinned or a protected one."""
     ordered = sorted(steps, key=lambda s: s.step)
     if not ordered:

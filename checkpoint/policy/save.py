@@ -1,12 +1,12 @@
 """When to save: pure decisions on values that all ranks agree on, combined with "any"."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
-from regrow.checkpoint.config import BestMetricConfig, MinutesConfig, OnBestConfig
+from regrow.checkpoint.config import MinutesConfig, OnBestConfig
+from regrow.checkpoint.policy.best import BestMetric
 from regrow.errors import ConfigError
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "OnStop",
     "SaveContext",
     "SavePolicy",
-    "is_improvement",
     "save_reasons",
 ]
 
@@ -116,20 +115,11 @@ class OnBest(SavePolicy):
 
     def __init__(self, config: OnBestConfig) -> None:
         self.name = f"best {config.best.metric}"
-        self.best = config.best
+        self.best = BestMetric.from_config(config.best)
 
     def due(self, context: SaveContext) -> bool:
-        value = context.metrics.get(self.best.metric)
-        return value is not None and is_improvement(value, context.best.get(self.best.metric), self.best)
-
-
-def is_improvement(value: float, best: float | None, rule: BestMetricConfig) -> bool:
-    """Whether `value` beats `best`; NaN never does, and anything finite beats nothing."""
-    if math.isnan(value):
-        return False
-    if best is None:
-        return True
-    return value < best if rule.lower_is_better else value > best
+        metric = self.best.metric
+        return self.best.improves(context.metrics.get(metric), context.best.get(metric))
 
 
 def save_reasons(policies: Sequence[SavePolicy], context: SaveContext) -> list[str]:

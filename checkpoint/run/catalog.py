@@ -3,22 +3,23 @@
 import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from regrow.checkpoint.errors import CheckpointError, DamagedStepError
-from regrow.checkpoint.format.manifest import MANIFEST, Manifest, read_manifest
+from regrow.checkpoint.format.manifest import MANIFEST
 from regrow.checkpoint.format.step_name import parse_step_name, step_folder_name
+from regrow.checkpoint.format.stored_step import StoredStep
 from regrow.checkpoint.policy.lineage import Lineage, is_visible
-from regrow.checkpoint.policy.retention import RetentionRule, StoredStep, removable_steps
+from regrow.checkpoint.policy.retention import RetainableStep, RetentionRule, removable_steps
 from regrow.checkpoint.run.lease import HeartbeatMonitor
 from regrow.checkpoint.run.leftovers import Leftovers
 from regrow.checkpoint.run.reader_lock import held_by_readers
 from regrow.checkpoint.storage.base import Storage
 from regrow.checkpoint.storage.opening import as_storage
 
-__all__ = ["ASIDE", "PIN", "Catalog", "Entry"]
+__all__ = ["ASIDE", "PIN", "Catalog", "Entry", "Scan", "newest_lineages"]
 
 # Where nothing can be renamed, the names of our files bear their writer.
 _OWN_FILE = re.compile(r"(rank-[0-9]+|__[0-9]+_[0-9]+)-[0-9a-f]{8}\.")
@@ -26,18 +27,24 @@ PIN = "pinned"
 ASIDE = "set-aside"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Entry:
-    """A committed step."""
+# A complete step, by the name that lists of them were given first.
+Entry = StoredStep
 
-    step: int
-    place: Storage
-    manifest: Manifest
 
-    @property
-    def resumable(self) -> bool:
-        """Whether training can go on from it: a full state, or the first weights (a seed checkpoint)."""
-        return self.manifest.kind == "full" or self.step == 0
+class Scan(NamedTuple):
+    """What a look through the folder found: one read of each step's manifest.
+
+    Attributes:
+        complete: the complete steps of whatever lineage, ascending.
+        damaged: the others, with what is wrong.
+    """
+
+    complete: list[StoredStep]
+    damaged: dict[int, str]
+
+    def line(self, lineages: Sequence[Lineage]) -> list[StoredStep]:
+        """The complete steps of the newest lineage's line, ascending."""
+        return [s for s in self.complete if is_visible(lineages, s.step, s.manifest.lineage)]
 
 
 class Catalog:
@@ -45,7 +52,7 @@ class Catalog:
 
     Args:
         folder: holds `step-N` folders; need not exist yet.
-        reader_timeout_s: after which a reader on another host whose lock stands still is taken for dead.
+        reader_timeout_s: after which a reader on another host whose lock has not moved counts as dead.
     """
 
     def __init__(self, folder: Storage | Path | str, reader_timeout_s: float = 60.0) -> None:
@@ -62,7 +69,7 @@ class Catalog:
         """The numbers of all that bears the name of a step, ascending, sound or not."""
         return sorted(step for step in map(parse_step_name, self.folder.names()) if step is not None)
 
-    def open(self, step: int) -> Entry:
+    def open(self, step: int) -> StoredStep:
         """A step that is complete, as far as its manifest and the sizes of its files show.
 
         Raises:
@@ -70,48 +77,50 @@ class Catalog:
             OtherFormatError: another version wrote it.
             CheckpointError: a remote storage does not answer, which says nothing of the step.
         """
-        place = self.step_place(step)
+        storage = self.step_place(step)
         try:
-            manifest = read_manifest(place)
+            opened = StoredStep.open(storage)
         except FileNotFoundError as error:
-            raise DamagedStepError(f"{place.url} is incomplete: it has no {MANIFEST}; use another step") from error
+            raise DamagedStepError(f"{storage.url} is incomplete: it has no {MANIFEST}; use another step") from error
         except OSError as error:
-            reason = f"{place.url} cannot be read ({error.strerror or error})"
-            if place.is_remote:
+            reason = f"{storage.url} cannot be read ({error.strerror or error})"
+            if storage.is_remote:
                 raise CheckpointError(f"{reason}; check the storage and try again") from error
             raise DamagedStepError(f"{reason}; use another step") from error
-        if manifest.step != step:
+        if opened.step != step:
             # One that was moved here from another step.
             raise DamagedStepError(
-                f"{place.url} must hold step {step}, but its manifest is of step {manifest.step}; "
+                f"{storage.url} must hold step {step}, but its manifest is of step {opened.step}; "
                 "the step is damaged, use another one"
             )
-        return Entry(step=step, place=place, manifest=manifest)
+        return opened
 
-    def scan(self) -> tuple[list[Entry], dict[int, str]]:
-        """The complete steps of whatever lineage, ascending; and the others, with what is wrong.
+    def scan(self) -> Scan:
+        """Opens every step.
 
         Raises:
             OtherFormatError: another version wrote one, which may be the newest.
         """
-        complete: list[Entry] = []
+        complete: list[StoredStep] = []
         damaged: dict[int, str] = {}
         for step in self.candidates():
             try:
                 complete.append(self.open(step))
             except DamagedStepError as error:
                 damaged[step] = str(error)
-        return complete, damaged
+        return Scan(complete, damaged)
 
-    def entries(self, lineages: Sequence[Lineage]) -> list[Entry]:
+    def entries(self, lineages: Sequence[Lineage]) -> list[StoredStep]:
         """The complete steps of the newest lineage's line, ascending; damaged ones are left out."""
-        return [e for e in self.scan()[0] if is_visible(lineages, e.step, e.manifest.lineage)]
+        return self.scan().line(lineages)
 
     def clear_leftovers(self) -> list[str]:
         """Removes what killed or failed writers and readers left; returns one line for each."""
         return self._leftovers.clear()
 
-    def clean_up(self, lineages: Sequence[Lineage], damaged: Mapping[int, str] | None = None) -> list[str]:
+    def clean_up(
+        self, lineages: Sequence[Lineage], damaged: Mapping[int, str] | None = None, scan: Scan | None = None
+    ) -> list[str]:
         """Removes what a killed writer left, and moves away what the newest lineage does not descend from.
 
         Safe to repeat and to be killed in: every action is one rename or the removal of a partial folder. What
@@ -120,13 +129,14 @@ class Catalog:
         Args:
             lineages: of the run, the newest last.
             damaged: steps that were found to be damaged otherwise, with what is wrong.
+            scan: what a look through the folder has found, where nothing was written since.
 
         Returns:
             One line for each thing done, or that could not be done.
         """
         done = self.clear_leftovers()
-        complete, problems = self.scan()
-        problems |= damaged or {}
+        complete, found = self.scan() if scan is None else scan
+        problems = found | dict(damaged or {})
         for step, problem in problems.items():
             done += self.clear_step(step, problem)
         for entry in complete:
@@ -146,12 +156,19 @@ class Catalog:
             problem: what is wrong with it.
         """
         name = step_folder_name(step)
-        if not self.folder.renames and _is_cut_save(self.step_place(step)):
+        if self.is_cut_save(step):
             return _attempt(f"removed the incomplete {name}", partial(self.folder.remove, name))
         return _attempt(f"set step {step} aside: {problem}", partial(self.quarantine, step, "damaged"))
 
+    def is_cut_save(self, step: int) -> bool:
+        """Whether a step that was written under its own name is a save of ours that was cut short, nothing else."""
+        if self.folder.renames:
+            return False
+        names = self.step_place(step).names()
+        return MANIFEST not in names and any(_OWN_FILE.match(name) for name in names)
+
     def quarantine(self, step: int, reason: str) -> None:
-        """Moves a step to `set-aside/<reason>/`, where nothing looks for it but a person."""
+        """Moves a step to `set-aside/<reason>/`, where only people look for it."""
         target, n = f"{ASIDE}/{reason}/{step_folder_name(step)}", 1
         name = target
         while self.folder.exists(name):
@@ -160,7 +177,7 @@ class Catalog:
         self.folder.move(step_folder_name(step), name)
 
     def prune(self, rules: Sequence[RetentionRule], lineages: Sequence[Lineage]) -> list[int]:
-        """Removes the steps that no rule protects and nobody reads; the newest always stays.
+        """Removes the steps that no rule protects and no process reads; the newest always stays.
 
         Returns:
             The removed steps.
@@ -170,13 +187,13 @@ class Catalog:
         # Weights alone cannot be continued from: the newest step that can stays whatever comes after it.
         last = max((e.step for e in entries if e.resumable), default=-1)
         stored = [
-            StoredStep(step=e.step, pinned=e.place.exists(PIN) or e.step == last, metrics=e.manifest.metrics)
+            RetainableStep(step=e.step, pinned=e.storage.exists(PIN) or e.step == last, metrics=e.manifest.metrics)
             for e in entries
         ]
         return self.remove_unread(removable_steps(rules, stored))
 
     def remove_unread(self, steps: Sequence[int]) -> list[int]:
-        """Removes those of the steps that nobody reads; returns which."""
+        """Removes those of the steps that no process reads; returns which."""
         removed = [
             step for step in steps if not held_by_readers(self.step_place(step), self._watch, self._reader_timeout_s)
         ]
@@ -195,10 +212,12 @@ class Catalog:
         self.folder.remove(name)
 
 
-def _is_cut_save(step: Storage) -> bool:
-    """Whether a step that was written under its own name is a save of ours that was cut short, and nothing else."""
-    names = step.names()
-    return MANIFEST not in names and any(_OWN_FILE.match(name) for name in names)
+def newest_lineages(complete: Sequence[StoredStep]) -> tuple[Lineage, ...]:
+    """The lineages of the newest line of steps, by the steps themselves; none where there is no step."""
+    if not complete:
+        return ()
+    newest = max(complete, key=lambda s: (len(s.manifest.lineages), s.step)).manifest
+    return newest.lineages or (Lineage(id=newest.lineage),)
 
 
 def _attempt(line: str, act: Callable[[], None]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Who holds a lease or a reader's lock, and whether he lives."""
+"""Who holds a lease or a reader's lock, and whether that process is alive."""
 
 import errno
 import os
@@ -21,7 +21,7 @@ __all__ = ["LOCK_BYTES", "HeartbeatMonitor", "LeaseRecord", "Liveness", "is_no_f
 _LINE = r"^[^\x00-\x1f\x7f\u2028\u2029\ud800-\udfff]*\Z"
 # Of a lease's or a reader lock's document.
 LOCK_BYTES = 1 << 16
-# What opening anything but a regular file gives: nobody keeps such a lease.
+# What opening anything but a regular file gives: no process writes such a lease.
 _NO_FILE = {errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EFBIG, errno.ENAMETOOLONG}
 
 
@@ -104,14 +104,14 @@ def life_of(holder: LeaseRecord, me: LeaseRecord) -> Liveness:
 
 @final
 class HeartbeatMonitor:
-    """Sees counters stand still, on this process' own clock."""
+    """Measures for how long counters have not moved, on this process' own clock."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._seen: dict[str, tuple[int, float]] = {}
 
     def idle_seconds(self, holder: LeaseRecord) -> float:
-        """Seconds since this watch first saw the counter where it is."""
+        """Seconds since this monitor first saw the counter at its present value."""
         now = self._clock()
         counter, since = self._seen.get(holder.token, (-1, now))
         if counter != holder.counter:
@@ -120,7 +120,7 @@ class HeartbeatMonitor:
         return now - since
 
     def has_moved(self, holder: LeaseRecord) -> bool:
-        """Whether the counter is not what this watch saw last; false for one that it has not seen."""
+        """Whether the counter has moved since it was last seen here; false for one that was not."""
         return holder.token in self._seen and self._seen[holder.token][0] != holder.counter
 
 

@@ -26,8 +26,8 @@ class Leftovers:
 
     Args:
         folder: the checkpoint folder, whose lease this process holds.
-        watch: sees readers' counters stand still.
-        timeout_s: after which a reader that cannot be looked at, and whose counter stands still, is dead.
+        watch: sees whether readers' counters move.
+        timeout_s: after which a reader on another host whose counter has not moved counts as dead.
     """
 
     def __init__(self, folder: Storage, watch: HeartbeatMonitor, timeout_s: float) -> None:
@@ -57,27 +57,27 @@ class Leftovers:
         return [line for step, name in unclear for line in self._clear_lock(step, name)]
 
     def _clear_step(self, step: str) -> Iterator[str]:
-        place, names = self._folder.child(step), []
+        folder, names = self._folder.child(step), []
         with suppress(OSError):  # a step that cannot be looked into is damage, for others to report
-            names = place.names()
+            names = folder.names()
         for name in names:
-            if _is_abandoned(name) and self._remove(place, name):
+            if _is_abandoned(name) and self._remove(folder, name):
                 yield f"removed {step}/{name}, which a killed process left"
             elif is_reader_lock(name):
                 yield from self._clear_lock(step, name)
 
     def _clear_lock(self, step: str, name: str) -> Iterator[str]:
-        place = self._folder.child(step)
-        if life_of_reader(place, name, self._watch, self._timeout_s) is not Liveness.dead:
+        folder = self._folder.child(step)
+        if life_of_reader(folder, name, self._watch, self._timeout_s) is not Liveness.dead:
             self._unclear.append((step, name))
-        elif self._remove(place, name):
+        elif self._remove(folder, name):
             yield f"removed {step}/{name}, which a killed process left"
 
-    def _remove(self, place: Storage, name: str) -> bool:
+    def _remove(self, folder: Storage, name: str) -> bool:
         try:
-            place.remove(name)
+            folder.remove(name)
         except OSError as error:
-            log.warning("%s in %s cannot be removed now (%s); the next start tries again", name, place.url, error)
+            log.warning("%s in %s cannot be removed now (%s); the next start tries again", name, folder.url, error)
             return False
         return True
 

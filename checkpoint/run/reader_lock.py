@@ -26,15 +26,15 @@ _BEAT_S = 5.0
 
 
 @contextmanager
-def reading(place: Storage) -> Iterator[None]:
+def reading(folder: Storage) -> Iterator[None]:
     """Keeps a step from being removed by its run's retention while it is read.
 
-    A place that cannot be written (somebody else's checkpoint, a read-only mount) is read without a lock.
+    A folder that cannot be written (another user's checkpoint, a read-only mount) is read without a lock.
     """
     me, done = this_process(), threading.Event()
     name = f"{_PREFIX}{me.token}{_SUFFIX}"
     try:
-        place.write(name, json.dumps(asdict(me)).encode(), flush=False)
+        folder.write(name, json.dumps(asdict(me)).encode(), flush=False)
     except OSError:
         yield
         return
@@ -44,7 +44,7 @@ def reading(place: Storage) -> Iterator[None]:
         while not done.wait(_BEAT_S):
             holder = replace(holder, counter=holder.counter + 1)
             with suppress(OSError):
-                place.write(name, json.dumps(asdict(holder)).encode(), flush=False)
+                folder.write(name, json.dumps(asdict(holder)).encode(), flush=False)
 
     thread = threading.Thread(target=beat, name="reader", daemon=True)
     thread.start()
@@ -54,19 +54,19 @@ def reading(place: Storage) -> Iterator[None]:
         done.set()
         thread.join()
         with suppress(OSError):
-            place.remove(name)
+            folder.remove(name)
 
 
-def held_by_readers(place: Storage, watch: HeartbeatMonitor, timeout_s: float) -> bool:
-    """Whether somebody reads the step, by the lease's rule for who is alive.
+def held_by_readers(folder: Storage, watch: HeartbeatMonitor, timeout_s: float) -> bool:
+    """Whether a process reads the step, by the lease's rule for who is alive.
 
     Args:
-        place: the step's folder.
-        watch: kept from question to question, so that a reader that cannot be looked at is seen to stand still.
+        folder: the step's folder.
+        watch: kept between calls, so that it sees whether the counter of a reader on another host moves.
         timeout_s: after which such a reader is dead.
     """
-    # Every one is looked at, so that the watch sees all of them stand still from now on.
-    lives = [life_of_reader(place, name, watch, timeout_s) for name in place.names() if is_reader_lock(name)]
+    # Every one is looked at, so that the monitor times all of them from now on.
+    lives = [life_of_reader(folder, name, watch, timeout_s) for name in folder.names() if is_reader_lock(name)]
     return any(life is not Liveness.dead for life in lives)
 
 
@@ -75,14 +75,14 @@ def is_reader_lock(name: str) -> bool:
     return name.startswith(_PREFIX) and name.endswith(_SUFFIX)
 
 
-def life_of_reader(place: Storage, name: str, watch: HeartbeatMonitor, timeout_s: float) -> Liveness:
-    """Whether the reader that a lock names is alive: unknown until it has stood still for `timeout_s`.
+def life_of_reader(folder: Storage, name: str, watch: HeartbeatMonitor, timeout_s: float) -> Liveness:
+    """Whether the reader that a lock names is alive: unknown until its counter has not moved for `timeout_s`.
 
     What is no lock of any version's (another kind of file, another document) has no reader. One that must not be read
     may have.
     """
     try:
-        holder = read_document(place.read(name, LOCK_BYTES), LeaseRecord)
+        holder = read_document(folder.read(name, LOCK_BYTES), LeaseRecord)
     except (FileNotFoundError, DocumentError):
         return Liveness.dead
     except OSError as error:

@@ -9,7 +9,7 @@ from typing import final
 import xxhash
 
 from regrow.checkpoint.errors import CheckpointError
-from regrow.checkpoint.format.manifest import Manifest, write_manifest
+from regrow.checkpoint.format.manifest import MANIFEST, Manifest, write_manifest
 from regrow.checkpoint.format.rank_manifest import metadata_bytes, parse_rank_manifest, rank_manifest_name
 from regrow.checkpoint.format.step_name import METADATA, step_folder_name
 from regrow.checkpoint.run.lease import FencingToken, LeaseLostError, Standing
@@ -19,14 +19,14 @@ from regrow.checkpoint.storage.base import Storage
 __all__ = ["Committer", "assemble_metadata", "complete_step"]
 
 
-def assemble_metadata(place: Storage, ranks: int, writer: str = "") -> bytes:
+def assemble_metadata(folder: Storage, ranks: int, writer: str = "") -> bytes:
     """DCP's description of a step, from the ranks' manifests: costs time in ranks × tensors.
 
     Raises:
         CheckpointError: a tensor is not whole: a bug in who writes what, found before the step becomes valid.
     """
     names = [rank_manifest_name(rank, writer) for rank in range(ranks)]
-    items = [item for name in names for item in parse_rank_manifest(place.read(name))]
+    items = [item for name in names for item in parse_rank_manifest(folder.read(name))]
     written: dict[str, int] = {}
     for item in items:
         written[item.name] = written.get(item.name, 0) + math.prod(item.shape)
@@ -40,12 +40,12 @@ def assemble_metadata(place: Storage, ranks: int, writer: str = "") -> bytes:
 
 
 def complete_step(
-    place: Storage, manifest: Manifest, reports: Sequence[Report], metadata: bytes | None = None
+    folder: Storage, manifest: Manifest, reports: Sequence[Report], metadata: bytes | None = None
 ) -> None:
     """Writes what makes a folder of ranks' files a step; durable on return.
 
     Args:
-        place: the folder.
+        folder: the folder.
         manifest: without `ranks`, `files` and `hashes`.
         reports: the ranks'.
         metadata: what `assemble_metadata` gave, where that is known.
@@ -57,19 +57,19 @@ def complete_step(
         name = rank_manifest_name(rank, manifest.writer)
         files[name], hashes[name] = report["bytes"], report["hash"]
     if metadata is None:
-        metadata = assemble_metadata(place, len(reports), manifest.writer)
-    _write_metadata(place, metadata)
+        metadata = assemble_metadata(folder, len(reports), manifest.writer)
+    _write_metadata(folder, metadata)
     files[METADATA], hashes[METADATA] = len(metadata), xxhash.xxh3_128_hexdigest(metadata)
     # Flushes the folder: all names in it are durable before the step's own is.
-    write_manifest(place, dataclasses.replace(manifest, ranks=len(reports), files=files, hashes=hashes))
+    write_manifest(folder, dataclasses.replace(manifest, ranks=len(reports), files=files, hashes=hashes))
 
 
-def _write_metadata(place: Storage, metadata: bytes) -> None:
+def _write_metadata(folder: Storage, metadata: bytes) -> None:
     """Where a step is written under its final name, a request that is late must not replace another writer's."""
-    if place.renames:
-        place.write(METADATA, metadata, flush=False)
-    elif not place.create(METADATA, metadata) and place.read(METADATA) != metadata:
-        raise FileExistsError(errno.EEXIST, f"another writer's {METADATA} is in {place.url}")
+    if folder.renames:
+        folder.write(METADATA, metadata, flush=False)
+    elif not folder.create(METADATA, metadata) and folder.read(METADATA) != metadata:
+        raise FileExistsError(errno.EEXIST, f"another writer's {METADATA} is in {folder.url}")
 
 
 @final
@@ -79,7 +79,7 @@ class Committer:
     Args:
         folder: the checkpoint folder.
         token: of this attempt.
-        ticket: proves that this attempt is the folder's one writer; None where nobody else can write.
+        ticket: proves that this attempt is the folder's one writer; None where no other process can write.
 
     Attributes:
         writer: see `Manifest`.
@@ -124,13 +124,13 @@ class Committer:
             OSError: the storage fails.
             LeaseLostError: this writer may not any more.
         """
-        place = self.working_place(manifest.step)
+        folder = self.working_place(manifest.step)
         plans = tuple(report["plan"] for report in reports)
         if self._metadata is None or self._metadata[0] != plans:
-            self._metadata = (plans, assemble_metadata(place, len(reports), self.writer))
+            self._metadata = (plans, assemble_metadata(folder, len(reports), self.writer))
         self.check_lease(must_be_seen=True)
         self.check_absent(manifest.step)
-        complete_step(place, dataclasses.replace(manifest, writer=self.writer), reports, self._metadata[1])
+        complete_step(folder, dataclasses.replace(manifest, writer=self.writer), reports, self._metadata[1])
         if self._folder.renames:
             self.check_lease(must_be_seen=True)
             self._folder.move(self.working_name(manifest.step), step_folder_name(manifest.step))
@@ -140,15 +140,15 @@ class Committer:
         name = step_folder_name(step)
         if self._folder.renames:
             return self._folder.exists(name) and not self._folder.exists(self.working_name(step))
-        return self._folder.exists(f"{name}/manifest.json")
+        return self._folder.exists(f"{name}/{MANIFEST}")
 
     def discard(self, step: int) -> None:
         """Removes what was written of a step that did not become valid."""
         if self._folder.renames:
             self._folder.remove(self.working_name(step))
             return
-        place = self.working_place(step)
+        folder = self.working_place(step)
         # Another writer may be at work there by now: only what bears this one's name goes.
-        for name in place.names() if not self.is_committed(step) else []:
+        for name in folder.names() if not self.is_committed(step) else []:
             if self.writer in name:
-                place.remove(name)
+                folder.remove(name)

@@ -48,7 +48,7 @@ class SaveCoordinator:
         ranks: how many there are.
         store: see `own_store`.
         token: tells this run of the ranks from others that meet in the same store.
-        timeout_s: after which a rank that has not reported is taken for dead.
+        timeout_s: after which a rank that has not reported counts as dead.
         writer: see `Manifest`.
     """
 

@@ -48,12 +48,12 @@ class ImageWriter(StorageWriter):
     Objects that are not tensors are stored as JSON (and for stock readers); those that JSON cannot hold are refused.
 
     Args:
-        place: the step's folder, which must not be there yet.
+        location: the step's folder, which must not be there yet.
         manifest: what to say of it beside the tensors.
     """
 
-    def __init__(self, place: Storage | Path | str, manifest: Manifest | None = None) -> None:
-        self._final = as_storage(place)
+    def __init__(self, location: Storage | Path | str, manifest: Manifest | None = None) -> None:
+        self._final = as_storage(location)
         self._manifest = manifest or Manifest(step=0, lineage="")
         self._rank = 0
         self._place = self._final

@@ -28,6 +28,7 @@ from regrow.checkpoint.format.layout import LayoutKey, SavePlan, layout_key, mak
 from regrow.checkpoint.format.manifest import Manifest
 from regrow.checkpoint.format.rank_manifest import rank_manifest, rank_manifest_name
 from regrow.checkpoint.format.step_name import step_folder_name
+from regrow.checkpoint.ranks import broadcast_value, rank_and_count
 from regrow.checkpoint.run.lease import FencingToken, LeaseLostError
 from regrow.checkpoint.save.commit import Committer
 from regrow.checkpoint.save.coordinator import Report, SaveCoordinator, own_store, report_of
@@ -67,7 +68,7 @@ class SaverOptions:
     Attributes:
         files_per_rank: a rank's share is written as so many files at once.
         commit_timeout_s: a step whose ranks have not all reported by then has failed.
-        ticket: of the lease on the folder; None where nobody else can write there.
+        ticket: of the lease on the folder; None where no other process can write there.
         use_store: reports go through the ranks' store; else through files alone.
     """
 
@@ -104,7 +105,8 @@ class StepSaver:
         folder: the checkpoint folder.
         mode: `disabled` returns when durable, `async` when copied, `async_with_pinned_mem` at once.
         device: where the tensors live.
-        group: of all ranks, on the CPU; used while this is constructed and not later.
+        group: of all ranks, on the CPU; used while this is constructed and not later. None for one process without
+            torch.distributed.
         options: see `SaverOptions`.
     """
 
@@ -113,20 +115,17 @@ class StepSaver:
         folder: Storage | Path | str,
         mode: AsyncMode,
         device: torch.device,
-        group: dist.ProcessGroup,
+        group: dist.ProcessGroup | None,
         options: SaverOptions | None = None,
     ) -> None:
         self._folder, self._mode, self._device = as_storage(folder), mode, device
         self._options = options or SaverOptions()
-        self._rank, self._ranks = dist.get_rank(group), dist.get_world_size(group)
-        token = [uuid.uuid4().hex[:8]]
-        dist.broadcast_object_list(token, group=group, group_src=0)
-        self._committer = Committer(self._folder, str(token[0]), self._options.ticket)
-        store = own_store() if self._options.use_store else None
+        self._rank, self._ranks = rank_and_count(group)
+        token = broadcast_value(uuid.uuid4().hex[:8], group)
+        self._committer = Committer(self._folder, token, self._options.ticket)
+        store = own_store() if self._options.use_store and group is not None else None
         timeout_s = self._options.commit_timeout_s
-        self._exchange = SaveCoordinator(
-            self._rank, self._ranks, store, str(token[0]), timeout_s, self._committer.writer
-        )
+        self._coordinator = SaveCoordinator(self._rank, self._ranks, store, token, timeout_s, self._committer.writer)
         self._saves = 0
         self._planned: tuple[LayoutKey, SavePlan] | None = None
         self._image: StagingBuffer | None = None
@@ -152,7 +151,7 @@ class StepSaver:
         Page-locking takes seconds for each 10 GiB. Where it fails, the first save tries again and tells why.
 
         Args:
-            tensors: as `begin` will get them; only their layout is looked at.
+            tensors: as `save` will get them; only their layout is looked at.
             owner_ranks: see `make_plan`.
         """
         if self._mode is not AsyncMode.disabled:
@@ -267,12 +266,12 @@ class StepSaver:
         key = f"{manifest.step}-{self._saves}"
         final = False
         try:
-            self._exchange.report(key, self._write_own(work, manifest.step))
+            self._coordinator.report(key, self._write_own(work, manifest.step))
             if self._rank == 0:
                 error, final = self._commit(key, manifest)
-                self._exchange.publish_result(key, error)
+                self._coordinator.publish_result(key, error)
             else:
-                error = self._exchange.await_result(key, lambda: self._committer.is_committed(manifest.step))
+                error = self._coordinator.await_result(key, lambda: self._committer.is_committed(manifest.step))
         except Exception as failure:
             log.exception("saving step %d failed", manifest.step)
             error = str(failure)
@@ -287,18 +286,18 @@ class StepSaver:
             hashes = self._stage(work)
             if work.problem is not None:
                 return {"error": work.problem}
-            place = self._committer.working_place(step)
+            folder = self._committer.working_place(step)
             self._committer.check_lease()
             self._committer.check_absent(step)
-            place.make()
-            _check_room(place, plan.total_bytes)
+            folder.make()
+            _check_room(folder, plan.total_bytes)
             names = [file_name(self._rank, index, self._committer.writer) for index in range(len(plan.file_bytes))]
             if work.image is None:
-                hashes = write_tensors(place, names, plan, work.tensors)
+                hashes = write_tensors(folder, names, plan, work.tensors)
             else:
-                hashes = write_image(place, names, work.image, self._pool, hashes)
+                hashes = write_image(folder, names, work.image, self._pool, hashes)
             body = rank_manifest(plan, names, [hashes[item.chunk.name] for item in plan.items])
-            place.write(rank_manifest_name(self._rank, self._committer.writer), body, flush=self._rank != 0)
+            folder.write(rank_manifest_name(self._rank, self._committer.writer), body, flush=self._rank != 0)
         except OSError as error:
             return {"error": f"{error.strerror or error} ({self._folder.url})"}
         except Exception as error:
@@ -319,7 +318,7 @@ class StepSaver:
 
     def _commit(self, key: str, manifest: Manifest) -> tuple[str | None, bool]:
         """On rank 0: makes the step valid when every rank has reported; the error, and whether it is final."""
-        reports = self._exchange.collect(key, self._committer.working_place(manifest.step))
+        reports = self._coordinator.collect(key, self._committer.working_place(manifest.step))
         errors = [f"rank {rank}: {r['error']}" for rank, r in enumerate(reports) if r["error"] is not None]
         final = False
         try:
@@ -344,13 +343,13 @@ class StepSaver:
 
 
 def _lower_priority() -> None:
-    """Lets training's threads go before this one; on Linux each thread has a niceness of its own."""
+    """Gives training's threads priority over this one; on Linux each thread has its own niceness."""
     with suppress(OSError, AttributeError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
-def _check_room(place: Storage, needed: int) -> None:
+def _check_room(folder: Storage, needed: int) -> None:
     """Raises OSError before anything is written to a disk that cannot hold it."""
-    free = place.free_bytes()
+    free = folder.free_bytes()
     if free is not None and free < needed:
         raise OSError(errno.ENOSPC, f"No space left on device: {needed >> 20} MiB are needed, {free >> 20} are free")

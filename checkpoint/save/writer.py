@@ -28,12 +28,12 @@ def file_name(rank: int, index: int, writer: str = "") -> str:
 
 
 def write_image(
-    place: Storage, names: Sequence[str], image: StagingBuffer, pool: ThreadPoolExecutor, hashes: Hashes | None
+    folder: Storage, names: Sequence[str], image: StagingBuffer, pool: ThreadPoolExecutor, hashes: Hashes | None
 ) -> Hashes:
     """Writes the image's files, durable when this returns.
 
     Args:
-        place: the step's folder.
+        folder: the step's folder.
         names: of the files, none of which may be there.
         image: must not change before this returns.
         pool: hashes while the files are written, unless `hashes` are known.
@@ -47,21 +47,21 @@ def write_image(
     def write(index: int) -> None:
         memory = image.file(index)
         windows = (memory[s : s + _WINDOW] for s in range(0, len(memory), _WINDOW))
-        place.stream(names[index], len(memory), windows)
+        folder.stream(names[index], len(memory), windows)
 
     try:
         _all_files(write, len(image.plan.file_bytes))
     finally:
-        # The image may be used again only when nobody reads it any more.
+        # The image may be used again only when it is no longer read.
         found = coming.result() if coming is not None else {}
     return hashes or found
 
 
-def write_tensors(place: Storage, names: Sequence[str], plan: SavePlan, tensors: Mapping[str, Tensor]) -> Hashes:
+def write_tensors(folder: Storage, names: Sequence[str], plan: SavePlan, tensors: Mapping[str, Tensor]) -> Hashes:
     """Writes the files without an image of them: a few windows of memory, whatever the size of the state.
 
     Args:
-        place: the step's folder.
+        folder: the step's folder.
         names: of the files, none of which may be there.
         plan: the layout.
         tensors: must not change before this returns.
@@ -76,7 +76,7 @@ def write_tensors(place: Storage, names: Sequence[str], plan: SavePlan, tensors:
         hashers = {item.chunk.name: BlockHasher(block_bytes_for(item.data_bytes)) for item in items}
         with ThreadPoolExecutor(1, thread_name_prefix="fill") as filler:
             windows = _filled_windows(plan.file_bytes[index], items, tensors, hashers, filler)
-            place.stream(names[index], plan.file_bytes[index], windows)
+            folder.stream(names[index], plan.file_bytes[index], windows)
         found.update({name: hasher.blocks() for name, hasher in hashers.items()})
 
     _all_files(write, len(plan.file_bytes))

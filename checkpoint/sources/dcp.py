@@ -10,6 +10,7 @@ from torch import Tensor
 
 from regrow.checkpoint.documents import DocumentError
 from regrow.checkpoint.errors import CheckpointError
+from regrow.checkpoint.format.step_name import METADATA
 from regrow.checkpoint.format.tensor_source import Box, TensorInfo, TensorSource
 from regrow.checkpoint.format.torch_file import StoredTensor, TorchArchive, plain_value
 from regrow.checkpoint.sources.foreign_metadata import ForeignChunk, Stream, parse_metadata
@@ -19,40 +20,38 @@ from regrow.checkpoint.storage.opening import as_storage
 
 __all__ = ["DcpSource"]
 
-_METADATA = ".metadata"
-
 
 @final
 class DcpSource(TensorSource):
     """The tensors of a DCP folder.
 
     Args:
-        place: holds `.metadata`; local.
+        location: holds `.metadata`; local.
 
     Attributes:
         objects: the flat names of what is stored there beside tensors.
 
     Raises:
-        CheckpointError: it is none, or not whole.
+        CheckpointError: it is not one, or is incomplete.
     """
 
-    def __init__(self, place: Storage | Path | str) -> None:
-        storage = as_storage(place)
+    def __init__(self, location: Storage | Path | str) -> None:
+        storage = as_storage(location)
         if not isinstance(storage, LocalStorage):
             raise CheckpointError(
                 f"a checkpoint without manifest.json must lie in a local folder, but is {storage.url}; copy it first"
             )
         self.place = storage.url
         try:
-            metadata = parse_metadata(storage.read(_METADATA), storage.sizes())
+            metadata = parse_metadata(storage.read(METADATA), storage.sizes())
         except OSError as error:
             raise CheckpointError(
-                f"{storage.url} must be a checkpoint, but its {_METADATA} cannot be read ({error.strerror}); "
+                f"{storage.url} must be a checkpoint, but its {METADATA} cannot be read ({error.strerror}); "
                 "check the path"
             ) from error
         except DocumentError as error:
             raise CheckpointError(
-                f"{storage.url}/{_METADATA} must be a description by DCP, but {error}; do not trust this checkpoint, "
+                f"{storage.url}/{METADATA} must be a description by DCP, but {error}; do not trust this checkpoint, "
                 "or copy it again"
             ) from error
         self.infos: Mapping[str, TensorInfo] = {n: t.info for n, t in metadata.tensors.items()}
@@ -115,7 +114,7 @@ class DcpSource(TensorSource):
 
     def _unreadable(self, name: str, stream: Stream, error: DocumentError) -> CheckpointError:
         return CheckpointError(
-            f"{name} in {self.place}/{stream.file} must be as {_METADATA} says, but is not ({error}); use another "
+            f"{name} in {self.place}/{stream.file} must be as {METADATA} says, but is not ({error}); use another "
             "checkpoint, or copy it again"
         )
 

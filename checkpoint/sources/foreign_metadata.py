@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from regrow.checkpoint.documents import DocumentError
+from regrow.checkpoint.documents import DocumentError, is_file_name, is_flat_name
 from regrow.checkpoint.format.inert_pickle import Global, Pairs, PickleReader, Record, describe
-from regrow.checkpoint.format.tensor_source import LONGEST_FLAT_NAME, Box, TensorInfo, is_file_name
+from regrow.checkpoint.format.tensor_source import Box, TensorInfo
 from regrow.checkpoint.format.tiling import tiles_exactly
 from regrow.checkpoint.format.torch_file import TORCH_DTYPES, dtype_of, shape_of
 
@@ -115,7 +115,7 @@ def parse_metadata(body: bytes, sizes: Mapping[str, int]) -> ForeignMetadata:
         sizes: the folder's files, with their bytes.
 
     Raises:
-        DocumentError: it is none; the message gives the reason alone.
+        DocumentError: it is not one; the message gives only the reason.
     """
     fields = _fields(PickleReader(body, _KNOWN).load(), (_METADATA,), "it")
     entries = _by_name(fields.get("state_dict_metadata"))
@@ -155,7 +155,7 @@ def _by_name(value: Any) -> dict[str, Any]:
         raise DocumentError(f"state_dict_metadata must be a mapping, but is {describe(value)}")
     found: dict[str, Any] = {}
     for name, entry in value.items:
-        if not isinstance(name, str) or not 0 < len(name) <= LONGEST_FLAT_NAME or not name.isprintable():
+        if not isinstance(name, str) or not is_flat_name(name):
             raise DocumentError(f"the name of a tensor must be text of one line, but is {describe(name)}")
         if name in found:
             raise DocumentError(f"it describes {name} twice")
@@ -173,10 +173,10 @@ def _streams(value: Any, entries: Mapping[str, Any]) -> dict[str, dict[tuple[int
         name, offset = index.get("fqn"), index.get("offset")
         if not isinstance(name, str) or name not in entries:
             raise DocumentError(f"storage_data has {describe(name)}, which is not described")
-        place = None if offset is None else shape_of(offset)
-        if place in found[name]:
-            raise DocumentError(f"storage_data has {name} twice at {place}")
-        found[name][place] = _stream(name, info)
+        position = None if offset is None else shape_of(offset)
+        if position in found[name]:
+            raise DocumentError(f"storage_data has {name} twice at {position}")
+        found[name][position] = _stream(name, info)
     return found
 
 

@@ -5,30 +5,36 @@ The format is eight bytes of length, a JSON header, and the tensors' raw bytes w
 """
 
 import json
-import math
 import struct
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, cast, final
+from typing import Annotated, Any, final
 
 import torch
 from msgspec import Meta
 from torch import Tensor
 
-from regrow.checkpoint.documents import Count, DocumentError, convert_document, parse_json, read_document
+from regrow.checkpoint.documents import (
+    Count,
+    DocumentError,
+    convert_document,
+    is_file_name,
+    is_flat_name,
+    parse_json,
+    read_document,
+)
 from regrow.checkpoint.errors import CheckpointError
 from regrow.checkpoint.format.tensor_source import (
-    LONGEST_FLAT_NAME,
     MOST_DIMS,
     Box,
     TensorInfo,
     TensorSource,
-    is_file_name,
+    rows_of,
 )
 from regrow.checkpoint.storage.base import RangeReader, Storage
 
-__all__ = ["DTYPES", "INDEX", "SINGLE", "SafetensorsSource", "header_bytes", "read_header", "rows_of"]
+__all__ = ["DTYPES", "INDEX", "SINGLE", "SafetensorsSource", "header_bytes", "read_header"]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -126,7 +132,7 @@ def _places(body: bytes, file: str) -> dict[str, _Place]:
     document.pop("__metadata__", None)
     places: dict[str, _Place] = {}
     for tensor, entry in convert_document(document, dict[str, _Entry]).items():
-        if not 0 < len(tensor) <= LONGEST_FLAT_NAME or not tensor.isprintable():
+        if not is_flat_name(tensor):
             raise DocumentError(f"a tensor's name must be text of one line, but is {tensor[:80]!a}")
         if entry.dtype not in DTYPES:
             raise DocumentError(f"{tensor} has the type {entry.dtype[:20]!a}, which is not known")
@@ -227,32 +233,3 @@ class SafetensorsSource(TensorSource):
 
     def close(self) -> None:
         self._opened.close()
-
-
-def rows_of(file: RangeReader, start: int, info: TensorInfo, box: Box, what: str) -> Tensor:
-    """A box out of raw bytes that begin at `start`: its rows are read whole, then narrowed.
-
-    Raises:
-        CheckpointError: the file ends too soon.
-    """
-    if not box:
-        return _read_raw(file, start, info.nbytes, what).view(info.dtype).view(())
-    shape, cut = info.shape, box
-    # A single index of the first dimensions is one range of bytes further in.
-    while len(cut) > 1 and cut[0][1] - cut[0][0] == 1:
-        start += cut[0][0] * info.dtype.itemsize * math.prod(shape[1:])
-        shape, cut = shape[1:], cut[1:]
-    row = info.dtype.itemsize * math.prod(shape[1:])
-    first, last = cut[0]
-    raw = _read_raw(file, start + first * row, (last - first) * row, what)
-    values = raw.view(info.dtype).view(last - first, *shape[1:])
-    for dim, (low, high) in enumerate(cut[1:], start=1):
-        values = values.narrow(dim, low, high - low)
-    return values.contiguous().view([stop - start for start, stop in box])
-
-
-def _read_raw(file: RangeReader, start: int, size: int, what: str) -> Tensor:
-    raw = torch.empty(size, dtype=torch.uint8)
-    if file.read_into(start, memoryview(cast(Any, raw.numpy()))) < size:
-        raise CheckpointError(f"{what} is cut short; copy or download it again")
-    return raw

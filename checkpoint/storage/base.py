@@ -8,7 +8,12 @@ from typing import final
 
 from regrow.checkpoint.files import SMALL_FILE_BYTES
 
-__all__ = ["RangeReader", "RemoteFile", "Storage", "as_os_error", "too_large"]
+__all__ = ["COMMIT_FILE", "PAGE", "RangeReader", "RemoteFile", "Storage", "as_os_error", "too_large"]
+
+# What direct writes are aligned to, in memory and in the file, in bytes.
+PAGE = 4096
+# The file that makes a folder a complete step where folders cannot be renamed: written last, removed first.
+COMMIT_FILE = "manifest.json"
 
 
 class RangeReader(ABC):
@@ -167,4 +172,4 @@ class Storage(ABC):
 
     @abstractmethod
     def free_bytes(self) -> int | None:
-        """Room that is left; None where nobody can say."""
+        """Free space in bytes; None where it is not known."""

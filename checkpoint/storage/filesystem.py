@@ -7,7 +7,7 @@ from typing import Any, final
 import fsspec
 
 from regrow.checkpoint.files import SMALL_FILE_BYTES
-from regrow.checkpoint.storage.base import RangeReader, RemoteFile, Storage, as_os_error, too_large
+from regrow.checkpoint.storage.base import COMMIT_FILE, RangeReader, RemoteFile, Storage, as_os_error, too_large
 
 __all__ = ["FsspecStorage"]
 
@@ -110,8 +110,8 @@ class FsspecStorage(Storage):
         path = self._path(name)
         with as_os_error(self.url, Exception):
             # What makes a step valid goes first.
-            if self._fs.exists(f"{path}/manifest.json"):
-                self._fs.rm_file(f"{path}/manifest.json")
+            if self._fs.exists(f"{path}/{COMMIT_FILE}"):
+                self._fs.rm_file(f"{path}/{COMMIT_FILE}")
             if self._fs.exists(path):
                 self._fs.rm(path, recursive=True)
 

@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import final
 
 from regrow.checkpoint.config import DirectIo
-from regrow.checkpoint.files import SMALL_FILE_BYTES, fsync_folder, open_regular, read_regular
-from regrow.checkpoint.format.layout import PAGE
-from regrow.checkpoint.processes import process_tag
-from regrow.checkpoint.storage.base import RangeReader, Storage
+from regrow.checkpoint.files import SMALL_FILE_BYTES, fsync_folder, open_regular, read_regular, temporary_path
+from regrow.checkpoint.storage.base import PAGE, RangeReader, Storage
 
 __all__ = ["LocalStorage", "takes_direct_io", "write_all"]
 
@@ -86,7 +84,7 @@ class _Descriptor(RangeReader):
         done = os.preadv(self._descriptor, memories, offset)
         position = 0
         for memory in memories:
-            # As a rule all of it has come by now.
+            # Usually everything has been read by now.
             if done < position + len(memory):
                 done += self.read_into(offset + done, memory[done - position :])
                 if done < position + len(memory):
@@ -218,7 +216,7 @@ class LocalStorage(Storage):
 
     def _temporary(self, name: str, data: bytes) -> Path:
         """A durable file beside `name`, for a rename or a link."""
-        path = self.path / f".{name}.{process_tag()}.{uuid.uuid4().hex[:8]}.tmp"
+        path = temporary_path(self.path / name)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         try:
             write_all(descriptor, memoryview(data), 0)

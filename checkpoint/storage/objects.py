@@ -8,15 +8,17 @@ from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any, cast, final
 
-from regrow.checkpoint.files import SMALL_FILE_BYTES
-from regrow.checkpoint.storage.base import RangeReader, RemoteFile, Storage, as_os_error, too_large
-from regrow.errors import ConfigError
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError, NotSupportedError
+from obstore.store import from_url
 
-__all__ = ["OBJECT_SCHEMES", "ObjectStorage"]
+from regrow.checkpoint.files import SMALL_FILE_BYTES
+from regrow.checkpoint.storage.base import COMMIT_FILE, RangeReader, RemoteFile, Storage, as_os_error, too_large
+
+__all__ = ["ObjectStorage"]
 
 log = logging.getLogger(__name__)
 
-OBJECT_SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss")
 _PART_BYTES = 8 << 20
 _PARTS_AT_ONCE = 4
 # S3 takes 10,000 parts, and copies 5 GB at most by itself.
@@ -26,8 +28,6 @@ _RETRY = {"max_retries": 5, "retry_timeout": timedelta(seconds=60)}
 
 
 def _as_os_error(what: str) -> AbstractContextManager[None]:
-    from obstore.exceptions import BaseError
-
     return as_os_error(what, BaseError)
 
 
@@ -61,13 +61,6 @@ class ObjectStorage(Storage):
     renames = False
 
     def __init__(self, url: str, options: Mapping[str, Any], *, _store: Any = None, _prefix: str = "") -> None:
-        try:
-            from obstore.store import from_url
-        except ImportError as error:
-            raise ConfigError(
-                f"checkpoint.folder must be a local folder where obstore is not installed, but is {url!r}; "
-                'install it with pip install "regrow[cloud]"'
-            ) from error
         self.url = url.rstrip("/")
         self._options = options
         self._prefix = _prefix
@@ -95,23 +88,17 @@ class ObjectStorage(Storage):
         """Prefixes need not be made."""
 
     def names(self) -> list[str]:
-        import obstore
-
         with _listing(self.url):
             found = obstore.list_with_delimiter(self._store, self._prefix or None)
         paths = [*found["common_prefixes"], *(o["path"] for o in found["objects"])]
         return sorted({p.rstrip("/").rsplit("/", 1)[-1] for p in paths})
 
     def sizes(self) -> dict[str, int]:
-        import obstore
-
         with _listing(self.url):
             found = obstore.list_with_delimiter(self._store, self._prefix or None)
         return {str(o["path"]).rsplit("/", 1)[-1]: int(o["size"]) for o in found["objects"]}
 
     def exists(self, name: str) -> bool:
-        import obstore
-
         try:
             with _as_os_error(f"{self.url}/{name}"):
                 obstore.head(self._store, self._prefix + name)
@@ -120,8 +107,6 @@ class ObjectStorage(Storage):
         return True
 
     def read(self, name: str, limit: int = SMALL_FILE_BYTES) -> bytes:
-        import obstore
-
         with _as_os_error(f"{self.url}/{name}"):
             found = obstore.get(self._store, self._prefix + name)
             size = int(found.meta["size"])
@@ -131,8 +116,6 @@ class ObjectStorage(Storage):
 
     def read_range(self, name: str, offset: int, length: int) -> memoryview:
         """A part of an object; shorter at its end."""
-        import obstore
-
         if length == 0:
             return memoryview(b"")
         with _as_os_error(f"{self.url}/{name}"):
@@ -143,15 +126,10 @@ class ObjectStorage(Storage):
         yield RemoteFile(lambda offset, length: self.read_range(name, offset, length))
 
     def write(self, name: str, data: bytes, *, flush: bool = True) -> None:
-        import obstore
-
         with _as_os_error(f"{self.url}/{name}"):
             obstore.put(self._store, self._prefix + name, data, use_multipart=False)
 
     def create(self, name: str, data: bytes) -> bool:
-        import obstore
-        from obstore.exceptions import AlreadyExistsError, NotSupportedError
-
         try:
             with _as_os_error(f"{self.url}/{name}"):
                 obstore.put(self._store, self._prefix + name, data, mode="create")
@@ -167,8 +145,6 @@ class ObjectStorage(Storage):
         return True
 
     def stream(self, name: str, size: int, windows: Iterator[memoryview]) -> None:
-        import obstore
-
         # Parts are uploaded while the next window is filled, so each has its own copy.
         parts = (bytes(window) for window in windows)
         with _as_os_error(f"{self.url}/{name}"):
@@ -180,15 +156,12 @@ class ObjectStorage(Storage):
         """What was put is durable."""
 
     def _below(self, name: str) -> list[str]:
-        import obstore
-
         with _listing(f"{self.url}/{name}"):
             pages = obstore.list(self._store, f"{self._prefix}{name}/")
             found = [entry["path"] for page in pages for entry in page]
         return sorted(str(path) for path in found)
 
     def move(self, name: str, target: str) -> None:
-
         source, goal = self._prefix + name, self._prefix + target
         paths = self._below(name) or [source]
         with _as_os_error(f"{self.url}/{name}"):
@@ -197,8 +170,6 @@ class ObjectStorage(Storage):
         self.remove(name)
 
     def _copy(self, path: str, goal: str) -> None:
-        import obstore
-
         size = int(obstore.head(self._store, path)["size"])
         if size <= _LARGEST_COPY:
             obstore.copy(self._store, path, goal)
@@ -212,10 +183,8 @@ class ObjectStorage(Storage):
         )
 
     def remove(self, name: str) -> None:
-        import obstore
-
         # What makes a step valid goes first, so that a removal that is cut short leaves no step that looks whole.
-        paths = sorted(self._below(name), key=lambda p: not p.endswith("manifest.json"))
+        paths = sorted(self._below(name), key=lambda p: not p.endswith(COMMIT_FILE))
         with _as_os_error(f"{self.url}/{name}"):
             for path in paths or [self._prefix + name]:
                 try:

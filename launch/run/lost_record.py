@@ -66,7 +66,7 @@ def _line_of(complete: Sequence[Entry]) -> list[Lineage]:
             lineages.append(Lineage(id=entry.manifest.lineage, origin=origin, origin_step=step, parent=parent))
             if len({x.id for x in lineages}) < len(lineages):
                 raise UserError(
-                    f"{entry.place.url} must continue the steps before it where run.json is gone, but is of another "
+                    f"{entry.url} must continue the steps before it where run.json is gone, but is of another "
                     "line of steps; move it away, or restore run.json"
                 )
         before = entry

@@ -59,7 +59,7 @@ _RANKS_LOCK = ".ranks.lock"
 # A document of the run before its rename: only the launcher and rank 0 write these, and only while they own the run.
 _TEMPORARY = re.compile(
     r"\.((run|stop|tokenizer|kernels|pending-start)\.json|\.pending-start\.json|(config|overrides)\.yaml"
-    r"|(metrics|samples)\.jsonl)(\.[0-9]+)?\.tmp|\.probe-[0-9]+|failed-rank-[0-9]+\.tmp"
+    r"|(metrics|samples)\.jsonl)(\.[0-9a-f-]+)*\.tmp|\.probe-[0-9]+|failed-rank-[0-9]+\.tmp"
 )
 # Of a start that has chosen a lineage and whose ranks have not loaded yet.
 _PENDING = ".pending-start.json"

@@ -22,7 +22,6 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from regrow.checkpoint.config import AsyncMode
 from regrow.checkpoint.format.manifest import Manifest
-from regrow.checkpoint.load.loading import read_items
 from regrow.checkpoint.load.reader import read_tensors
 from regrow.checkpoint.policy.lineage import Lineage
 from regrow.checkpoint.run.catalog import Catalog
@@ -154,9 +153,9 @@ def check(folder: Path) -> list[int]:
     catalog.clean_up(LINE)
     entries = catalog.entries(LINE)
     for entry in entries:
-        items = read_items(entry.place, entry.manifest)
+        items = entry.items()
         tensors = {i.name: torch.zeros(i.global_shape, dtype=i.torch_dtype) for i in items}
-        read_tensors(entry.place, items, tensors)
+        read_tensors(entry.storage, items, tensors)
         assert len(tensors) == 6
         for name, tensor in tensors.items():
             assert bool((tensor == float(entry.step)).all()), name
@@ -173,7 +172,7 @@ def crash_everywhere(victim: int, crash: str, places: Iterator[Path]) -> list[li
             try:
                 results = run_distributed(save_with_a_crash, folder, victim, at, crash, world_size=2, timeout_s=30.0)
             except AssertionError as error:
-                assert "died without a word" in str(error)
+                assert "died without an answer" in str(error)
                 with after_the_cut(place) if crash == "power" else nullcontext(folder) as found:
                     outcomes.append(check(found))
                 continue

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from regrow.checkpoint.errors import CheckpointError, DamagedStepError
-from regrow.checkpoint.format.manifest import read_manifest
-from regrow.checkpoint.load.loading import read_items
+from regrow.checkpoint.format.stored_step import StoredStep
 from regrow.checkpoint.load.reader import read_tensors
 from regrow.trainer.jsonlines import read_rows
 from tests.runs import train
@@ -97,7 +96,7 @@ FAULTS: list[Callable[[Path, random.Random, Path], None]] = [
 
 def load(step: Path, expected: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
     """Everything in a step, as automatic resume reads it."""
-    items = read_items(step, read_manifest(step))
+    items = StoredStep.open(step).items()
     tensors = {i.name: torch.zeros(i.global_shape, dtype=i.torch_dtype) for i in items}
     read_tensors(step, items, tensors)
     return tensors
@@ -141,7 +140,7 @@ def damage_newest(run_dir: Path, target: Path) -> Path:
     shutil.copytree(run_dir, target)
     file = target / "checkpoint/step-10/__1_0.distcp"
     data = bytearray(file.read_bytes())
-    items = read_items(target / "checkpoint/step-10", read_manifest(target / "checkpoint/step-10"))
+    items = StoredStep.open(target / "checkpoint/step-10").items()
     item = next(i for i in items if i.file == file.name and i.name == "tok_embeddings.weight")
     data[item.data + 100] ^= 1
     file.write_bytes(data)
@@ -193,7 +192,7 @@ def test_every_mode_trains_the_same(corpus: Path, run_dir: Path, tmp_path: Path,
 
 def test_a_foreign_error_is_not_damage(run_dir: Path) -> None:
     step = run_dir / "checkpoint/step-5"
-    items = read_items(step, read_manifest(step))
+    items = StoredStep.open(step).items()
     with pytest.raises(CheckpointError, match="must hold nothing.weight") as caught:
         read_tensors(step, items, {"nothing.weight": torch.zeros(1)})
     assert not isinstance(caught.value, DamagedStepError)

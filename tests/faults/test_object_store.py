@@ -143,7 +143,7 @@ def test_a_rank_that_wakes_up_late_replaces_nothing(place: Storage, group: dist.
     paused.discard(1)
     loaded = {"w": torch.zeros(300, 70)}
     (entry,) = Catalog(place).entries(LINE)
-    load_tensors(entry.place, loaded, group)
+    load_tensors(entry, loaded, group)
     assert torch.equal(loaded["w"], tensors["w"])
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, final
 
+import zstandard
+
 from regrow.checkpoint.files import open_regular
 from regrow.trainer.data.source import DataError, Notes, shown
 
@@ -66,8 +68,6 @@ def reading(path: Path, line: Line | None = None) -> Iterator[None]:
     Raises:
         DataError: it cannot be opened or read, is another kind of file, cut short or damaged.
     """
-    import zstandard
-
     try:
         yield
     except EOFError:
@@ -105,8 +105,6 @@ class _ZstdReader(io.RawIOBase):
     """The bytes of all frames of a .zst file; tells a cut file from a whole one, as the library's reader does not."""
 
     def __init__(self, raw: IO[bytes]) -> None:
-        import zstandard
-
         self._raw = raw
         # The library's limit of 128 MiB on a frame's window holds.
         self._decompressor = zstandard.ZstdDecompressor()

@@ -5,6 +5,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from regrow.trainer.data.corpus_files import NULL_TEXT, check_regular, reading
 from regrow.trainer.data.source import DataError, Notes, shown
 
@@ -18,8 +21,6 @@ _BATCH_ROWS = 1024
 @contextmanager
 def _arrow_reading(path: Path) -> Iterator[None]:
     """See `reading`; Arrow's own errors too."""
-    import pyarrow as pa
-
     with reading(path):
         try:
             yield
@@ -49,8 +50,6 @@ def _batch_rows(group: Any) -> int:
 
 
 def _open(path: Path, dictionary: str | None = None) -> Any:
-    import pyarrow.parquet as pq
-
     check_regular(path)
     # As a dictionary: a small file may repeat one long text by a number for it.
     return pq.ParquetFile(
@@ -63,8 +62,6 @@ def _open(path: Path, dictionary: str | None = None) -> Any:
 
 def _check_column(schema: Any, field: str, path: Path) -> None:
     """Whether there is one column of the name, of a type that holds text."""
-    import pyarrow as pa
-
     if schema.names.count(field) != 1:
         names = ", ".join(schema.names[:40])
         found = "is a name of several" if field in schema.names else "is none"

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import final
 
 from regrow.trainer.data.cache import cache_folder, content_digest
@@ -54,8 +55,6 @@ class StdlibSource(CorpusSource):
 
     def read(self, unit: CorpusPart) -> Iterator[str]:
         if unit.path == _TOPICS:
-            from pydoc_data.topics import topics
-
             yield from (text for _, text in sorted(topics.items()))
             return
         for path in _modules()[unit.start : unit.stop]:

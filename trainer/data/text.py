@@ -66,6 +66,7 @@ class TextSource(CorpusSource):
         units: list[CorpusPart] = []
         for path in self._paths():
             if path.suffix == ".parquet":
+                # Arrow is heavy, and most corpora do without.
                 from regrow.trainer.data.parquet import row_groups
 
                 units += [CorpusPart(str(path), g, g + 1) for g in range(row_groups(path, self.config.field))]
@@ -91,6 +92,7 @@ class TextSource(CorpusSource):
         if path.suffix == ".txt":
             yield from read_text(path, self.config.txt_document_bytes)
         elif path.suffix == ".parquet":
+            # See `units`.
             from regrow.trainer.data.parquet import read_row_group
 
             yield from read_row_group(path, unit.start, self.config.field, self.notes)

@@ -8,6 +8,7 @@ from typing import Any, final
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from regrow.errors import ConfigError
 from regrow.trainer.hook import Hook
 from regrow.trainer.hooks.config import ProgressConfig
 from regrow.trainer.loop import Trainer
@@ -34,7 +35,7 @@ class ProgressHook(Hook):
 
     def __init__(self, config: ProgressConfig) -> None:
         if config.every < 1:
-            raise ValueError(f"hooks.progress.every must be at least 1, but is {config.every}; use 10")
+            raise ConfigError(f"hooks.progress.every must be at least 1, but is {config.every}; use 10")
         self._every = config.every
         self._progress: Progress | None = None
 

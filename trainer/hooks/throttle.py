@@ -4,6 +4,7 @@ import math
 import time
 from typing import final
 
+from regrow.errors import ConfigError
 from regrow.trainer.hook import Hook
 from regrow.trainer.hooks.config import ThrottleConfig
 from regrow.trainer.loop import Trainer
@@ -17,7 +18,7 @@ class ThrottleHook(Hook):
 
     def __init__(self, config: ThrottleConfig) -> None:
         if not (config.seconds >= 0 and math.isfinite(config.seconds)):
-            raise ValueError(f"hooks.throttle.seconds must be at least 0, but is {config.seconds}; use 1.0")
+            raise ConfigError(f"hooks.throttle.seconds must be at least 0, but is {config.seconds}; use 1.0")
         self._seconds = config.seconds
 
     def before_step(self, trainer: Trainer) -> None:

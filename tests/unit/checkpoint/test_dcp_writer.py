@@ -13,8 +13,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from regrow.checkpoint.format.manifest import read_manifest
+from regrow.checkpoint.format.stored_step import StoredStep
 from regrow.checkpoint.load.dcp_reader import ImageReader
-from regrow.checkpoint.load.loading import is_verified, load_tensors, read_items
+from regrow.checkpoint.load.loading import is_verified, load_tensors
 from regrow.checkpoint.save.dcp_writer import ImageWriter
 from tests.pool import run_distributed
 
@@ -95,5 +96,5 @@ def _sharded(folder: Path) -> bool:
 
 def test_shards_of_two_ranks(tmp_path: Path) -> None:
     assert run_distributed(_sharded, tmp_path / "c", world_size=2) == [True, True]
-    items = read_items(tmp_path / "c", read_manifest(tmp_path / "c"))
+    items = StoredStep.open(tmp_path / "c").items()
     assert sorted((i.name, i.shape) for i in items) == [("r", (4,)), ("w", (3, 6)), ("w", (4, 6))]

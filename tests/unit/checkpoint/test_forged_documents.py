@@ -17,7 +17,7 @@ from regrow.checkpoint.format.rank_manifest import parse_rank_manifest
 from regrow.checkpoint.format.tensor_source import Box
 from regrow.checkpoint.format.tiling import tiles_exactly
 from regrow.checkpoint.inspect import maintenance as care
-from regrow.checkpoint.load.loading import resolve_foreign
+from regrow.checkpoint.load.locate import resolve_foreign
 from regrow.checkpoint.load.open_source import open_source, read_whole
 from regrow.checkpoint.policy.lineage import Lineage
 from regrow.checkpoint.run.catalog import Catalog

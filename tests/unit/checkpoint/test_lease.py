@@ -312,7 +312,7 @@ def test_a_holder_with_an_absurd_timeout_is_not_waited_for(tmp_path: Path, timeo
     silent = dataclasses.replace(ELSEWHERE, timeout_s=timeout_s)
     (tmp_path / "lease-4.json").write_text(json.dumps(dataclasses.asdict(silent)))
     started = time.monotonic()
-    with pytest.raises(LeaseHeldError, match=r"stand still for 3600 s .*remove lease-4.json in .* has ended"):
+    with pytest.raises(LeaseHeldError, match=r"must not change for 3600 s .*remove lease-4.json in .* has ended"):
         acquire_lease(LocalStorage(tmp_path), 0.3, "the run")
     assert time.monotonic() - started < 1.3
 

@@ -22,7 +22,7 @@ from regrow.checkpoint.policy.lineage import (
     is_visible,
     start_point,
 )
-from regrow.checkpoint.policy.retention import KeepBest, KeepEveryN, KeepLatest, StoredStep, removable_steps
+from regrow.checkpoint.policy.retention import KeepBest, KeepEveryN, KeepLatest, RetainableStep, removable_steps
 from regrow.checkpoint.policy.save import (
     EveryMinutes,
     EveryNSteps,
@@ -65,7 +65,7 @@ def test_a_new_best_saves(value: float, best: float | None, lower: bool, due: bo
 
 STEPS = st.lists(
     st.builds(
-        StoredStep,
+        RetainableStep,
         step=st.integers(1, 200),
         pinned=st.booleans(),
         metrics=st.dictionaries(st.just("val_loss"), st.floats(allow_nan=True)),
@@ -75,7 +75,7 @@ STEPS = st.lists(
 
 
 @given(steps=STEPS, k=st.integers(0, 5), n=st.integers(1, 50))
-def test_retention_never_removes_what_must_stay(steps: list[StoredStep], k: int, n: int) -> None:
+def test_retention_never_removes_what_must_stay(steps: list[RetainableStep], k: int, n: int) -> None:
     removed = removable_steps([KeepLatest(k), KeepEveryN(KeepEveryNConfig(n=n)), KeepBest(KeepBestConfig())], steps)
     kept = {s.step for s in steps} - set(removed)
     newest = sorted(s.step for s in steps)
@@ -90,7 +90,7 @@ def test_retention_never_removes_what_must_stay(steps: list[StoredStep], k: int,
 
 
 def test_keep_latest_removes_the_older_ones() -> None:
-    steps = [StoredStep(step=s) for s in (10, 20, 30, 40)]
+    steps = [RetainableStep(step=s) for s in (10, 20, 30, 40)]
     assert removable_steps([KeepLatest(2)], steps) == [10, 20]
     assert removable_steps([KeepLatest(1)], steps) == [10, 20, 30]
     assert removable_steps([], []) == []

@@ -19,10 +19,11 @@ from regrow.checkpoint.config import AsyncMode
 from regrow.checkpoint.errors import CheckpointError, DamagedStepError
 from regrow.checkpoint.format.hashing import BlockHasher, block_bytes_for, block_hashes, item_hash
 from regrow.checkpoint.format.layout import Chunk, make_plan
-from regrow.checkpoint.format.manifest import Manifest, read_manifest
+from regrow.checkpoint.format.manifest import Manifest
 from regrow.checkpoint.format.rank_manifest import StoredChunk
+from regrow.checkpoint.format.stored_step import StoredStep
 from regrow.checkpoint.format.torch_archive import frame_of
-from regrow.checkpoint.load.loading import load_tensors, read_items
+from regrow.checkpoint.load.loading import load_tensors
 from regrow.checkpoint.load.read_plan import bytes_to_read, plan_reads
 from regrow.checkpoint.load.reader import read_tensors
 from regrow.checkpoint.save.saver import SaverOptions, StepSaver
@@ -209,7 +210,7 @@ def test_any_box_is_read_from_any_shards(tmp_path_factory: pytest.TempPathFactor
 def test_rows_that_are_not_needed_are_not_read(tmp_path: Path, group: dist.ProcessGroup) -> None:
     tensors = {"w": torch.randn(4096, 1024)}
     path = save(tmp_path / "c", group, tensors)
-    items = read_items(path, read_manifest(path))
+    items = StoredStep.open(path).items()
     for ranks in (2, 3, 4):
         for rank in range(ranks):
             first, last = rank * 4096 // ranks, (rank + 1) * 4096 // ranks
@@ -237,7 +238,7 @@ def test_loading_leaves_no_file_open(tmp_path: Path, group: dist.ProcessGroup) -
 
 def test_a_hole_is_damage(tmp_path: Path, group: dist.ProcessGroup) -> None:
     path = save(tmp_path / "c", group, {"w": torch.randn(8, 4)})
-    (item,) = read_items(path, read_manifest(path))
+    (item,) = StoredStep.open(path).items()
     target = Chunk(name="w", dtype=torch.float32, global_shape=(9, 4), offset=(0, 0), shape=(9, 4))
     with pytest.raises(DamagedStepError, match="once and whole, but 32 of 36"):
         plan_reads([item], target)
@@ -399,7 +400,7 @@ def _save_without_a_store(folder: Path, breaks: bool) -> list[str | None]:
     errors: list[str | None] = []
     for step in (1, 2, 3):
         if breaks and step == 2:
-            cast(Any, saver._exchange)._store = _GoneStore()
+            cast(Any, saver._coordinator)._store = _GoneStore()
         results = [*saver.save({"a": torch.ones(5) * step}, Manifest(step=step, lineage="a")), *saver.wait()]
         errors += [r.error for r in results]
         dist.barrier(made)

@@ -179,7 +179,7 @@ def test_what_is_left_out_is_said(tmp_path: Path) -> None:
     plan = check([*loading, rule, "model.tied_embeddings=true"])
     assert plan.found == ("tok_embeddings.weight", "norm.weight")
     missing, unused, idle = plan.lines()
-    assert missing.startswith("18 tensors not found, so as they start: layers.0.")
+    assert missing.startswith("18 tensors missing, keep their initial values: layers.0.")
     assert unused == "1 tensors not used: output.weight"
     assert idle == "the rule nothing=>x of checkpoint.load_rename matches no name"
 

@@ -1,0 +1,272 @@
+"""The engine for anybody's loop: what is saved comes back, on other ranks too, and nothing unsound is used."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from regrow.checkpoint import Checkpointer, CheckpointerOptions, join_state, split_state
+from regrow.checkpoint.config import KeepEveryNConfig
+from regrow.checkpoint.errors import CheckpointError, DamagedStepError, LastSaveError, StepNotFoundError
+from regrow.checkpoint.policy.retention import KeepEveryN
+from regrow.checkpoint.run.lease import LeaseHeldError
+from tests.pool import run_distributed
+
+MODES = ("sync", "async", "pinned")
+
+
+def at(step: int) -> dict[str, torch.Tensor]:
+    return {"model.w": torch.full((6, 4), float(step)), "optimizer.step": torch.tensor(step)}
+
+
+def zeros() -> dict[str, torch.Tensor]:
+    return {name: torch.zeros_like(t) for name, t in at(0).items()}
+
+
+def save(folder: Path, *steps: int, **options: Any) -> None:
+    with Checkpointer(folder, "sync", options=CheckpointerOptions(**options)) as checkpointer:
+        checkpointer.load(zeros())
+        for step in steps:
+            checkpointer.save(step, at(step), {"samples": step * 8})
+
+
+def newest(folder: Path) -> int:
+    tensors = zeros()
+    with Checkpointer(folder, options=CheckpointerOptions(read_only=True)) as checkpointer:
+        state = checkpointer.load(tensors)
+    assert state is not None
+    step = checkpointer.step
+    assert step is not None
+    assert state == {"samples": step * 8}
+    assert all(torch.equal(tensors[name], t) for name, t in at(step).items())
+    return step
+
+
+def damage(folder: Path, step: int) -> None:
+    file = folder / f"step-{step}/__0_0.distcp"
+    body = bytearray(file.read_bytes())
+    body[body.index(torch.tensor(float(step)).numpy().tobytes() * 4)] ^= 1
+    file.write_bytes(body)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_was_saved_comes_back(tmp_path: Path, mode: Any) -> None:
+    tensors = at(0)
+    with Checkpointer(tmp_path, mode) as checkpointer:
+        assert checkpointer.load(zeros()) is None
+        assert checkpointer.steps() == []
+        for step in (1, 2, 3):
+            checkpointer.wait_staged()
+            for tensor in tensors.values():
+                tensor.fill_(step)
+            checkpointer.save(step, tensors, {"samples": step * 8}, metrics={"val_loss": 1.0 / step})
+    assert newest(tmp_path) == 3
+    with Checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.steps() == [1, 2, 3]
+        assert checkpointer.verify(2) == []
+        loaded = {"model.w": torch.zeros(6, 4)}
+        assert checkpointer.load(loaded, step=2) == {"samples": 16}
+        assert loaded["model.w"].eq(2).all()
+
+
+def test_a_damaged_step_is_passed_over_and_set_aside(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2, 3)
+    damage(tmp_path, 3)
+    with Checkpointer(tmp_path) as checkpointer:
+        assert "model.w" in checkpointer.verify(3)[0]
+        with pytest.raises(DamagedStepError, match="model.w"):
+            checkpointer.load(zeros(), step=3)
+        assert checkpointer.load(zeros()) == {"samples": 16}
+        assert checkpointer.step == 2
+        checkpointer.save(3, at(3), {"samples": 24})
+    assert newest(tmp_path) == 3
+    assert (tmp_path / "set-aside/damaged/step-3").is_dir()
+
+
+def test_nothing_sound_is_an_error_and_not_a_fresh_start(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    damage(tmp_path, 1)
+    with Checkpointer(tmp_path) as checkpointer:
+        with pytest.raises(CheckpointError, match="must hold a sound step, but 1 cannot be used"):
+            checkpointer.load(zeros())
+        with pytest.raises(CheckpointError, match="because it holds step 1; call load first"):
+            checkpointer.save(1, at(1))
+
+
+def test_steps_behind_an_older_one_are_another_line(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2, 3)
+    with Checkpointer(tmp_path, "sync") as checkpointer:
+        with pytest.raises(StepNotFoundError, match=r"step must be one of the steps in .* \(1, 2, 3\), but is 7"):
+            checkpointer.load(zeros(), step=7)
+        checkpointer.load(zeros(), step=1)
+        assert checkpointer.steps() == [1, 2, 3], "nothing is moved before something is saved"
+        checkpointer.save(2, at(2), {"samples": 16})
+        assert checkpointer.steps() == [1, 2]
+        checkpointer.save(3, at(3), {"samples": 24})
+        assert checkpointer.load(zeros(), step=1) == {"samples": 8}
+        checkpointer.save(2, at(2), {"samples": 16})
+        assert checkpointer.steps() == [1, 2]
+    save(tmp_path, 3)
+    assert newest(tmp_path) == 3
+    assert len(list(tmp_path.glob("set-aside/*/step-*"))) == 4
+
+
+def test_retention_keeps_the_newest_pinned_and_protected(tmp_path: Path) -> None:
+    with Checkpointer(
+        tmp_path,
+        "sync",
+        options=CheckpointerOptions(keep_latest_k=2, rules=[KeepEveryN(KeepEveryNConfig(n=4))]),
+    ) as checkpointer:
+        for step in range(1, 9):
+            checkpointer.save(step, at(step), {"samples": step * 8})
+            if step == 2:
+                checkpointer.pin(2)
+    with Checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.steps() == [2, 4, 7, 8]
+
+
+def test_one_process_writes_at_a_time(tmp_path: Path) -> None:
+    script = (
+        "import sys, time, torch\n"
+        "from regrow.checkpoint import Checkpointer\n"
+        "checkpointer = Checkpointer(sys.argv[1], 'sync')\n"
+        "checkpointer.save(1, {'model.w': torch.ones(6, 4), 'optimizer.step': torch.tensor(1)}, {'samples': 8})\n"
+        "print('saved', flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    environ = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"saved\n"
+        try:
+            with pytest.raises(LeaseHeldError, match=f"is held by process {process.pid} .* choose another folder"):
+                Checkpointer(tmp_path)
+            assert newest(tmp_path) == 1, "reading needs no lease"
+            (tmp_path / "step-2.partial-0badc0de").mkdir()
+        finally:
+            process.send_signal(signal.SIGKILL)
+    save(tmp_path, 2)
+    assert newest(tmp_path) == 2
+    assert not list(tmp_path.glob("*.partial-*"))
+
+
+def test_what_cannot_be_saved_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="mode must be one of sync, async, pinned, but is 'fast'"):
+        Checkpointer(tmp_path, "fast")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="keep_latest_k must be at least 0, but is -1"):
+        CheckpointerOptions(keep_latest_k=-1)
+    with Checkpointer(tmp_path, "sync") as checkpointer:
+        with pytest.raises(ValueError, match="state must hold what JSON can, but does not"):
+            checkpointer.save(1, at(1), {"rng": torch.zeros(3)})
+        with pytest.raises(ValueError, match="tensors must map names of one line to tensors, but 'lr' does not"):
+            checkpointer.save(1, {"lr": 0.1})  # type: ignore[dict-item]
+        checkpointer.save(1, at(1))
+        with pytest.raises(ValueError, match=r"step must be above the last step \(1\), but is 1"):
+            checkpointer.save(1, at(1))
+        with pytest.raises(ValueError, match="step must be a number or 'newest', but is 'last'"):
+            checkpointer.load(zeros(), step="last")  # type: ignore[arg-type]
+        with pytest.raises(CheckpointError, match="must hold model.b"):
+            checkpointer.load({"model.b": torch.zeros(1)})
+    with (
+        Checkpointer(tmp_path, options=CheckpointerOptions(read_only=True)) as reader,
+        pytest.raises(ValueError, match="read_only"),
+    ):
+        reader.save(2, at(2))
+
+
+def test_a_failed_save_is_an_error_at_the_end_at_the_latest(tmp_path: Path) -> None:
+    checkpointer = Checkpointer(tmp_path, "async")
+    checkpointer.save(1, at(1))
+    checkpointer.wait()
+    # Somebody else's folder has the name.
+    (tmp_path / "step-2/something").mkdir(parents=True)
+    checkpointer.save(2, at(2))
+    with pytest.raises(LastSaveError, match="step 2 must be saved, but was not"):
+        checkpointer.close()
+    Checkpointer(tmp_path).close()
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.integers(0, 9).map(torch.tensor),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.dictionaries(st.text() | st.integers(), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and (a == b or a != a)
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.text(min_size=1), VALUES, max_size=4))
+def test_a_nested_state_is_joined_as_it_was(state: dict[str, Any]) -> None:
+    try:
+        tensors, plain = split_state(state)
+    except ValueError as error:
+        assert "name of its own" in str(error)
+        return
+    assert same(join_state(plain, tensors), state)
+
+
+def sharded(folder: Path, step: int | None) -> tuple[list[int], bool]:
+    """Loads what is there into shards of this number of ranks, and saves another step where one is given."""
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    weight = distribute_tensor(torch.zeros(7, 3), mesh, [Shard(0)])
+    tensors: dict[str, torch.Tensor] = {"w": weight, "count": torch.tensor(0)}
+    with Checkpointer(folder, "async") as checkpointer:
+        state = checkpointer.load(tensors)
+        found = checkpointer.step or 0
+        expected = torch.arange(21.0).view(7, 3) + found
+        sound = state is None or (
+            state == {"seen": found}
+            and torch.equal(weight.full_tensor(), expected)
+            and int(tensors["count"]) == found
+        )
+        if step is not None:
+            assert isinstance(weight, DTensor)
+            new = distribute_tensor(torch.arange(21.0).view(7, 3) + step, mesh, [Shard(0)])
+            checkpointer.save(step, {"w": new, "count": torch.tensor(step)}, {"seen": step})
+            checkpointer.wait()
+        result = (checkpointer.steps(), sound)
+    dist.destroy_process_group()
+    return result
+
+
+def test_ranks_reshard_and_fall_back_together(tmp_path: Path) -> None:
+    assert run_distributed(sharded, tmp_path, 1, world_size=2) == [([1], True)] * 2
+    assert run_distributed(sharded, tmp_path, 2, world_size=3) == [([1, 2], True)] * 3
+    # Damage that the rank which reads that file alone can see.
+    file = tmp_path / "step-2/__2_0.distcp"
+    body = bytearray(file.read_bytes())
+    body[body.index((torch.arange(21.0)[18:] + 2).numpy().tobytes())] ^= 1
+    file.write_bytes(body)
+    assert run_distributed(sharded, tmp_path, 2, world_size=3) == [([1, 2], True)] * 3
+    assert (tmp_path / "set-aside/damaged/step-2").is_dir()
+    assert run_distributed(sharded, tmp_path, None, world_size=1) == [([1, 2], True)]
+
+
+def test_config_modules_do_not_load_torch() -> None:
+    code = "import sys, regrow.checkpoint.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
