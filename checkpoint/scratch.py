@@ -45,9 +45,9 @@ def tag_semaphores() -> None:
     """
     if not sys.platform.startswith("linux"):
         return
-    names: Iterator[str] = tempfile._RandomNameSequence()  # type: ignore[attr-defined]
+    names: Iterator[str] = tempfile._RandomNameSequence()  # type: ignore[attr-defined]  # noqa: SLF001
     # The method itself: joblib, where it is imported, has put its own in the place of Python's.
-    SemLock._make_name = staticmethod(lambda: f"{semaphore_prefix()}-{next(names)}")  # type: ignore[attr-defined]
+    SemLock._make_name = staticmethod(lambda: f"{semaphore_prefix()}-{next(names)}")  # type: ignore[attr-defined]  # noqa: SLF001
 
 
 def clear_dead_scratch() -> list[str]:

@@ -227,7 +227,7 @@ class Application:
         # Hydra has gone into the run's folder already.
         os.chdir(hydra_config.runtime.cwd)
         try:
-            check_chdir(hydra_config.job.chdir)
+            check_chdir(chdir=hydra_config.job.chdir)
         except UserError:
             with suppress(OSError):
                 run_dir.rmdir()

@@ -15,6 +15,7 @@ import xxhash
 
 from regrow.checkpoint.format.rank_manifest import rank_manifest_name
 from regrow.checkpoint.storage.base import Storage
+from regrow.torch_compat import default_store
 
 __all__ = ["Report", "SaveCoordinator", "own_store", "report_of"]
 
@@ -30,7 +31,7 @@ Report = dict[str, Any]
 
 def own_store() -> dist.Store | None:
     """Another connection to the store of the default process group; None where it takes no second one."""
-    store: Any = dist.distributed_c10d._get_default_store()
+    store: Any = default_store()
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
     if isinstance(store, dist.TCPStore):

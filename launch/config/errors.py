@@ -113,7 +113,7 @@ def _check_sweep(arguments: Sequence[str]) -> None:
             raise UserError(not_alone(key))
 
 
-def check_chdir(chdir: bool | None) -> None:
+def check_chdir(*, chdir: bool | None) -> None:
     """Whether runs stay in the folder in which the command is given.
 
     Raises:

@@ -229,15 +229,7 @@ def open_run(
     """
     catalog = Catalog(checkpoint_folder(config, run_dir))
     complete, damaged = catalog.scan()
-    record = RunRecord.load(run_dir)
-    stored = _stored_config(run_dir, record, complete)
-    if record is None and config.checkpoint.enable:
-        record = rebuild_record(complete, config, config_dict, store.index.fingerprint, catalog.folder.url)
-        if record is not None:
-            newest = newest_of(complete)
-            stored = newest.manifest.config or config_dict
-            new = "" if newest.manifest.run_id else ", whose format does not tell the run's id: it is a new one"
-            log.warning("%s has no run.json: it is made anew from step %d%s", run_dir, newest.step, new)
+    record, stored = _what_was_recorded(config, config_dict, run_dir, store, catalog, complete)
     if record is None and config.run.resume is not Resume.never:
         _check_nothing_lost(config, run_dir, catalog, complete, damaged)
     changes: list[Difference] = []
@@ -287,6 +279,28 @@ def open_run(
     if lineage is not None:
         _note_pending(run_dir, os.environ)
     return OpenedRun(record=record, reached=None)
+
+
+def _what_was_recorded(
+    config: Config,
+    config_dict: dict[str, Any],
+    run_dir: Path,
+    store: TokenStore,
+    catalog: Catalog,
+    complete: Sequence[Entry],
+) -> tuple[RunRecord | None, dict[str, Any] | None]:
+    """The run's record and config: as they lie in its folder, else as its steps tell; None where it is a new run."""
+    record = RunRecord.load(run_dir)
+    stored = _stored_config(run_dir, record, complete)
+    if record is not None or not config.checkpoint.enable:
+        return record, stored
+    record = rebuild_record(complete, config, config_dict, store.index.fingerprint, catalog.folder.url)
+    if record is None:
+        return None, stored
+    newest = newest_of(complete)
+    new = "" if newest.manifest.run_id else ", whose format does not tell the run's id: it is a new one"
+    log.warning("%s has no run.json: it is made anew from step %d%s", run_dir, newest.step, new)
+    return record, newest.manifest.config or config_dict
 
 
 def _check_nothing_lost(

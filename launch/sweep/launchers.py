@@ -27,8 +27,8 @@ def register_launchers() -> None:
         # Hydra takes launchers by names of this namespace alone, which is that of the plugins installed beside it.
         plugins.class_name_to_class[f"hydra_plugins.regrow.{launcher.__name__}"] = launcher
     # `hydra/launcher=joblib`: its semaphores say whose they are, as ours do.
-    names, prefix = tempfile._RandomNameSequence(), semaphore_prefix()  # type: ignore[attr-defined]
-    SemLock._make_name = staticmethod(lambda: f"{prefix}-{next(names)}")
+    names, prefix = tempfile._RandomNameSequence(), semaphore_prefix()  # type: ignore[attr-defined]  # noqa: SLF001
+    SemLock._make_name = staticmethod(lambda: f"{prefix}-{next(names)}")  # noqa: SLF001
 
 
 def stop_joblib() -> None:

@@ -58,7 +58,7 @@ def plan_runs(
                 composed.hydra.job.id = str(first + index)
                 composed.hydra.job.num = first + index
             HydraConfig.instance().set_config(composed)
-            check_chdir(composed.hydra.job.chdir)
+            check_chdir(chdir=composed.hydra.job.chdir)
             run_dir = Path(str(composed.hydra.sweep.dir), str(composed.hydra.sweep.subdir)).absolute()
             task = copy.deepcopy(composed)
             with open_dict(task):

@@ -23,6 +23,7 @@ __all__ = [
     "clear_sharding_cache",
     "cpu_attention",
     "cpu_attention_backward",
+    "default_store",
     "efficient_attention",
     "efficient_attention_backward",
     "flash_attention",
@@ -107,3 +108,9 @@ def overlap_tensor_parallel(group_name: Any) -> None:
 
     inductor._micro_pipeline_tp = True
     enable_symm_mem_for_group(group_name)
+
+
+def default_store() -> torch.distributed.Store:
+    """The store of the default process group."""
+    store: torch.distributed.Store = torch.distributed.distributed_c10d._get_default_store()
+    return store
