@@ -37,7 +37,8 @@ def test_a_users_script_is_checked(tmp_path: Path) -> None:
 
     def check(text: str) -> str:
         script.write_text(text)
-        environ = {"PATH": "/usr/bin:/bin", "MYPYPATH": str(REPO / "src")}
+        # As an installation is found: by the interpreter, not as sources to be checked.
+        environ = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(REPO / "src")}
         done = subprocess.run(
             [sys.executable, "-P", "-m", "mypy", *options], cwd=tmp_path, env=environ, capture_output=True, text=True
         )
