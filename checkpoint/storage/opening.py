@@ -53,7 +53,13 @@ def _object_storage(url: str, options: Mapping[str, Any]) -> Storage:
             f"checkpoint.folder must be a local folder where obstore is not installed, but is {url!r}; "
             'install it with pip install "regrow[cloud]"'
         ) from error
-    storage: Storage = module.ObjectStorage(url, options)
+    try:
+        storage: Storage = module.ObjectStorage(url, options)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"checkpoint.folder must be a URL with options that obstore takes, but is {url!r} ({error}); correct it "
+            "or checkpoint.storage_options"
+        ) from error
     return storage
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -97,7 +97,7 @@ def train(config: Config) -> TrainResult:
     ensure_home()
     log_to_console()
     begin()
-    run_dir, flag = Path(config.run.root, config.run.name).absolute(), StopFlag()
+    run_dir, flag = Path(config.run.root, config.run.name).absolute(), StopFlag(exits=False)
     with _signals_handled(flag), _torch_settings_kept():
         try:
             with _main_hidden():
@@ -136,16 +136,6 @@ def _signals_handled(flag: StopFlag) -> Iterator[None]:
         return
     previous = {number: signal.getsignal(number) for number in SIGNALS}
     flag.install()
-    stop = signal.getsignal(signal.SIGINT)
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        # The command ends at once at a second Ctrl-C; here that would take the caller's notebook with it.
-        if flag.received is not None:
-            raise KeyboardInterrupt
-        assert callable(stop)
-        stop(number, frame)
-
-    signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     finally:

@@ -94,7 +94,7 @@ def _table(rows: list[Mapping[str, str]]) -> list[str]:
 
 
 def size_text(nbytes: float) -> str:
-    """Bytes for people."""
+    """A human-readable size."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if nbytes < 1024:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"

@@ -84,10 +84,10 @@ def _store(kind: type[Any]) -> None:
         other = store.load(f"{group}/{name}.yaml").node._metadata.object_type
     except ConfigLoadError:
         other = None
-    if other is not None and other is not kind:
+    if other is not None and _full_name(other) != _full_name(kind):
         raise PackageError(
-            f"{where} must be a name of its own, but {group}/{name} is that of {other.__module__}."
-            f"{other.__qualname__}; choose another one"
+            f"{where} must be a name of its own, but {group}/{name} is that of {_full_name(other)}; choose another "
+            "one"
         )
     try:
         store.store(group=group, name=name, node=kind)
@@ -97,6 +97,11 @@ def _store(kind: type[Any]) -> None:
             f"{kind.__module__}.{kind.__qualname__} must be a dataclass that OmegaConf can hold, but is not "
             f"({reason}); use numbers, texts, enums, lists and dataclasses for its fields"
         ) from error
+
+
+def _full_name(kind: type[Any]) -> str:
+    """What a class is known by: a notebook that loads a module again makes another class of the same name."""
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _conf_folders(package: str) -> list[Path]:

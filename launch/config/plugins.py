@@ -102,7 +102,8 @@ def find_packages(environ: Mapping[str, str], folder: Path) -> UserPackages:
     project = _nearest_project(folder)
     if VARIABLE in environ:
         given = [n.strip() for n in environ[VARIABLE].split(",") if n.strip()]
-        place = environ.get(PATH_VARIABLE) or (str(project.parent) if project else "")
+        # A folder that is given and empty means that none is needed: the working directory has no say then.
+        place = environ.get(PATH_VARIABLE, str(project.parent) if project else "")
         return UserPackages(_checked(given, VARIABLE), str(Path(place).absolute()) if place else "", VARIABLE)
     where = f"[tool.regrow] in {project}"
     own = _project_names(project) if project else ()

@@ -28,5 +28,11 @@ def hook_order(config: Config) -> list[tuple[str, HookConfig]]:
                 f"hooks.{name}.enabled must be false with checkpoint.enable=false, but is true; use "
                 "checkpoint.enable=true"
             )
+    saves = config.checkpoint.enable and not config.checkpoint.load_only
+    if saves and not any(isinstance(hook, CheckpointHookConfig) for _, hook in enabled):
+        raise ConfigError(
+            "hooks.checkpoint.enabled must be true with checkpoint.enable=true, but the hook is off or not there, "
+            "and nothing would be saved; use checkpoint=disabled, or checkpoint.load_only=true"
+        )
     stages = list(HookStage)
     return sorted(enabled, key=lambda item: stages.index(item[1].stage))

@@ -6,6 +6,7 @@ import os
 import pickle
 import signal
 import sys
+import threading
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,7 +21,7 @@ from regrow.checkpoint.scratch import scratch_folder
 from regrow.launch.config.errors import naming_fields
 from regrow.launch.run.failures import first_failure
 from regrow.launch.run.rank_spec import OUTCOME, Outcome, RankSpec, read_outcome
-from regrow.launch.run.signals import SIGNALS, STOP_NOTE
+from regrow.launch.run.signals import SIGNALS, STOP_NOTE, StopFlag
 from regrow.trainer.hooks.startup import STARTED_VARIABLE
 from regrow.trainer.process import PARENT_VARIABLE
 
@@ -32,8 +33,14 @@ log = logging.getLogger(__name__)
 _SHUTDOWN_S = 10
 
 
-def run_local(spec: RankSpec) -> Outcome:
-    """Starts the ranks, passes signals on to them, restarts them as often as allowed, and says how it ended."""
+def run_local(spec: RankSpec, flag: StopFlag) -> Outcome:
+    """Starts the ranks, passes signals on to them, restarts them as often as allowed, and says how it ended.
+
+    Args:
+        spec: of the run.
+        flag: this process' handler, which decides what a second Ctrl-C does. Outside of the main thread Python allows
+            no handlers, and signals are not passed on.
+    """
     with naming_fields(("run.root", spec.run_dir / OUTCOME)):
         (spec.run_dir / OUTCOME).unlink(missing_ok=True)
     with scratch_folder() as folder:
@@ -42,9 +49,11 @@ def run_local(spec: RankSpec) -> Outcome:
             pickle.dump(spec, out)
         os.environ[PARENT_VARIABLE] = str(os.getpid())
         os.environ.setdefault(STARTED_VARIABLE, str(psutil.Process().create_time()))
+        own_threads = "OMP_NUM_THREADS" not in os.environ
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        previous = {number: signal.getsignal(number) for number in SIGNALS}
-        received = _pass_signals_on(spec_file.with_name(STOP_NOTE))
+        handles = threading.current_thread() is threading.main_thread()
+        previous = {number: signal.getsignal(number) for number in SIGNALS} if handles else {}
+        received = _pass_signals_on(spec_file.with_name(STOP_NOTE), flag) if handles else []
         try:
             # -P keeps the working directory off the path: it may hold folders named like our packages.
             elastic_launch(_elastic_config(spec, folder), sys.executable)(
@@ -57,6 +66,9 @@ def run_local(spec: RankSpec) -> Outcome:
                 signal.signal(number, handler)
             os.environ.pop(PARENT_VARIABLE, None)
             os.environ.pop(STARTED_VARIABLE, None)
+            if own_threads:
+                # The next run of this process takes its share of the cores, not this one's number.
+                os.environ.pop("OMP_NUM_THREADS", None)
     return read_outcome(spec.run_dir) or Outcome(kind="failed", step=0, message="the ranks left no stop record")
 
 
@@ -88,11 +100,12 @@ def _ranks() -> list[psutil.Process]:
     return [c for c in psutil.Process().children() if "regrow.launch.run.worker" in c.cmdline()]
 
 
-def _pass_signals_on(note: Path) -> list[int]:
+def _pass_signals_on(note: Path, flag: StopFlag) -> list[int]:
     """Sends what this process receives to the ranks, which save and end; returns the list of what came.
 
     Args:
         note: a file for ranks whose handlers do not stand yet, and for those that the agent starts again.
+        flag: says what a second Ctrl-C does.
     """
     received: list[int] = []
 
@@ -101,7 +114,7 @@ def _pass_signals_on(note: Path) -> list[int]:
         if received.count(signal.SIGINT) > 1:
             for rank in _ranks():
                 rank.kill()
-            os._exit(130)
+            flag.leave()
         note.write_text(str(number))
         for rank in _ranks():
             rank.send_signal(signal.SIGUSR2 if number == signal.SIGUSR2 else signal.SIGTERM)

@@ -14,7 +14,7 @@ from regrow.trainer.process import Interrupted
 
 __all__ = ["SIGNALS", "STOP_NOTE", "STOP_NOTE_VARIABLE", "Interrupted", "StopFlag", "write_note"]
 
-# USR2 is a preemption or a time limit, announced by the scheduler; TERM and INT are somebody's wish.
+# USR2 is a preemption or a time limit, announced by the scheduler; TERM and INT are a user's request.
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 # Beside a rank's spec: the signal that the launcher was stopped by.
 STOP_NOTE = "stop"
@@ -26,12 +26,17 @@ STOP_NOTE_VARIABLE = "REGROW_STOP_NOTE"
 class StopFlag:
     """The process' one signal handler.
 
+    Args:
+        exits: whether a second Ctrl-C ends the process at once; else it raises KeyboardInterrupt, as a caller's
+            notebook expects.
+
     Attributes:
         received: the first signal since training began, None when there was none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, exits: bool = True) -> None:
         self.received: int | None = None
+        self._exits = exits
         self._deferring = False
 
     def install(self) -> None:
@@ -49,9 +54,14 @@ class StopFlag:
         if not self._deferring:
             raise Interrupted(number)
         if self.received is not None and number == signal.SIGINT:
-            # The second Ctrl-C means it.
-            os._exit(130)
+            self.leave()
         self.received = self.received or number
+
+    def leave(self) -> None:
+        """What a second Ctrl-C does: it does not wait for a save."""
+        if self._exits:
+            os._exit(130)
+        raise KeyboardInterrupt
 
 
 def write_note(text: str) -> None:

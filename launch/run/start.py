@@ -74,7 +74,8 @@ def _run_here(spec: RankSpec, flag: StopFlag) -> Outcome:
         if opened.reached is not None:
             return _already_finished(spec, opened.reached)
         outcome = _train_here(dataclasses.replace(spec, ticket=ticket, record=opened.record), flag)
-    log.info("%s at step %d: %s", outcome.kind, outcome.step, spec.run_dir)
+    if not spec.config.checkpoint.create_seed_checkpoint:
+        log.info("%s at step %d: %s", outcome.kind, outcome.step, spec.run_dir)
     return outcome
 
 
@@ -84,7 +85,7 @@ def _train_here(spec: RankSpec, flag: StopFlag) -> Outcome:
         with refusing(), naming_fields(("checkpoint.folder", folder), ("run.root", spec.run_dir)):
             return write_seed_checkpoint(spec)
     if spec.layout.world_size > 1 or spec.config.launch.max_restarts > 0:
-        return run_local(spec)
+        return run_local(spec, flag)
     try:
         return run_rank(spec, flag)
     finally:

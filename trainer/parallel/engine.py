@@ -242,8 +242,10 @@ class Engine:
         """Registers what all ranks are to know of a step: with experts, the busiest one's load in any layer, as a
         multiple of the layer's mean.
         """
-        if self._mixtures:
-            reduction.max("expert_load_max", lambda: 0.0 if self._busiest is None else self._busiest, in_row=True)
+        if self._model_config.n_experts:
+            # A stage of dense layers alone has nothing to tell, but the same slot, on the device as the others.
+            none = torch.zeros((), dtype=torch.float64, device=self._context.device)
+            reduction.max("expert_load_max", lambda: none if self._busiest is None else self._busiest, in_row=True)
 
     @torch.no_grad()
     def after_update(self) -> None:

@@ -70,6 +70,13 @@ def test_checkpoints_are_not_saved_by_a_run_without_them() -> None:
         names("checkpoint=disabled", "hooks.checkpoint.enabled=true")
 
 
+@pytest.mark.parametrize("override", ["hooks.checkpoint.enabled=false", "~hooks.checkpoint"])
+def test_checkpoints_are_saved_where_they_are_asked_for(override: str) -> None:
+    with pytest.raises(ValueError, match=r"hooks.checkpoint.enabled must be true with checkpoint.enable=true"):
+        names(override)
+    assert "checkpoint" not in names(override, "checkpoint.load_only=true")
+
+
 def test_a_new_logger_is_a_file_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "logger").mkdir()
     text = "# @package _global_\ndefaults:\n  - /hook@hooks.slow: throttle\nhooks:\n  slow:\n    stage: log\nlogger: slow\n"

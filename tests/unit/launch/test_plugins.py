@@ -93,6 +93,8 @@ def test_the_nearest_project_names_them_and_the_environment_goes_before(tmp_path
     # What one process hands on is what the other finds, wherever it stands.
     handed = find_packages(found.environment(), Path("/"))
     assert (handed.names, handed.folder) == (found.names, found.folder)
+    installed = find_packages(UserPackages(("own_e",), "", "entry points").environment(), tmp_path / "deep/er")
+    assert (installed.names, installed.folder) == (("own_e",), ""), "another project here has no say"
 
 
 def test_installed_distributions_name_them_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,6 +134,9 @@ def test_a_package_brings_schemas_yaml_targets_and_comes_last_on_the_path(
     path = list(sys.path)
     use_packages({})
     assert sys.path == path
+    # A notebook loads a module again after an edit.
+    importlib.reload(sys.modules[f"{package}.hooks.config"])
+    use_packages({})
     plugins._active = UserPackages()
     with pytest.raises(
         ConfigError, match=rf'name it under \[tool.regrow\] in pyproject.toml \(packages = \["{package}"'

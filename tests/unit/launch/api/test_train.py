@@ -1,6 +1,7 @@
 """A run from Python: as the command trains it, resumed, refused, stopped; and what lies there afterwards."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,18 @@ import regrow
 
 result = regrow.train(regrow.compose(json.loads(sys.argv[1])))
 print("result", result.reason, result.exit_code, result.step)
+"""
+# In a thread of its own, as a server or a notebook's background task would; and it leaves the environment as it was.
+THREAD = """
+import json, os, sys, threading
+import regrow
+
+before = dict(os.environ)
+thread = threading.Thread(target=lambda: print(regrow.train(regrow.compose(json.loads(sys.argv[1])))))
+thread.start()
+thread.join()
+left = {k for k in os.environ if os.environ[k] != before.get(k)}
+print("left", sorted(left & {"OMP_NUM_THREADS"}))
 """
 
 
@@ -94,6 +107,23 @@ def test_a_script_trains_on_two_ranks_and_ctrl_c_saves(corpus: Path, tmp_path: P
     found = regrow.runs(tmp_path)[0]
     assert found.status == "stopped"
     assert found.step == metrics(tmp_path / "r")[-1]["step"]
+
+
+@pytest.mark.slow
+def test_two_ranks_train_from_a_thread_and_leave_the_environment_alone(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(THREAD)
+    overrides = run_of(corpus, tmp_path, "train.steps=2", "parallel=fsdp", "parallel.dp_shard=2")
+    environ = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [sys.executable, "script.py", json.dumps(overrides)],
+        cwd=tmp_path,
+        env=environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "reason='finished'" in done.stdout, done.stderr
+    assert "left []" in done.stdout
 
 
 @pytest.mark.slow
