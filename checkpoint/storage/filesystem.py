@@ -19,6 +19,11 @@ class FsspecStorage(Storage):
     Args:
         url: with a protocol that fsspec knows.
         options: for that protocol's file system.
+
+    Raises:
+        ValueError: the protocol is unknown.
+        ImportError: its library is not installed.
+        OSError: the location cannot be reached.
     """
 
     renames = False
@@ -26,6 +31,8 @@ class FsspecStorage(Storage):
     def __init__(self, url: str, options: Mapping[str, Any]) -> None:
         self.url = url.rstrip("/")
         self._options = dict(options)
+        # What is wrong with the URL itself is no error of a storage.
+        fsspec.get_filesystem_class(url.split("://", 1)[0].split("::", 1)[0])
         with as_os_error(url, Exception):
             self._fs, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False, **self._options)
 

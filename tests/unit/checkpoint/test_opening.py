@@ -8,7 +8,7 @@ from regrow.errors import ConfigError
 
 @pytest.mark.parametrize(
     ("url", "options"),
-    [("s3://[x", {}), ("s3://bucket/x", {"region": 3}), ("s3://bucket/x", {"nothing": "x"}), ("nowhere://x", {})],
+    [("s3://[x", {}), ("s3://bucket/x", {"region": 3}), ("nowhere://x", {}), ("hdfs3://x", {})],
 )
 def test_a_url_that_cannot_be_used_is_one_sentence(url: str, options: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=r"checkpoint\.folder must (be|have) .*but is '"):
