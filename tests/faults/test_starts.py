@@ -11,6 +11,7 @@ import pytest
 
 from regrow.checkpoint.policy.lineage import StartKind
 from regrow.checkpoint.run.lease import LeaseLostError
+from regrow.errors import ConfigError
 from regrow.launch.config.errors import UserError
 from regrow.launch.run.failures import first_failure, note_failure
 from regrow.launch.run.run_dir import begin_run
@@ -311,7 +312,7 @@ def test_a_last_save_that_fails_is_a_failed_run(corpus: Path, tmp_path: Path) ->
 
 def test_of_several_ranks_the_first_to_fail_is_told(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
-    note_failure(tmp_path, 1, ValueError("step 6 is damaged"))
+    note_failure(tmp_path, 1, ConfigError("step 6 is damaged"))
     note_failure(tmp_path, 0, RuntimeError("connection closed by peer"))
     (tmp_path / "logs/failed-rank-7.json").write_text("{")
     assert first_failure(tmp_path) == "rank 1: step 6 is damaged"
