@@ -185,6 +185,14 @@ def test_what_cannot_be_saved_is_refused_in_a_sentence(tmp_path: Path) -> None:
         reader.save(2, at(2))
 
 
+def test_a_tensor_without_memory_is_not_loaded_in_silence(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    with Checkpointer(tmp_path) as checkpointer:
+        with pytest.raises(CheckpointError, match=r"model\.w must have memory .* to_empty"):
+            checkpointer.load({"model.w": torch.empty(6, 4, device="meta")})
+        assert checkpointer.load(zeros()) == {"samples": 8}
+
+
 def test_a_failed_save_is_an_error_at_the_end_at_the_latest(tmp_path: Path) -> None:
     checkpointer = Checkpointer(tmp_path, "async")
     checkpointer.save(1, at(1))
