@@ -1,13 +1,14 @@
 """Saving and resuming for any training loop: the whole engine behind one class."""
 
-import json
 import logging
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, final
+from typing import Any, Literal, Self, SupportsFloat, SupportsIndex, TypeVar, final
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,6 @@ from torch import Tensor
 
 from regrow.checkpoint.checkpointer_options import CheckpointerOptions
 from regrow.checkpoint.config import AsyncMode
-from regrow.checkpoint.documents import is_flat_name
 from regrow.checkpoint.errors import CheckpointError, LastSaveError
 from regrow.checkpoint.format.layout import local_tensor
 from regrow.checkpoint.format.manifest import Manifest
@@ -31,6 +31,7 @@ from regrow.checkpoint.run.lease import FencingToken, Lease, LeaseLostError, acq
 from regrow.checkpoint.run.reader_lock import reading
 from regrow.checkpoint.run.step_line import StepLine
 from regrow.checkpoint.save.saver import SaveResult, SaverOptions, StepSaver
+from regrow.checkpoint.save_request import check_tensors, checked_metrics, checked_state, checked_step
 from regrow.checkpoint.storage.opening import open_storage
 
 __all__ = ["Checkpointer"]
@@ -95,7 +96,7 @@ class Checkpointer:
         return self._line.step
 
     def load(
-        self, tensors: Mapping[str, Tensor], step: int | Literal["newest"] | None = "newest"
+        self, tensors: Mapping[str, Tensor], step: SupportsIndex | Literal["newest"] | None = "newest"
     ) -> dict[str, Any] | None:
         """Reads a step into existing tensors, on whatever number of ranks saved it.
 
@@ -119,7 +120,7 @@ class Checkpointer:
         found = self._load(step, lambda _: tensors)
         return None if found is None else found[0]
 
-    def load_state(self, step: int | Literal["newest"] | None = "newest") -> dict[str, Any] | None:
+    def load_state(self, step: SupportsIndex | Literal["newest"] | None = "newest") -> dict[str, Any] | None:
         """A state that `save_state` saved, its tensors whole and on the CPU.
 
         For one process and for ranks that each hold all of the state (DDP); with sharded state, `load` reads this
@@ -137,7 +138,9 @@ class Checkpointer:
         found = self._load(step, _memory_for)
         return None if found is None else join_state(*found)
 
-    def save_state(self, step: int, state: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None) -> None:
+    def save_state(
+        self, step: SupportsIndex, state: Mapping[str, Any], *, metrics: Mapping[str, SupportsFloat] | None = None
+    ) -> None:
         """Saves a nested state (`state_dict()` of a model, an optimizer, a scheduler) as `save` does.
 
         Args:
@@ -154,11 +157,11 @@ class Checkpointer:
 
     def save(
         self,
-        step: int,
+        step: SupportsIndex,
         tensors: Mapping[str, Tensor],
         state: Mapping[str, Any] | None = None,
         *,
-        metrics: Mapping[str, float] | None = None,
+        metrics: Mapping[str, SupportsFloat] | None = None,
         owner_ranks: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         """Saves a step, after the save before it has ended.
@@ -172,30 +175,26 @@ class Checkpointer:
             owner_ranks: for tensors that not every rank holds: the ranks that do.
 
         Raises:
-            ValueError: a step, name or state that cannot be saved.
+            ValueError: a step, name, state or metric that cannot be saved.
             LeaseLostError: another process has taken the folder over.
             CheckpointError: saves keep failing; in `sync` mode also where this one has failed.
         """
-        self._check_save(step, tensors, state)
+        manifest = self._checked_manifest(step, tensors, state, metrics)
         if not self._prepared:
             self._line.lineages = self._on_first(self._line.prepare_folder)
             self._prepared = True
         if self._saver is None:
             self._saver = self._open_saver(tensors)
-        manifest = Manifest(
-            step=step,
-            lineage=self._line.lineages[-1].id,
-            train_state={"step": step, "state": dict(state or {})},
-            metrics=dict(metrics or {}),
-            layout={"ranks": rank_and_count(self._group)[1]},
-            versions={"torch": str(torch.__version__)},
-            lineages=self._line.lineages,
+        lineages = self._line.lineages
+        results = self._saver.save(
+            tensors, replace(manifest, lineage=lineages[-1].id, lineages=lineages), owner_ranks
         )
-        results = self._saver.save(tensors, manifest, owner_ranks)
-        self._line.step = step
+        self._line.step = manifest.step
         self._handle(results)
         if self._mode is AsyncMode.disabled and self._failures:
-            raise CheckpointError(f"step {step} must be saved, but was not ({self._error}); check the storage")
+            raise CheckpointError(
+                f"step {manifest.step} must be saved, but was not ({self._error}); check the storage"
+            )
 
     def wait_staged(self) -> None:
         """Returns when the tensors of the last save may change; call it before the optimizer's step."""
@@ -267,14 +266,12 @@ class Checkpointer:
             self._lease = None
 
     def _load(
-        self, step: int | str | None, targets: Callable[[StoredStep], Mapping[str, Tensor]]
+        self, step: SupportsIndex | str | None, targets: Callable[[StoredStep], Mapping[str, Tensor]]
     ) -> tuple[dict[str, Any], Mapping[str, Tensor]] | None:
         """The state of a step, and the tensors that it was read into; None where there is no step."""
-        if step is not None and not isinstance(step, int) and step != "newest":
-            raise ValueError(f"step must be a number or 'newest', but is {step!r}; use 'newest'")
+        wanted = _wanted(step)
         if self._saver is not None:
             self._handle(self._saver.wait())
-        wanted = step if isinstance(step, int) else None
         # The first rank has opened the step to choose it.
         opened: list[StoredStep] = []
 
@@ -321,27 +318,26 @@ class Checkpointer:
                 load_step(step, tensors, self._group)
         return step, tensors
 
-    def _check_save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any] | None) -> None:
+    def _checked_manifest(
+        self,
+        step: SupportsIndex,
+        tensors: Mapping[str, Tensor],
+        state: Mapping[str, Any] | None,
+        metrics: Mapping[str, SupportsFloat] | None,
+    ) -> Manifest:
+        """The manifest of what may be saved, without its lineages; its values are copies."""
         if self._options.read_only:
             raise ValueError("save must not be called where read_only is set; construct a Checkpointer without it")
-        if step < 0 or (self.step is not None and step <= self.step):
-            raise ValueError(
-                f"step must be above the last step ({self.step}), but is {step}; count on from there, or load an "
-                "older step first"
-            )
-        given: Mapping[str, object] = tensors
-        wrong = next((n for n, t in given.items() if not isinstance(t, Tensor) or not is_flat_name(n)), None)
-        if wrong is not None:
-            raise ValueError(
-                f"tensors must map names of one line to tensors, but {wrong[:80]!r} does not; use split_state to "
-                "take the tensors out of a nested state"
-            )
-        try:
-            json.dumps(state, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"state must hold what JSON can, but does not ({error}); use split_state to take the tensors out"
-            ) from None
+        number = checked_step(step, self.step)
+        check_tensors(tensors)
+        return Manifest(
+            step=number,
+            lineage="",
+            train_state={"step": number, "state": checked_state(state)},
+            metrics=checked_metrics(metrics),
+            layout={"ranks": rank_and_count(self._group)[1]},
+            versions={"torch": str(torch.__version__)},
+        )
 
     def _open_saver(self, tensors: Mapping[str, Tensor]) -> StepSaver:
         device = next((t.device for t in map(local_tensor, tensors.values()) if t.device.type != "cpu"), None)
@@ -378,6 +374,17 @@ class Checkpointer:
             return
         if removed:
             log.info("removed steps %s", ", ".join(str(s) for s in removed))
+
+
+def _wanted(step: SupportsIndex | str | None) -> int | None:
+    """The number of a step to load; None for the newest."""
+    if step is None or step == "newest":
+        return None
+    try:
+        # A text is refused as anything else is.
+        return operator.index(step)  # type: ignore[arg-type]
+    except TypeError:
+        raise ValueError(f"step must be a number or 'newest', but is {step!r}; use 'newest'") from None
 
 
 def _memory_for(step: StoredStep) -> dict[str, Tensor]:

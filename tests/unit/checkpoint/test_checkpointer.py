@@ -4,9 +4,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,6 +21,7 @@ from regrow.checkpoint import Checkpointer, CheckpointerOptions, join_state, spl
 from regrow.checkpoint.config import KeepEveryNConfig
 from regrow.checkpoint.errors import CheckpointError, DamagedStepError, LastSaveError, StepNotFoundError
 from regrow.checkpoint.policy.retention import KeepEveryN
+from regrow.checkpoint.run.catalog import Catalog
 from regrow.checkpoint.run.lease import LeaseHeldError
 from tests.pool import run_distributed
 
@@ -183,6 +186,57 @@ def test_what_cannot_be_saved_is_refused_in_a_sentence(tmp_path: Path) -> None:
         pytest.raises(ValueError, match="read_only"),
     ):
         reader.save(2, at(2))
+
+
+@pytest.mark.parametrize("mode", ["async", "pinned"])
+def test_a_state_is_saved_as_it_was_in_the_call(tmp_path: Path, mode: Any) -> None:
+    state: dict[str, Any] = {"seen": [1, 2], "nested": {"epoch": 1}}
+    metrics = {"loss": 0.5}
+    with Checkpointer(tmp_path, mode) as checkpointer:
+        checkpointer.save(1, at(1))
+        saver, changed = checkpointer._saver, threading.Event()
+        assert saver is not None
+        # The next save is written when all has changed.
+        saver._thread.submit(changed.wait)
+        checkpointer.save(2, at(2), state, metrics=metrics)
+        state["seen"].append(3)
+        state["nested"]["epoch"] = 2
+        metrics["loss"] = 9.0
+        changed.set()
+        assert checkpointer.load(zeros()) == {"seen": [1, 2], "nested": {"epoch": 1}}
+    assert Catalog(tmp_path).open(2).manifest.metrics == {"loss": 0.5}
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path, "sync") as checkpointer:
+        checkpointer.save(np.int64(1), at(1), metrics={"loss": torch.tensor(0.5), "accuracy": np.float32(0.25)})
+        checkpointer.save(torch.tensor(2), at(2))
+        assert checkpointer.load(zeros(), np.int64(1)) == {}
+        assert checkpointer.step == 1
+        assert type(checkpointer.step) is int
+    assert Catalog(tmp_path).open(1).manifest.metrics == {"loss": 0.5, "accuracy": 0.25}
+
+
+WRONG: dict[str, tuple[Any, dict[Any, Any], str]] = {
+    "a fraction": (1.5, {}, r"step must be a whole number, but is 1\.5; count steps with int"),
+    "a text": ("1", {}, "step must be a whole number, but is '1'"),
+    "a tensor of two": (
+        1,
+        {"loss": torch.ones(2)},
+        r"metrics must be numbers, but loss is a Tensor that float\(\) does",
+    ),
+    "no number": (1, {"loss": None}, "metrics must be numbers, but loss is a NoneType"),
+    "no name": (1, {3: 0.5}, "metrics must be named by text, but one is named 3"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_steps_and_metrics_are_refused_in_the_call(tmp_path: Path, case: str) -> None:
+    step, metrics, message = WRONG[case]
+    with Checkpointer(tmp_path, "async") as checkpointer:
+        with pytest.raises(ValueError, match=message):
+            checkpointer.save(step, at(1), metrics=metrics)
+        checkpointer.save(1, at(1))
 
 
 def test_a_tensor_without_memory_is_not_loaded_in_silence(tmp_path: Path) -> None:
