@@ -25,7 +25,7 @@ from regrow.checkpoint.load.agreement import load_agreed, storage_errors
 from regrow.checkpoint.load.loading import load_step
 from regrow.checkpoint.nested_state import join_state, split_state
 from regrow.checkpoint.policy.retention import KeepLatest
-from regrow.checkpoint.ranks import on_first_rank, rank_and_count
+from regrow.checkpoint.ranks import on_every_rank, on_first_rank, rank_and_count
 from regrow.checkpoint.run.catalog import Catalog
 from regrow.checkpoint.run.lease import FencingToken, Lease, LeaseLostError, acquire_lease
 from regrow.checkpoint.run.reader_lock import reading
@@ -85,15 +85,17 @@ class Checkpointer:
         # Whether the folder holds nothing but the line of steps that is continued.
         self._prepared = False
         self._line = StepLine(self._catalog)
-        self._failures, self._error = 0, ""
+        # The step whose save has not been told the end of.
+        self._pending: int | None = None
+        self._failures, self._failed = 0, ""
         self._retention = ThreadPoolExecutor(1, thread_name_prefix="retention")
         if not self._options.read_only:
             self._ticket = self._on_first(self._take_lease)
 
     @property
     def step(self) -> int | None:
-        """The last step that was loaded or saved; None before."""
-        return self._line.step
+        """The last step that was loaded or saved, as far as is known; None before."""
+        return self._line.step if self._pending is None else self._pending
 
     def load(
         self, tensors: Mapping[str, Tensor], step: SupportsIndex | Literal["newest"] | None = "newest"
@@ -152,7 +154,7 @@ class Checkpointer:
             ValueError: it holds something else.
             CheckpointError: as `save`.
         """
-        tensors, plain = split_state(state)
+        tensors, plain = self._on_every(lambda: split_state(state))
         self.save(step, tensors, plain, metrics=metrics)
 
     def save(
@@ -164,10 +166,10 @@ class Checkpointer:
         metrics: Mapping[str, SupportsFloat] | None = None,
         owner_ranks: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
-        """Saves a step, after the save before it has ended.
+        """Saves a step, after the save before it has ended. What one rank refuses is refused on all ranks.
 
         Args:
-            step: its number, above that of every step before it.
+            step: its number, above that of every step before it; one whose save has failed can be saved again.
             tensors: by flat name. A plain tensor is taken for equal on all ranks that have its name, and is written
                 once; of a DTensor each rank writes its part.
             state: what else is needed to continue, as JSON can hold it; the first rank's counts.
@@ -179,7 +181,7 @@ class Checkpointer:
             LeaseLostError: another process has taken the folder over.
             CheckpointError: saves keep failing; in `sync` mode also where this one has failed.
         """
-        manifest = self._checked_manifest(step, tensors, state, metrics)
+        manifest = self._on_every(lambda: self._checked_manifest(step, tensors, state, metrics))
         if not self._prepared:
             self._line.lineages = self._on_first(self._line.prepare_folder)
             self._prepared = True
@@ -189,12 +191,10 @@ class Checkpointer:
         results = self._saver.save(
             tensors, replace(manifest, lineage=lineages[-1].id, lineages=lineages), owner_ranks
         )
-        self._line.step = manifest.step
+        self._pending = manifest.step
         self._handle(results)
         if self._mode is AsyncMode.disabled and self._failures:
-            raise CheckpointError(
-                f"step {manifest.step} must be saved, but was not ({self._error}); check the storage"
-            )
+            raise CheckpointError(self._failed)
 
     def wait_staged(self) -> None:
         """Returns when the tensors of the last save may change; call it before the optimizer's step."""
@@ -207,11 +207,9 @@ class Checkpointer:
         Raises:
             LastSaveError: it has failed.
         """
-        if self._saver is None:
-            return
-        self._handle(self._saver.wait())
+        self._end_save()
         if self._failures:
-            raise LastSaveError(f"step {self.step} must be saved, but was not ({self._error}); check the storage")
+            raise LastSaveError(self._failed)
 
     def steps(self) -> list[int]:
         """The complete steps to continue from, ascending; what this rank sees now."""
@@ -270,8 +268,7 @@ class Checkpointer:
     ) -> tuple[dict[str, Any], Mapping[str, Tensor]] | None:
         """The state of a step, and the tensors that it was read into; None where there is no step."""
         wanted = _wanted(step)
-        if self._saver is not None:
-            self._handle(self._saver.wait())
+        self._on_every(self._end_save)
         # The first rank has opened the step to choose it.
         opened: list[StoredStep] = []
 
@@ -290,6 +287,9 @@ class Checkpointer:
         self._line.continue_from(loaded.manifest, found.damaged)
         self._prepared = False
         return dict(loaded.train_state.get("state", loaded.train_state)), tensors
+
+    def _on_every(self, act: Callable[[], T]) -> T:
+        return on_every_rank(act, self._group, ValueError)
 
     def _on_first(self, act: Callable[[], T]) -> T:
         return on_first_rank(act, self._group, CheckpointError)
@@ -325,17 +325,19 @@ class Checkpointer:
         state: Mapping[str, Any] | None,
         metrics: Mapping[str, SupportsFloat] | None,
     ) -> Manifest:
-        """The manifest of what may be saved, without its lineages; its values are copies."""
+        """The manifest of what may be saved after the save before, without its lineages; its values are copies."""
         if self._options.read_only:
             raise ValueError("save must not be called where read_only is set; construct a Checkpointer without it")
-        number = checked_step(step, self.step)
+        self._end_save()
+        number = checked_step(step, self._line.step)
         check_tensors(tensors)
+        rank, ranks = rank_and_count(self._group)
         return Manifest(
             step=number,
             lineage="",
-            train_state={"step": number, "state": checked_state(state)},
+            train_state={"step": number, "state": checked_state(state if rank == 0 else None)},
             metrics=checked_metrics(metrics),
-            layout={"ranks": rank_and_count(self._group)[1]},
+            layout={"ranks": ranks},
             versions={"torch": str(torch.__version__)},
         )
 
@@ -348,16 +350,23 @@ class Checkpointer:
         )
         return StepSaver(self._folder, self._mode, device or torch.device("cpu"), self._group, options)
 
+    def _end_save(self) -> None:
+        """Waits for the save before."""
+        if self._saver is not None:
+            self._handle(self._saver.wait())
+
     def _handle(self, results: Sequence[SaveResult]) -> None:
         """Tells how saves have ended; on all ranks alike, since each waits for the save before."""
         for result in results:
+            self._pending = None
             if result.error is None:
-                self._failures = 0
+                self._failures, self._line.step = 0, result.step
                 if rank_and_count(self._group)[0] == 0:
                     log.info("saved %s, durable after %.2f s", result.url, result.seconds)
                     self._retention.submit(self._prune)
                 continue
-            self._failures, self._error = self._failures + 1, result.error
+            self._failures += 1
+            self._failed = f"step {result.step} must be saved, but was not ({result.error}); check the storage"
             message = f"step {result.step} was not saved: {result.error}"
             if result.final:
                 raise LeaseLostError(message)

@@ -1,6 +1,7 @@
 """The engine for anybody's loop: what is saved comes back, on other ranks too, and nothing unsound is used."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,6 +42,12 @@ def save(folder: Path, *steps: int, **options: Any) -> None:
         checkpointer.load(zeros())
         for step in steps:
             checkpointer.save(step, at(step), {"samples": step * 8})
+
+
+def save_and_wait(checkpointer: Checkpointer, step: int) -> None:
+    checkpointer.save(step, at(step), {"samples": step * 8})
+    assert checkpointer.step == step
+    checkpointer.wait()
 
 
 def newest(folder: Path) -> int:
@@ -259,6 +266,19 @@ def test_a_failed_save_is_an_error_at_the_end_at_the_latest(tmp_path: Path) -> N
     Checkpointer(tmp_path).close()
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_whose_save_failed_can_be_saved_again(tmp_path: Path, mode: Any) -> None:
+    with Checkpointer(tmp_path, mode) as checkpointer:
+        checkpointer.save(1, at(1), {"samples": 8})
+        (tmp_path / "step-2/something").mkdir(parents=True)
+        with pytest.raises(CheckpointError, match="step 2 must be saved, but was not"):
+            save_and_wait(checkpointer, 2)
+        assert checkpointer.step == 1
+        shutil.rmtree(tmp_path / "step-2")
+        save_and_wait(checkpointer, 2)
+    assert newest(tmp_path) == 2
+
+
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.integers(0, 9).map(torch.tensor),
     lambda inner: (
@@ -314,6 +334,35 @@ def sharded(folder: Path, step: int | None) -> tuple[list[int], bool]:
         result = (checkpointer.steps(), sound)
     dist.destroy_process_group()
     return result
+
+
+def refused_on_one(folder: Path) -> list[str]:
+    """What one rank cannot save, it refuses on all; then all go on."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    found = []
+    with Checkpointer(folder, "async") as checkpointer:
+        wrong: list[tuple[int, dict[str, Any], dict[str, Any]]] = [
+            (1, {"w": 1.0}, {}),
+            (1, at(1), {"loss": None}),
+            (-1, at(1), {}),
+        ]
+        for step, tensors, metrics in wrong if rank == 1 else [(1, at(1), {})] * 3:
+            with pytest.raises(ValueError) as caught:
+                checkpointer.save(step, tensors, metrics=metrics)
+            found.append(str(caught.value))
+        # The first rank's state counts, the others' is not looked at.
+        checkpointer.save(1, at(1), {"seen": 1} if rank == 0 else {"seen": torch.ones(1)})
+        found.append(str(checkpointer.load(zeros())))
+    dist.destroy_process_group()
+    return found
+
+
+def test_what_one_rank_refuses_is_refused_on_all(tmp_path: Path) -> None:
+    first, second = run_distributed(refused_on_one, tmp_path, world_size=2)
+    assert first == second
+    assert ["'w' does not" in first[0], "loss is a NoneType" in first[1], "but is -1" in first[2]] == [True] * 3
+    assert first[3] == "{'seen': 1}"
 
 
 def test_ranks_reshard_and_fall_back_together(tmp_path: Path) -> None:
