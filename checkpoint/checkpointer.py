@@ -252,7 +252,9 @@ class Checkpointer:
         if error is None:
             self.close()
         else:
-            # A failed save must not hide the error that ended the loop.
+            # A failed save must not hide the error that ended the loop, nor ranks hold it back that it has ended.
+            if self._saver is not None:
+                self._saver.hurry()
             self._release()
 
     def _release(self) -> None:
@@ -295,16 +297,24 @@ class Checkpointer:
         return on_first_rank(act, self._group, CheckpointError)
 
     def _take_lease(self) -> FencingToken:
-        self._lease = acquire_lease(
+        lease = acquire_lease(
             self._folder,
             self._options.lease_timeout_s,
             self._folder.url,
             setting="folder",
             remedy="stop it or choose another folder",
         )
-        for line in self._catalog.clear_leftovers():
-            log.info("%s", line)
-        return self._lease.ticket
+        try:
+            for line in self._catalog.clear_leftovers():
+                log.info("%s", line)
+        except OSError as error:
+            lease.release()
+            raise CheckpointError(
+                f"folder must be one that can be listed, but {self._folder.url} cannot ({error.strerror or error}); "
+                "make it so, or choose another folder"
+            ) from error
+        self._lease = lease
+        return lease.ticket
 
     def _read(
         self, opened: StoredStep | None, number: int, targets: Callable[[StoredStep], Mapping[str, Tensor]]

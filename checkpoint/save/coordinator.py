@@ -26,6 +26,9 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.05
 # Ranks wait for the verdict longer than rank 0 for them, so that they hear why it failed.
 _PATIENCE = 1.5
 
+# What a rank in a hurry still waits for the others: they may have ended their parts when it did.
+_GRACE_S = 2.0
+
 # `error`, or `files` (sizes), `hash` of the rank's manifest, and its `plan`.
 Report = dict[str, Any]
 
@@ -94,6 +97,11 @@ class SaveCoordinator:
         self._store = None if store is None else dist.PrefixStore(f"regrow-save-{token}", store)
         self._spent: list[str] = []
         self._own: Report = {}
+        self._hurried_at: float | None = None
+
+    def hurry(self) -> None:
+        """From here on, other ranks are waited for as little as those need that are done, too."""
+        self._hurried_at = time.monotonic()
 
     def report(self, key: str, report: Report, place: WorkingPlace) -> None:
         """Tells rank 0 how this rank's part ended."""
@@ -119,7 +127,7 @@ class SaveCoordinator:
         return self._collect_from_files(place, deadline)
 
     def _collect_from_store(self, store: dist.Store, key: str, place: WorkingPlace, deadline: float) -> list[Report]:
-        _poll(lambda: store.add(f"{key}/count", 0) >= self._ranks, deadline)
+        self._poll(lambda: store.add(f"{key}/count", 0) >= self._ranks, deadline)
         reports: list[Report] = []
         for rank in range(self._ranks):
             name = f"{key}/{rank}"
@@ -131,7 +139,7 @@ class SaveCoordinator:
 
     def _collect_from_files(self, place: WorkingPlace, deadline: float) -> list[Report]:
         if self._ranks > 1 and self._own["error"] is None:
-            _poll(lambda: place.is_settled(self._ranks), deadline)
+            self._poll(lambda: place.is_settled(self._ranks), deadline)
         return [
             self._own if rank == self._rank else self._report_from_file(rank, place, deadline)
             for rank in range(self._ranks)
@@ -168,15 +176,27 @@ class SaveCoordinator:
         try:
             store = self._store
             if store is not None:
-                if not _poll(lambda: bool(store.check([f"{key}/verdict"])), deadline):
+                if not self._poll(lambda: bool(store.check([f"{key}/verdict"])), deadline):
                     # Rank 0 may have lost the store alone.
                     return None if is_committed() else "rank 0 did not say in time whether the step is complete"
                 found: str | None = json.loads(store.get(f"{key}/verdict"))
                 return found
         except RuntimeError as error:
             self._give_up_store(error)
-        _poll(lambda: is_committed() or place.failure(0) is not None, deadline)
+        self._poll(lambda: is_committed() or place.failure(0) is not None, deadline)
         return None if is_committed() else place.failure(0) or "the step did not become complete in time"
+
+    def _poll(self, condition: Callable[[], bool], deadline: float) -> bool:
+        """Asks again and again, ever more slowly; false when the time is over."""
+        pause, began = _FIRST_PAUSE_S, time.monotonic()
+        while not condition():
+            hurried_at = self._hurried_at
+            end = deadline if hurried_at is None else min(deadline, max(began, hurried_at) + _GRACE_S)
+            if time.monotonic() > end:
+                return False
+            time.sleep(pause)
+            pause = min(pause * 1.3, _LONGEST_PAUSE_S)
+        return True
 
     def _forget(self, store: dist.Store) -> None:
         """Removes the keys of the save before: every rank has read them, since every rank has reported again."""
@@ -198,14 +218,3 @@ def report_of(body: bytes) -> Report:
         "hash": xxhash.xxh3_128_hexdigest(body),
         "plan": head["plan"],
     }
-
-
-def _poll(condition: Callable[[], bool], deadline: float) -> bool:
-    """Asks again and again, ever more slowly; false when the time is over."""
-    pause = _FIRST_PAUSE_S
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(pause)
-        pause = min(pause * 1.3, _LONGEST_PAUSE_S)
-    return True

@@ -210,6 +210,11 @@ class StepSaver:
         running, self._running = self._running, None
         return [running.result()] if running is not None else []
 
+    def hurry(self) -> None:
+        """Has the save in flight end without ranks that may be gone: it is complete, or has failed, when this one is
+        done with its part."""
+        self._coordinator.hurry()
+
     def close(self, *, wait: bool = True) -> None:
         """Ends the threads; a save in flight ends first, and without `wait` in the background."""
         if wait:

@@ -1,11 +1,13 @@
 """The engine for anybody's loop: what is saved comes back, on other ranks too, and nothing unsound is used."""
 
+import errno
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -363,6 +365,71 @@ def test_what_one_rank_refuses_is_refused_on_all(tmp_path: Path) -> None:
     assert first == second
     assert ["'w' does not" in first[0], "loss is a NoneType" in first[1], "but is -1" in first[2]] == [True] * 3
     assert first[3] == "{'seen': 1}"
+
+
+class LoopError(Exception):
+    """What ends a loop."""
+
+
+def end_with_an_error(folder: Path) -> None:
+    """The loop ends while step 2 is saved, of which rank 1, if there is one, writes no part: it is killed."""
+    with Checkpointer(folder, "async") as checkpointer:
+        checkpointer.save(1, at(1), {"samples": 8})
+        checkpointer.wait()
+        is_killed = dist.is_initialized() and dist.get_rank() == 1
+        if is_killed:
+            assert checkpointer._saver is not None
+            checkpointer._saver._thread.submit(threading.Event().wait)
+        checkpointer.save(2, at(2), {"samples": 16})
+        if is_killed:
+            os._exit(0)
+        raise LoopError
+
+
+def test_an_error_lets_the_save_in_flight_end(tmp_path: Path) -> None:
+    with pytest.raises(LoopError):
+        end_with_an_error(tmp_path)
+    assert newest(tmp_path) == 2
+    Checkpointer(tmp_path).close()
+
+
+def end_beside_a_killed_rank(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    began = time.monotonic()
+    with pytest.raises(LoopError):
+        end_with_an_error(folder)
+    assert time.monotonic() - began < 45, "the ranks' time-out is 600 s"
+
+
+def test_an_error_does_not_wait_for_a_killed_rank(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError) as caught:
+        run_distributed(end_beside_a_killed_rank, tmp_path, world_size=2)
+    assert str(caught.value) == "rank 1: died without an answer, exit code 0"
+    assert newest(tmp_path) == 1
+
+
+def open_unlistable(folder: Path) -> tuple[str, bool]:
+    """Opens a folder that rank 0 can write its lease into, but not look through; then once more."""
+    dist.init_process_group("gloo")
+
+    def fail(catalog: Catalog) -> list[str]:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Catalog, "clear_leftovers", fail)
+        with pytest.raises(CheckpointError) as caught:
+            Checkpointer(folder)
+    beats = any(thread.name == "lease" for thread in threading.enumerate())
+    Checkpointer(folder).close()
+    dist.destroy_process_group()
+    return str(caught.value), beats
+
+
+def test_a_folder_that_cannot_be_looked_through_is_let_go_on_all_ranks(tmp_path: Path) -> None:
+    for message, beats in run_distributed(open_unlistable, tmp_path, world_size=2):
+        assert message.startswith("folder must be one that can be listed, but ")
+        assert "Input/output error" in message
+        assert not beats
 
 
 def test_ranks_reshard_and_fall_back_together(tmp_path: Path) -> None:
