@@ -23,7 +23,7 @@ from regrow.checkpoint.format.stored_step import StoredStep, chunks_by_name, inf
 from regrow.checkpoint.inspect.maintenance import pin, unpin, verify
 from regrow.checkpoint.load.agreement import load_agreed, storage_errors
 from regrow.checkpoint.load.loading import load_step
-from regrow.checkpoint.nested_state import join_state, split_state
+from regrow.checkpoint.nested_state import join_state, named_tensors, split_state
 from regrow.checkpoint.policy.retention import KeepLatest
 from regrow.checkpoint.ranks import on_every_rank, on_first_rank, rank_and_count
 from regrow.checkpoint.run.catalog import Catalog
@@ -123,7 +123,7 @@ class Checkpointer:
         return None if found is None else found[0]
 
     def load_state(self, step: SupportsIndex | Literal["newest"] | None = "newest") -> dict[str, Any] | None:
-        """A state that `save_state` saved, its tensors whole and on the CPU.
+        """A state that `save_state` (or `save`, of what `split_state` gave) saved, its tensors whole and on the CPU.
 
         For one process and for ranks that each hold all of the state (DDP); with sharded state, `load` reads this
         rank's part alone.
@@ -135,7 +135,7 @@ class Checkpointer:
             The nested state; None where the folder holds no step.
 
         Raises:
-            CheckpointError: as `load`.
+            CheckpointError: as `load`; or the step was saved by `save`, so that its tensors have names alone.
         """
         found = self._load(step, _memory_for)
         return None if found is None else join_state(*found)
@@ -288,7 +288,7 @@ class Checkpointer:
         loaded, tensors = found.result
         self._line.continue_from(loaded.manifest, found.damaged)
         self._prepared = False
-        return dict(loaded.train_state.get("state", loaded.train_state)), tensors
+        return _state_of(loaded), tensors
 
     def _on_every(self, act: Callable[[], T]) -> T:
         return on_every_rank(act, self._group, ValueError)
@@ -406,9 +406,19 @@ def _wanted(step: SupportsIndex | str | None) -> int | None:
         raise ValueError(f"step must be a number or 'newest', but is {step!r}; use 'newest'") from None
 
 
+def _state_of(step: StoredStep) -> dict[str, Any]:
+    return dict(step.train_state.get("state", step.train_state))
+
+
 def _memory_for(step: StoredStep) -> dict[str, Tensor]:
-    """Room for all of a step's tensors, whole, on the CPU."""
+    """Room for all of a nested state's tensors, whole, on the CPU."""
     infos = infos_of(chunks_by_name(step.url, step.items()))
+    unnamed = infos.keys() - set(named_tensors(_state_of(step)))
+    if unnamed:
+        raise CheckpointError(
+            f"{step.url} must hold a nested state to be read by load_state, but its tensor {min(unnamed)} has no "
+            "place in one; read it into tensors with load"
+        )
     return {name: torch.empty(info.shape, dtype=info.dtype) for name, info in infos.items()}
 
 

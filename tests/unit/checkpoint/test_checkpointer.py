@@ -281,6 +281,23 @@ def test_a_step_whose_save_failed_can_be_saved_again(tmp_path: Path, mode: Any) 
     assert newest(tmp_path) == 2
 
 
+def test_tensors_without_a_place_in_the_state_are_not_dropped(tmp_path: Path) -> None:
+    nested = {"model": {"w": torch.ones(2), "b": torch.zeros(3)}, "seen": [1, (torch.tensor(2),)]}
+    with Checkpointer(tmp_path, "sync") as checkpointer:
+        checkpointer.save(1, at(1), {"samples": 8})
+        with pytest.raises(
+            CheckpointError, match=r"step-1 must hold a nested state .* but its tensor model\.w has .* with load"
+        ):
+            checkpointer.load_state()
+        assert checkpointer.load(zeros()) == {"samples": 8}
+        checkpointer.save_state(2, nested)
+        assert same(checkpointer.load_state(), nested)
+        checkpointer.save(3, *split_state(nested))
+        assert same(checkpointer.load_state(), nested)
+        checkpointer.save(4, {}, {"samples": 32})
+        assert checkpointer.load_state() == {"samples": 32}
+
+
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.integers(0, 9).map(torch.tensor),
     lambda inner: (
