@@ -19,11 +19,11 @@ from regrow.checkpoint.config import AsyncMode
 from regrow.checkpoint.errors import CheckpointError, LastSaveError
 from regrow.checkpoint.format.layout import local_tensor
 from regrow.checkpoint.format.manifest import Manifest
-from regrow.checkpoint.format.stored_step import StoredStep, chunks_by_name, infos_of
+from regrow.checkpoint.format.stored_step import StoredStep
 from regrow.checkpoint.inspect.maintenance import pin, unpin, verify
 from regrow.checkpoint.load.agreement import load_agreed, storage_errors
 from regrow.checkpoint.load.loading import load_step
-from regrow.checkpoint.nested_state import join_state, named_tensors, split_state
+from regrow.checkpoint.nested_state import join_state, split_state
 from regrow.checkpoint.policy.retention import KeepLatest
 from regrow.checkpoint.ranks import on_every_rank, on_first_rank, rank_and_count
 from regrow.checkpoint.run.catalog import Catalog
@@ -33,6 +33,7 @@ from regrow.checkpoint.run.step_line import StepLine
 from regrow.checkpoint.save.saver import SaveResult, SaverOptions, StepSaver
 from regrow.checkpoint.save_request import check_tensors, checked_metrics, checked_state, checked_step
 from regrow.checkpoint.storage.opening import open_storage
+from regrow.checkpoint.stored_state import empty_tensors, memory_for, state_of
 
 __all__ = ["Checkpointer"]
 
@@ -137,7 +138,7 @@ class Checkpointer:
         Raises:
             CheckpointError: as `load`; or the step was saved by `save`, so that its tensors have names alone.
         """
-        found = self._load(step, _memory_for)
+        found = self._load(step, memory_for)
         return None if found is None else join_state(*found)
 
     def save_state(
@@ -288,7 +289,7 @@ class Checkpointer:
         loaded, tensors = found.result
         self._line.continue_from(loaded.manifest, found.damaged)
         self._prepared = False
-        return _state_of(loaded), tensors
+        return state_of(loaded), tensors
 
     def _on_every(self, act: Callable[[], T]) -> T:
         return on_every_rank(act, self._group, ValueError)
@@ -342,10 +343,11 @@ class Checkpointer:
         number = checked_step(step, self._line.step)
         check_tensors(tensors)
         rank, ranks = rank_and_count(self._group)
+        train_state = {"step": number, "state": checked_state(state if rank == 0 else None)}
         return Manifest(
             step=number,
             lineage="",
-            train_state={"step": number, "state": checked_state(state if rank == 0 else None)},
+            train_state=train_state | empty_tensors(tensors),
             metrics=checked_metrics(metrics),
             layout={"ranks": ranks},
             versions={"torch": str(torch.__version__)},
@@ -404,22 +406,6 @@ def _wanted(step: SupportsIndex | str | None) -> int | None:
         return operator.index(step)  # type: ignore[arg-type]
     except TypeError:
         raise ValueError(f"step must be a number or 'newest', but is {step!r}; use 'newest'") from None
-
-
-def _state_of(step: StoredStep) -> dict[str, Any]:
-    return dict(step.train_state.get("state", step.train_state))
-
-
-def _memory_for(step: StoredStep) -> dict[str, Tensor]:
-    """Room for all of a nested state's tensors, whole, on the CPU."""
-    infos = infos_of(chunks_by_name(step.url, step.items()))
-    unnamed = infos.keys() - set(named_tensors(_state_of(step)))
-    if unnamed:
-        raise CheckpointError(
-            f"{step.url} must hold a nested state to be read by load_state, but its tensor {min(unnamed)} has no "
-            "place in one; read it into tensors with load"
-        )
-    return {name: torch.empty(info.shape, dtype=info.dtype) for name, info in infos.items()}
 
 
 def _cpu_group() -> dist.ProcessGroup | None:
