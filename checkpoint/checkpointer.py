@@ -1,13 +1,14 @@
 """Saving and resuming for any training loop: the whole engine behind one class."""
 
-import json
 import logging
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, final
+from typing import Any, Literal, Self, SupportsFloat, SupportsIndex, TypeVar, final
 
 import torch
 import torch.distributed as dist
@@ -15,23 +16,24 @@ from torch import Tensor
 
 from regrow.checkpoint.checkpointer_options import CheckpointerOptions
 from regrow.checkpoint.config import AsyncMode
-from regrow.checkpoint.documents import is_flat_name
 from regrow.checkpoint.errors import CheckpointError, LastSaveError
 from regrow.checkpoint.format.layout import local_tensor
 from regrow.checkpoint.format.manifest import Manifest
-from regrow.checkpoint.format.stored_step import StoredStep, chunks_by_name, infos_of
+from regrow.checkpoint.format.stored_step import StoredStep
 from regrow.checkpoint.inspect.maintenance import pin, unpin, verify
 from regrow.checkpoint.load.agreement import load_agreed, storage_errors
 from regrow.checkpoint.load.loading import load_step
 from regrow.checkpoint.nested_state import join_state, split_state
 from regrow.checkpoint.policy.retention import KeepLatest
-from regrow.checkpoint.ranks import on_first_rank, rank_and_count
+from regrow.checkpoint.ranks import on_every_rank, on_first_rank, rank_and_count
 from regrow.checkpoint.run.catalog import Catalog
 from regrow.checkpoint.run.lease import FencingToken, Lease, LeaseLostError, acquire_lease
 from regrow.checkpoint.run.reader_lock import reading
 from regrow.checkpoint.run.step_line import StepLine
 from regrow.checkpoint.save.saver import SaveResult, SaverOptions, StepSaver
+from regrow.checkpoint.save_request import check_tensors, checked_metrics, checked_state, checked_step
 from regrow.checkpoint.storage.opening import open_storage
+from regrow.checkpoint.stored_state import empty_tensors, memory_for, state_of
 
 __all__ = ["Checkpointer"]
 
@@ -84,18 +86,20 @@ class Checkpointer:
         # Whether the folder holds nothing but the line of steps that is continued.
         self._prepared = False
         self._line = StepLine(self._catalog)
-        self._failures, self._error = 0, ""
+        # The step whose save has not been told the end of.
+        self._pending: int | None = None
+        self._failures, self._failed = 0, ""
         self._retention = ThreadPoolExecutor(1, thread_name_prefix="retention")
         if not self._options.read_only:
             self._ticket = self._on_first(self._take_lease)
 
     @property
     def step(self) -> int | None:
-        """The last step that was loaded or saved; None before."""
-        return self._line.step
+        """The last step that was loaded or saved, as far as is known; None before."""
+        return self._line.step if self._pending is None else self._pending
 
     def load(
-        self, tensors: Mapping[str, Tensor], step: int | Literal["newest"] | None = "newest"
+        self, tensors: Mapping[str, Tensor], step: SupportsIndex | Literal["newest"] | None = "newest"
     ) -> dict[str, Any] | None:
         """Reads a step into existing tensors, on whatever number of ranks saved it.
 
@@ -119,8 +123,8 @@ class Checkpointer:
         found = self._load(step, lambda _: tensors)
         return None if found is None else found[0]
 
-    def load_state(self, step: int | Literal["newest"] | None = "newest") -> dict[str, Any] | None:
-        """A state that `save_state` saved, its tensors whole and on the CPU.
+    def load_state(self, step: SupportsIndex | Literal["newest"] | None = "newest") -> dict[str, Any] | None:
+        """A state that `save_state` (or `save`, of what `split_state` gave) saved, its tensors whole and on the CPU.
 
         For one process and for ranks that each hold all of the state (DDP); with sharded state, `load` reads this
         rank's part alone.
@@ -132,12 +136,14 @@ class Checkpointer:
             The nested state; None where the folder holds no step.
 
         Raises:
-            CheckpointError: as `load`.
+            CheckpointError: as `load`; or the step was saved by `save`, so that its tensors have names alone.
         """
-        found = self._load(step, _memory_for)
+        found = self._load(step, memory_for)
         return None if found is None else join_state(*found)
 
-    def save_state(self, step: int, state: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None) -> None:
+    def save_state(
+        self, step: SupportsIndex, state: Mapping[str, Any], *, metrics: Mapping[str, SupportsFloat] | None = None
+    ) -> None:
         """Saves a nested state (`state_dict()` of a model, an optimizer, a scheduler) as `save` does.
 
         Args:
@@ -149,22 +155,22 @@ class Checkpointer:
             ValueError: it holds something else.
             CheckpointError: as `save`.
         """
-        tensors, plain = split_state(state)
+        tensors, plain = self._on_every(lambda: split_state(state))
         self.save(step, tensors, plain, metrics=metrics)
 
     def save(
         self,
-        step: int,
+        step: SupportsIndex,
         tensors: Mapping[str, Tensor],
         state: Mapping[str, Any] | None = None,
         *,
-        metrics: Mapping[str, float] | None = None,
+        metrics: Mapping[str, SupportsFloat] | None = None,
         owner_ranks: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
-        """Saves a step, after the save before it has ended.
+        """Saves a step, after the save before it has ended. What one rank refuses is refused on all ranks.
 
         Args:
-            step: its number, above that of every step before it.
+            step: its number, above that of every step before it; one whose save has failed can be saved again.
             tensors: by flat name. A plain tensor is taken for equal on all ranks that have its name, and is written
                 once; of a DTensor each rank writes its part.
             state: what else is needed to continue, as JSON can hold it; the first rank's counts.
@@ -172,30 +178,24 @@ class Checkpointer:
             owner_ranks: for tensors that not every rank holds: the ranks that do.
 
         Raises:
-            ValueError: a step, name or state that cannot be saved.
+            ValueError: a step, name, state or metric that cannot be saved.
             LeaseLostError: another process has taken the folder over.
             CheckpointError: saves keep failing; in `sync` mode also where this one has failed.
         """
-        self._check_save(step, tensors, state)
+        manifest = self._on_every(lambda: self._checked_manifest(step, tensors, state, metrics))
         if not self._prepared:
             self._line.lineages = self._on_first(self._line.prepare_folder)
             self._prepared = True
         if self._saver is None:
             self._saver = self._open_saver(tensors)
-        manifest = Manifest(
-            step=step,
-            lineage=self._line.lineages[-1].id,
-            train_state={"step": step, "state": dict(state or {})},
-            metrics=dict(metrics or {}),
-            layout={"ranks": rank_and_count(self._group)[1]},
-            versions={"torch": str(torch.__version__)},
-            lineages=self._line.lineages,
+        lineages = self._line.lineages
+        results = self._saver.save(
+            tensors, replace(manifest, lineage=lineages[-1].id, lineages=lineages), owner_ranks
         )
-        results = self._saver.save(tensors, manifest, owner_ranks)
-        self._line.step = step
+        self._pending = manifest.step
         self._handle(results)
         if self._mode is AsyncMode.disabled and self._failures:
-            raise CheckpointError(f"step {step} must be saved, but was not ({self._error}); check the storage")
+            raise CheckpointError(self._failed)
 
     def wait_staged(self) -> None:
         """Returns when the tensors of the last save may change; call it before the optimizer's step."""
@@ -208,11 +208,9 @@ class Checkpointer:
         Raises:
             LastSaveError: it has failed.
         """
-        if self._saver is None:
-            return
-        self._handle(self._saver.wait())
+        self._end_save()
         if self._failures:
-            raise LastSaveError(f"step {self.step} must be saved, but was not ({self._error}); check the storage")
+            raise LastSaveError(self._failed)
 
     def steps(self) -> list[int]:
         """The complete steps to continue from, ascending; what this rank sees now."""
@@ -255,7 +253,9 @@ class Checkpointer:
         if error is None:
             self.close()
         else:
-            # A failed save must not hide the error that ended the loop.
+            # A failed save must not hide the error that ended the loop, nor ranks hold it back that it has ended.
+            if self._saver is not None:
+                self._saver.hurry()
             self._release()
 
     def _release(self) -> None:
@@ -267,14 +267,11 @@ class Checkpointer:
             self._lease = None
 
     def _load(
-        self, step: int | str | None, targets: Callable[[StoredStep], Mapping[str, Tensor]]
+        self, step: SupportsIndex | str | None, targets: Callable[[StoredStep], Mapping[str, Tensor]]
     ) -> tuple[dict[str, Any], Mapping[str, Tensor]] | None:
         """The state of a step, and the tensors that it was read into; None where there is no step."""
-        if step is not None and not isinstance(step, int) and step != "newest":
-            raise ValueError(f"step must be a number or 'newest', but is {step!r}; use 'newest'")
-        if self._saver is not None:
-            self._handle(self._saver.wait())
-        wanted = step if isinstance(step, int) else None
+        wanted = _wanted(step)
+        self._on_every(self._end_save)
         # The first rank has opened the step to choose it.
         opened: list[StoredStep] = []
 
@@ -292,22 +289,33 @@ class Checkpointer:
         loaded, tensors = found.result
         self._line.continue_from(loaded.manifest, found.damaged)
         self._prepared = False
-        return dict(loaded.train_state.get("state", loaded.train_state)), tensors
+        return state_of(loaded), tensors
+
+    def _on_every(self, act: Callable[[], T]) -> T:
+        return on_every_rank(act, self._group, ValueError)
 
     def _on_first(self, act: Callable[[], T]) -> T:
         return on_first_rank(act, self._group, CheckpointError)
 
     def _take_lease(self) -> FencingToken:
-        self._lease = acquire_lease(
+        lease = acquire_lease(
             self._folder,
             self._options.lease_timeout_s,
             self._folder.url,
             setting="folder",
             remedy="stop it or choose another folder",
         )
-        for line in self._catalog.clear_leftovers():
-            log.info("%s", line)
-        return self._lease.ticket
+        try:
+            for line in self._catalog.clear_leftovers():
+                log.info("%s", line)
+        except OSError as error:
+            lease.release()
+            raise CheckpointError(
+                f"folder must be one that can be listed, but {self._folder.url} cannot ({error.strerror or error}); "
+                "make it so, or choose another folder"
+            ) from error
+        self._lease = lease
+        return lease.ticket
 
     def _read(
         self, opened: StoredStep | None, number: int, targets: Callable[[StoredStep], Mapping[str, Tensor]]
@@ -321,27 +329,29 @@ class Checkpointer:
                 load_step(step, tensors, self._group)
         return step, tensors
 
-    def _check_save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any] | None) -> None:
+    def _checked_manifest(
+        self,
+        step: SupportsIndex,
+        tensors: Mapping[str, Tensor],
+        state: Mapping[str, Any] | None,
+        metrics: Mapping[str, SupportsFloat] | None,
+    ) -> Manifest:
+        """The manifest of what may be saved after the save before, without its lineages; its values are copies."""
         if self._options.read_only:
             raise ValueError("save must not be called where read_only is set; construct a Checkpointer without it")
-        if step < 0 or (self.step is not None and step <= self.step):
-            raise ValueError(
-                f"step must be above the last step ({self.step}), but is {step}; count on from there, or load an "
-                "older step first"
-            )
-        given: Mapping[str, object] = tensors
-        wrong = next((n for n, t in given.items() if not isinstance(t, Tensor) or not is_flat_name(n)), None)
-        if wrong is not None:
-            raise ValueError(
-                f"tensors must map names of one line to tensors, but {wrong[:80]!r} does not; use split_state to "
-                "take the tensors out of a nested state"
-            )
-        try:
-            json.dumps(state, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"state must hold what JSON can, but does not ({error}); use split_state to take the tensors out"
-            ) from None
+        self._end_save()
+        number = checked_step(step, self._line.step)
+        check_tensors(tensors)
+        rank, ranks = rank_and_count(self._group)
+        train_state = {"step": number, "state": checked_state(state if rank == 0 else None)}
+        return Manifest(
+            step=number,
+            lineage="",
+            train_state=train_state | empty_tensors(tensors),
+            metrics=checked_metrics(metrics),
+            layout={"ranks": ranks},
+            versions={"torch": str(torch.__version__)},
+        )
 
     def _open_saver(self, tensors: Mapping[str, Tensor]) -> StepSaver:
         device = next((t.device for t in map(local_tensor, tensors.values()) if t.device.type != "cpu"), None)
@@ -352,16 +362,23 @@ class Checkpointer:
         )
         return StepSaver(self._folder, self._mode, device or torch.device("cpu"), self._group, options)
 
+    def _end_save(self) -> None:
+        """Waits for the save before."""
+        if self._saver is not None:
+            self._handle(self._saver.wait())
+
     def _handle(self, results: Sequence[SaveResult]) -> None:
         """Tells how saves have ended; on all ranks alike, since each waits for the save before."""
         for result in results:
+            self._pending = None
             if result.error is None:
-                self._failures = 0
+                self._failures, self._line.step = 0, result.step
                 if rank_and_count(self._group)[0] == 0:
                     log.info("saved %s, durable after %.2f s", result.url, result.seconds)
                     self._retention.submit(self._prune)
                 continue
-            self._failures, self._error = self._failures + 1, result.error
+            self._failures += 1
+            self._failed = f"step {result.step} must be saved, but was not ({result.error}); check the storage"
             message = f"step {result.step} was not saved: {result.error}"
             if result.final:
                 raise LeaseLostError(message)
@@ -380,10 +397,15 @@ class Checkpointer:
             log.info("removed steps %s", ", ".join(str(s) for s in removed))
 
 
-def _memory_for(step: StoredStep) -> dict[str, Tensor]:
-    """Room for all of a step's tensors, whole, on the CPU."""
-    infos = infos_of(chunks_by_name(step.url, step.items()))
-    return {name: torch.empty(info.shape, dtype=info.dtype) for name, info in infos.items()}
+def _wanted(step: SupportsIndex | str | None) -> int | None:
+    """The number of a step to load; None for the newest."""
+    if step is None or step == "newest":
+        return None
+    try:
+        # A text is refused as anything else is.
+        return operator.index(step)  # type: ignore[arg-type]
+    except TypeError:
+        raise ValueError(f"step must be a number or 'newest', but is {step!r}; use 'newest'") from None
 
 
 def _cpu_group() -> dist.ProcessGroup | None:

@@ -1,12 +1,12 @@
 """Any nested state (`state_dict()` of a model, an optimizer, a scheduler) as flat tensors and plain values."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["join_state", "split_state"]
+__all__ = ["join_state", "named_tensors", "split_state"]
 
 # The keys of a mapping that stands for what JSON does not have.
 _TENSOR, _TUPLE, _PAIRS, _NUMBER = "__tensor__", "__tuple__", "__pairs__", "__number__"
@@ -89,3 +89,16 @@ def _join(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         if mark == _PAIRS:
             return {_join(key, tensors): _join(item, tensors) for key, item in inner}
     return {key: _join(item, tensors) for key, item in value.items()}
+
+
+def named_tensors(plain: Any) -> Iterator[str]:
+    """The names of the tensors that `join_state` would put into a state; of other states, none."""
+    if isinstance(plain, list):
+        for item in plain:
+            yield from named_tensors(item)
+    elif isinstance(plain, Mapping):
+        name = plain.get(_TENSOR)
+        if len(plain) == 1 and isinstance(name, str):
+            yield name
+        else:
+            yield from named_tensors(list(plain.values()))

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-__all__ = ["broadcast_value", "gather_values", "on_first_rank", "rank_and_count"]
+__all__ = ["broadcast_value", "gather_values", "on_every_rank", "on_first_rank", "rank_and_count"]
 
 T = TypeVar("T")
 
@@ -34,6 +34,21 @@ def gather_values(value: T, group: dist.ProcessGroup | None) -> list[T]:
     return found
 
 
+def on_every_rank(act: Callable[[], T], group: dist.ProcessGroup | None, *errors: type[Exception]) -> T:
+    """What `act` gives on this rank, where it succeeds on all ranks; else all raise the first failed rank's error.
+
+    Args:
+        act: called on every rank; may give each another value.
+        group: of all ranks, on the CPU; None for one process.
+        errors: of these kinds are raised on all ranks.
+    """
+    value, failure = _outcome(act, errors)
+    first = next((e for e in gather_values(failure, group) if e is not None), None)
+    if first is not None:
+        raise first
+    return value  # type: ignore[return-value]
+
+
 def on_first_rank(act: Callable[[], T], group: dist.ProcessGroup | None, *errors: type[Exception]) -> T:
     """What `act` gives on the first rank, on all ranks.
 
@@ -44,11 +59,15 @@ def on_first_rank(act: Callable[[], T], group: dist.ProcessGroup | None, *errors
     """
     outcome: tuple[T | None, Exception | None] = (None, None)
     if rank_and_count(group)[0] == 0:
-        try:
-            outcome = (act(), None)
-        except errors as error:
-            outcome = (None, error)
+        outcome = _outcome(act, errors)
     value, failure = broadcast_value(outcome, group)
     if failure is not None:
         raise failure
     return value  # type: ignore[return-value]
+
+
+def _outcome(act: Callable[[], T], errors: tuple[type[Exception], ...]) -> tuple[T | None, Exception | None]:
+    try:
+        return act(), None
+    except errors as error:
+        return None, error

@@ -94,6 +94,11 @@ def rank_manifest_name(rank: int, writer: str = "") -> str:
     return f"rank-{rank}-{writer}.json" if writer else f"rank-{rank}.json"
 
 
+def rank_failure_name(rank: int, writer: str = "") -> str:
+    """The file that a rank leaves in a step that it could not write, where ranks agree by files; see above."""
+    return rank_manifest_name(rank, writer).replace(".json", ".failed")
+
+
 def rank_manifest(plan: SavePlan, names: Sequence[str], blocks: Sequence[str]) -> bytes:
     """What a rank wrote, as the JSON file that is also its report of success.
 

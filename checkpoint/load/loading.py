@@ -50,7 +50,6 @@ def load_tensors(
         CheckpointError: a name is missing there, or is not known, or has another shape or dtype, or no memory here.
         DamagedStepError: a byte is not what was written.
     """
-    _check_memory(tensors)
     is_first = rank_and_count(group)[0] == 0
     step = location if isinstance(location, StoredStep) else StoredStep.find(location, check_files=is_first)
     if step is not None:
@@ -66,6 +65,7 @@ def load_step(
     known: Collection[str] | None = None,
 ) -> int:
     """As `load_tensors`, from one of our steps; its manifest is not read again."""
+    _check_memory(tensors)
     rank, ranks = rank_and_count(group)
     if rank == 0:
         step.check_metadata()
@@ -116,6 +116,7 @@ def _check_known(url: str, items: Iterable[StoredChunk], known: Collection[str])
 
 
 def _load_foreign(folder: Storage, tensors: Mapping[str, Tensor]) -> int:
+    _check_memory(tensors)
     with DcpSource(folder) as source:
         name = next((n for n in tensors if n in source.objects), None)
         if name is not None:

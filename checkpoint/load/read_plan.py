@@ -108,7 +108,7 @@ def bytes_to_read(pieces: Sequence[ReadSlice]) -> int:
 
 
 def check_names(url: str, infos: Mapping[str, TensorInfo], tensors: Mapping[str, Tensor]) -> None:
-    """Whether every tensor is stored with its shape and dtype.
+    """Whether every tensor is stored with its shape and dtype; one without elements need not be.
 
     Args:
         url: the checkpoint, for messages.
@@ -118,14 +118,16 @@ def check_names(url: str, infos: Mapping[str, TensorInfo], tensors: Mapping[str,
     Raises:
         CheckpointError: one is not.
     """
-    missing = [name for name in tensors if name not in infos]
+    missing = [name for name, tensor in tensors.items() if name not in infos and tensor.numel()]
     if missing:
         raise CheckpointError(
             f"{url} must hold {missing[0]}, but does not ({len(missing)} of {len(tensors)} names are missing); "
             "use the model it was saved from, or exclude that part with checkpoint.exclude_from_loading"
         )
     for name, tensor in tensors.items():
-        info = infos[name]
+        info = infos.get(name)
+        if info is None:
+            continue
         if info.shape != tuple(tensor.shape):
             raise CheckpointError(
                 f"{name} in {url} has shape {info.shape}, but the model's has {tuple(tensor.shape)}; "

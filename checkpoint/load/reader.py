@@ -43,7 +43,7 @@ def read_tensors(
     storage = as_storage(location)
     by_name = chunks_by_name(storage.url, items)
     check_names(storage.url, infos_of(by_name), tensors)
-    wanted = ((by_name[name], chunk_of(name, t), local_tensor(t)) for name, t in tensors.items())
+    wanted = ((by_name.get(name, []), chunk_of(name, t), local_tensor(t)) for name, t in tensors.items())
     ops = _read_ops(storage.url, wanted, storage.request_bytes)
     shares = list(_shares(ops, threads or _threads(storage))) or [[]]
     # This thread takes the first share: with as many as there are cores, the system keeps each on its own.

@@ -78,18 +78,33 @@ class Committer:
 
     Args:
         folder: the checkpoint folder.
-        token: of this attempt.
+        token: of this start of the run, the same on all ranks.
         ticket: proves that this attempt is the folder's one writer; None where no other process can write.
 
     Attributes:
-        writer: see `Manifest`.
+        writer: see `Manifest`; of the attempt that `begin` began.
     """
 
     def __init__(self, folder: Storage, token: str, ticket: FencingToken | None) -> None:
-        self._folder, self._token, self._ticket = folder, token, ticket
+        self._folder, self._first_token, self._token, self._ticket = folder, token, token, ticket
         self.writer = "" if folder.renames else token
+        self._begun, self._newest = 0, -1
         # `.metadata` of the newest layout, which is the same for every step saved under it.
         self._metadata: tuple[tuple[str, ...], bytes] | None = None
+
+    def begin(self, step: int) -> None:
+        """Begins an attempt at a step, on all ranks alike.
+
+        Another attempt at the same step goes elsewhere: a rank that is late may still be writing its part of the one
+        before, which must not be taken for a part of this one.
+        """
+        self._begun += 1
+        again = step <= self._newest
+        self._newest = max(self._newest, step)
+        self._token = (
+            xxhash.xxh32_hexdigest(f"{self._first_token}-{self._begun}".encode()) if again else self._first_token
+        )
+        self.writer = "" if self._folder.renames else self._token
 
     def working_name(self, step: int) -> str:
         """The folder that a step is written into."""
@@ -125,7 +140,8 @@ class Committer:
             LeaseLostError: this writer may not any more.
         """
         folder = self.working_place(manifest.step)
-        plans = tuple(report["plan"] for report in reports)
+        # It names the files, which bear the writer where folders cannot be renamed.
+        plans = (self.writer, *(report["plan"] for report in reports))
         if self._metadata is None or self._metadata[0] != plans:
             self._metadata = (plans, assemble_metadata(folder, len(reports), self.writer))
         self.check_lease(must_be_seen=True)

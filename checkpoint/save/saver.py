@@ -31,7 +31,7 @@ from regrow.checkpoint.format.step_name import step_folder_name
 from regrow.checkpoint.ranks import broadcast_value, rank_and_count
 from regrow.checkpoint.run.lease import FencingToken, LeaseLostError
 from regrow.checkpoint.save.commit import Committer
-from regrow.checkpoint.save.coordinator import Report, SaveCoordinator, own_store, report_of
+from regrow.checkpoint.save.coordinator import Report, SaveCoordinator, WorkingPlace, own_store, report_of
 from regrow.checkpoint.save.staging import StagingBuffer
 from regrow.checkpoint.save.writer import file_name, write_image, write_tensors
 from regrow.checkpoint.storage.base import Storage
@@ -125,7 +125,7 @@ class StepSaver:
         self._committer = Committer(self._folder, token, self._options.ticket)
         store = own_store() if self._options.use_store and group is not None else None
         timeout_s = self._options.commit_timeout_s
-        self._coordinator = SaveCoordinator(self._rank, self._ranks, store, token, timeout_s, self._committer.writer)
+        self._coordinator = SaveCoordinator(self._rank, self._ranks, store, token, timeout_s)
         self._saves = 0
         self._planned: tuple[LayoutKey, SavePlan] | None = None
         self._image: StagingBuffer | None = None
@@ -210,6 +210,11 @@ class StepSaver:
         running, self._running = self._running, None
         return [running.result()] if running is not None else []
 
+    def hurry(self) -> None:
+        """Has the save in flight end without ranks that may be gone: it is complete, or has failed, when this one is
+        done with its part."""
+        self._coordinator.hurry()
+
     def close(self, *, wait: bool = True) -> None:
         """Ends the threads; a save in flight ends first, and without `wait` in the background."""
         if wait:
@@ -263,15 +268,17 @@ class StepSaver:
 
     def _save(self, work: _SaveJob, manifest: Manifest, started: float) -> SaveResult:
         """The background part: stage where that is left to do, write, commit; never raises."""
-        key = f"{manifest.step}-{self._saves}"
-        final = False
+        step, final = manifest.step, False
+        key = f"{step}-{self._saves}"
+        self._committer.begin(step)
+        place = WorkingPlace(folder=self._committer.working_place(step), writer=self._committer.writer)
         try:
-            self._coordinator.report(key, self._write_own(work, manifest.step))
+            self._coordinator.report(key, self._write_own(work, step), place)
             if self._rank == 0:
-                error, final = self._commit(key, manifest)
-                self._coordinator.publish_result(key, error)
+                error, final = self._commit(manifest, self._coordinator.collect(key, place))
+                self._coordinator.publish_result(key, error, place)
             else:
-                error = self._coordinator.await_result(key, lambda: self._committer.is_committed(manifest.step))
+                error = self._coordinator.await_result(key, lambda: self._committer.is_committed(step), place)
         except Exception as failure:
             log.exception("saving step %d failed", manifest.step)
             error = str(failure)
@@ -316,9 +323,8 @@ class StepSaver:
         finally:
             self._staged.set()
 
-    def _commit(self, key: str, manifest: Manifest) -> tuple[str | None, bool]:
-        """On rank 0: makes the step valid when every rank has reported; the error, and whether it is final."""
-        reports = self._coordinator.collect(key, self._committer.working_place(manifest.step))
+    def _commit(self, manifest: Manifest, reports: Sequence[Report]) -> tuple[str | None, bool]:
+        """On rank 0: makes the step valid where every rank has done its part; the error, and whether it is final."""
         errors = [f"rank {rank}: {r['error']}" for rank, r in enumerate(reports) if r["error"] is not None]
         final = False
         try:

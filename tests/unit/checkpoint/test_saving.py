@@ -2,9 +2,11 @@
 
 import io
 import pickle
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -383,6 +385,60 @@ def test_a_disk_without_room_is_not_written_to(
     assert ["No space left on device" in str(r.error) for r in results] == [True]
     assert list(tmp_path.iterdir()) == []
     saver.close()
+
+
+@contextmanager
+def small_files() -> Iterator[None]:
+    """As on a disk that is too small: no file of this process can be longer than 64 KiB."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda m: str(m.name))
+def test_a_process_alone_tells_at_once_why_a_save_failed(tmp_path: Path, mode: AsyncMode) -> None:
+    saver = StepSaver(tmp_path, mode, torch.device("cpu"), None)
+    tensors = {"w": torch.ones(1 << 16)}
+    with small_files():
+        results = [*saver.save(tensors, Manifest(step=1, lineage="a")), *saver.wait()]
+    assert ["rank 0: File too large" in str(r.error) for r in results] == [True]
+    assert results[0].seconds < 60, "the ranks' time-out is 600 s"
+    results = [*saver.save(tensors, Manifest(step=1, lineage="a")), *saver.wait()]
+    assert [r.error for r in results] == [None]
+    assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
+    saver.close()
+
+
+def _fail_by_files(folder: Path, failing: int) -> list[tuple[str, bool]]:
+    """One rank cannot write its part of step 1, which is then tried again."""
+    dist.init_process_group("gloo")
+    made = dist.new_group(backend="gloo")
+    assert made is not None
+    saver = StepSaver(folder, AsyncMode.disabled, torch.device("cpu"), made, SaverOptions(use_store=False))
+    found = []
+    for value in (1.0, 2.0):
+        tensors = {f"w{i}": torch.full((1 << 16,), value) for i in range(8)}
+        fails = value == 1.0 and dist.get_rank() == failing
+        with small_files() if fails else nullcontext():
+            (result,) = saver.save(tensors, Manifest(step=1, lineage="a"))
+        found.append((str(result.error), result.seconds < 60))
+        dist.barrier(made)
+    return found
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_ranks_learn_from_files_why_one_has_failed(tmp_path: Path, failing: int) -> None:
+    for errors in run_distributed(_fail_by_files, tmp_path, failing, world_size=2):
+        (first, in_time), second = errors
+        assert f"rank {failing}: File too large" in first
+        assert in_time, "the ranks' time-out is 600 s"
+        assert second == ("None", True)
+    loaded = {f"w{i}": torch.zeros(1 << 16) for i in range(8)}
+    load_tensors(tmp_path / "step-1", loaded, None)
+    assert all(tensor.eq(2).all() for tensor in loaded.values()), "no part of the first attempt is in the second"
 
 
 class _GoneStore:
