@@ -12,13 +12,16 @@ import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import regrow.models
 from regrow.errors import ConfigError
 from regrow.models.config import DecoderConfig, ModelConfig
 from regrow.models.further import family_modules
-from regrow.models.hf_rows import KeyTransform
+
+if TYPE_CHECKING:
+    # It needs torch, which a command that only reads a config does not wait for.
+    from regrow.models.hf_rows import KeyTransform
 
 __all__ = [
     "CONFIG",
@@ -85,7 +88,7 @@ class HfKey:
     hf_name: str
     index: int | None = None
     rows: RowGroups | None = None
-    transform: KeyTransform | None = None
+    transform: "KeyTransform | None" = None
 
 
 EMBEDDING = HfKey(name="tok_embeddings.weight", hf_name="model.embed_tokens.weight")
@@ -375,7 +378,7 @@ def end_keys(config: DecoderConfig, blocks: Sequence[HfKey]) -> list[HfKey]:
 
 
 def block_keys(
-    names: Mapping[str, str], layers: int, transforms: Mapping[str, KeyTransform] | None = None
+    names: Mapping[str, str], layers: int, transforms: "Mapping[str, KeyTransform] | None" = None
 ) -> list[HfKey]:
     """Keys of the repeated blocks.
 

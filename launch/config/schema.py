@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import pkgutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from types import ModuleType
@@ -122,8 +123,18 @@ class Config:
 
 def config_modules(package: ModuleType) -> list[ModuleType]:
     """The modules named `config` or `…_config` below a package; importing them needs no torch."""
-    found = pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
-    return [importlib.import_module(m.name) for m in found if m.name.endswith((".config", "_config"))]
+    return [
+        importlib.import_module(name) for path in package.__path__ for name in _config_names(path, package.__name__)
+    ]
+
+
+def _config_names(folder: str, package: str) -> Iterator[str]:
+    """By the files alone: `pkgutil.walk_packages` would import every package on the way, and torch with some."""
+    for module in pkgutil.iter_modules([folder], f"{package}."):
+        if module.ispkg:
+            yield from _config_names(f"{folder}/{module.name.rpartition('.')[2]}", module.name)
+        elif module.name.endswith((".config", "_config")):
+            yield module.name
 
 
 def register_schemas() -> None:

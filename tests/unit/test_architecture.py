@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -171,3 +172,13 @@ def test_private_names_of_torch_are_in_one_module() -> None:
     """What a new version of torch may take away is read in `regrow.torch_compat` alone."""
     assert not {str(p): names for p in sources() if (names := private_names_of_torch(p))}
     assert private_names_of_torch(REPO / "src/regrow/torch_compat.py")
+
+
+def test_a_command_that_trains_nothing_does_not_wait_for_torch() -> None:
+    """Help, refusals and submitting a sweep."""
+    program = (
+        "import sys, regrow.launch.app, regrow.launch.sweep.launchers; from regrow.launch.config.schema import "
+        "register_schemas; register_schemas(); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
