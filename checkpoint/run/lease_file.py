@@ -174,14 +174,17 @@ def read_lease(folder: Storage, number: int) -> LeaseRecord:
 
 
 def unreadable_lease(number: int, body: bytes = b"") -> LeaseRecord:
+    """Stands for a lease that is there and cannot be read: another body counts as another heartbeat."""
     return LeaseRecord(
         token=f"unreadable-{number}", host="", boot="", namespace="", pid=0, started=0, counter=zlib.crc32(body)
     )
 
 
 def lease_name(number: int) -> str:
+    """The file of a takeover, beside the steps."""
     return f"lease-{number}.json"
 
 
 def encode_lease(holder: LeaseRecord) -> bytes:
+    """The body of a lease's file."""
     return json.dumps(asdict(holder)).encode()
