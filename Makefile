@@ -10,6 +10,8 @@ TORCHTUNE := .venv-torchtune
 SEED ?= 1
 COUNT ?= 2000
 SHARE ?= 1
+# Processes that share out the tests.
+WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 ONLY ?=
 
 .PHONY: help demo test check lint fuzz attack clean install
@@ -39,11 +41,11 @@ lint: $(STAMP)  ## ruff and mypy --strict
 	$(BIN)/mypy
 
 check: lint     ## lint and the fast tests
-	$(BIN)/pytest -q -m 'not slow and not gpu'
+	$(BIN)/pytest -q -m 'not slow and not gpu' -n $(WORKERS) --dist loadgroup
 
 test: $(STAMP) $(TORCHTUNE)/.installed  ## every test; installs Debian's Slurm for tests/slurm where it is missing
 	tests/slurm/setup.sh
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(WORKERS) --dist loadgroup
 
 fuzz: $(STAMP)  ## hostile input, seeded, for about a minute (SEED, COUNT)
 	$(BIN)/python -m tests.attack.fuzz --seed $(SEED) --count $(COUNT)

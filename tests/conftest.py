@@ -15,6 +15,23 @@ from regrow.launch.config.schema import register_schemas
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Says what several processes (`pytest -n`) may share out: slow tests one by one, the others by file.
+
+    There is one Slurm on a machine; its tests come first, because they mostly wait.
+    """
+
+    def order(item: pytest.Item) -> int:
+        return 0 if "slurm" in item.keywords else 1 if "slow" in item.keywords else 2
+
+    items.sort(key=order)
+    for item in items:
+        if order(item) == 0:
+            item.add_marker(pytest.mark.xdist_group("slurm"))
+        elif order(item) == 2:
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Tokenised corpora of the tests never meet those of the user."""

@@ -1,6 +1,7 @@
 """The root schema, and how the schemas of all packages get into Hydra's ConfigStore."""
 
 import dataclasses
+import functools
 import importlib
 import pkgutil
 from collections.abc import Iterator
@@ -137,8 +138,9 @@ def _config_names(folder: str, package: str) -> Iterator[str]:
             yield module.name
 
 
+@functools.cache
 def register_schemas() -> None:
-    """Stores the root schema, and every dataclass with a `SCHEMA = (group, name)`."""
+    """Stores the root schema, and every dataclass with a `SCHEMA = (group, name)`; once in a process."""
     store = ConfigStore.instance()
     store.store(name="config_schema", node=Config)
     for package in (regrow.models, regrow.checkpoint, regrow.trainer):
