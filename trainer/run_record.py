@@ -13,10 +13,10 @@ from regrow.checkpoint.documents import Count, DocumentError, Token, convert_doc
 from regrow.checkpoint.files import read_regular, write_json
 from regrow.checkpoint.policy.lineage import Lineage, check_lineages, is_visible
 from regrow.errors import ConfigError
+from regrow.trainer.run_files import RECORD
 
 __all__ = ["Attempt", "Extend", "Extension", "RunRecord", "RunRecordError", "new_id"]
 
-FILE = "run.json"
 FORMAT = 1
 _LIMIT_BYTES = 256 << 20
 
@@ -147,7 +147,7 @@ class RunRecord:
 
     def save(self, run_dir: Path) -> None:
         """Replaces the file, durably."""
-        write_json(run_dir / FILE, self.as_json())
+        write_json(run_dir / RECORD, self.as_json())
 
     def visible_extensions(self) -> list[Extension]:
         """Those that act on the newest lineage's line, oldest first."""
@@ -167,7 +167,7 @@ class RunRecord:
         Raises:
             RunRecordError: it is damaged, cannot be read, or another version wrote it.
         """
-        path = run_dir / FILE
+        path = run_dir / RECORD
         try:
             values = parse_json(read_regular(path, _LIMIT_BYTES))
             if isinstance(values, dict) and values.get("format") != FORMAT:

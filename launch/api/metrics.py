@@ -8,8 +8,9 @@ from typing import Any
 import pyarrow as pa
 
 from regrow.checkpoint.errors import CheckpointError
-from regrow.launch.api.runs import METRICS, is_run, run_folders
+from regrow.launch.api.runs import is_run, run_folders
 from regrow.trainer.jsonlines import read_rows
+from regrow.trainer.run_files import METRICS
 
 __all__ = ["read_metrics"]
 

@@ -13,11 +13,10 @@ from regrow.checkpoint.run.lease import Liveness, life_of, newest_lease, this_pr
 from regrow.checkpoint.storage.base import Storage
 from regrow.checkpoint.storage.opening import open_storage
 from regrow.launch.run.stored_run import stored_config, stored_steps
+from regrow.trainer.run_files import METRICS, RECORD
 from regrow.trainer.run_record import RunRecord, RunRecordError
 
-__all__ = ["METRICS", "RECORD", "Run", "is_run", "run_folders", "runs"]
-
-METRICS, RECORD = "metrics.jsonl", "run.json"
+__all__ = ["Run", "is_run", "run_folders", "runs"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

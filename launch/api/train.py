@@ -21,9 +21,9 @@ from regrow.launch.run.prepare import prepare_run
 from regrow.launch.run.rank_spec import Outcome
 from regrow.launch.run.signals import SIGNALS, Interrupted, StopFlag
 from regrow.launch.run.start import run_spec
-from regrow.trainer.hooks.metrics import METRICS
 from regrow.trainer.hooks.startup import begin
 from regrow.trainer.places import ensure_home
+from regrow.trainer.run_files import METRICS
 
 __all__ = ["TrainResult", "TrainingFailedError", "train"]
 

@@ -30,6 +30,7 @@ from regrow.launch.config.target_names import canonical_target
 from regrow.launch.run.prepare import convert_config
 from regrow.launch.run.weights import model_of_folder
 from regrow.models.config import ModelConfig
+from regrow.trainer.run_files import CONFIG
 
 __all__ = ["model_from_settings", "model_of", "run_folder_of", "section_of_run", "settings_of_model", "variant"]
 
@@ -40,7 +41,7 @@ def section_of_run(step: Storage, name: str) -> dict[str, Any]:
     if run is None:
         return {}
     try:
-        stored = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
+        stored = OmegaConf.to_container(OmegaConf.load(run / CONFIG))
     except (OSError, ValueError, YAMLError, OmegaConfBaseException):
         # Somebody else's file of that name.
         return {}
@@ -118,7 +119,7 @@ def run_folder_of(step: Storage) -> Path | None:
     """The run's directory that a local step lies in: the nearest folder above it with a `config.yaml`."""
     if not isinstance(step, LocalStorage):
         return None
-    return next((p for p in step.path.resolve().parents[:4] if (p / "config.yaml").is_file()), None)
+    return next((p for p in step.path.resolve().parents[:4] if (p / CONFIG).is_file()), None)
 
 
 def model_of(place: Storage | str, forced: str | None, overrides: Collection[str] = ()) -> ModelConfig:

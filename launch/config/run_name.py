@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from regrow.launch.config.errors import UserError, not_alone
 from regrow.launch.config.identity import config_hash, former_sweep_name, is_free, sweep_name
 from regrow.launch.config.later_fields import later_defaults
+from regrow.trainer.run_files import RECORD
 
 __all__ = ["register_resolver"]
 
@@ -57,7 +58,7 @@ def _run_name(root: DictConfig, swept: frozenset[str]) -> str:
         return f"{model_name}-{digest}"
     pairs = _canonical(root, list(hydra.overrides.task))
     former = former_sweep_name(model_name, pairs)
-    if former is not None and (Path(str(root.run.root)) / former / "run.json").is_file():
+    if former is not None and (Path(str(root.run.root)) / former / RECORD).is_file():
         return former
     existing = _existing_name(str(root.run.root), model_name, digest)
     # A sweep may also be written down in the config of a sweeper.
@@ -77,7 +78,7 @@ def _run_name(root: DictConfig, swept: frozenset[str]) -> str:
 
 def _existing_name(root: str, model_name: str, digest: str) -> str | None:
     """The folder of the run of this model and hash, whatever was swept when it was named."""
-    found = Path(root).glob(f"{glob.escape(model_name)}-*{digest}/run.json")
+    found = Path(root).glob(f"{glob.escape(model_name)}-*{digest}/{RECORD}")
     names = sorted(path.parent.name for path in found)
     ends = (f"{model_name}-{digest}", f"-{digest}")
     return next((n for n in names if n == ends[0] or n.endswith(ends[1])), None)

@@ -8,8 +8,9 @@ from functools import partial
 from regrow.launch.config.schema import Config
 from regrow.launch.run.build import build_hooks
 from regrow.launch.run.compose_checkpoint import compose_checkpoint, compose_export
+from regrow.launch.run.ownership import lease_place
 from regrow.launch.run.rank_spec import RankSpec
-from regrow.launch.run.run_dir import begin_run, lease_place
+from regrow.launch.run.run_documents import begin_run
 from regrow.launch.run.versions import software_versions
 from regrow.trainer.data.token_store import TokenStore
 from regrow.trainer.data.tokenizer import load_tokenizer

@@ -10,8 +10,8 @@ from regrow.launch.exit_code import ExitCode
 from regrow.launch.run.compose import compose_trainer
 from regrow.launch.run.failures import RankFailed, clear_failures, note_failure, saw_another_go, storage_problem
 from regrow.launch.run.logs import log_to_files
+from regrow.launch.run.ownership import share_run
 from regrow.launch.run.rank_spec import Outcome, RankSpec, write_outcome
-from regrow.launch.run.run_dir import share_run
 from regrow.launch.run.signals import StopFlag
 from regrow.trainer.device import pin_threads
 from regrow.trainer.hooks.startup import mark

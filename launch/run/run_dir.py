@@ -1,24 +1,12 @@
 """Opening a run's directory: whose it is, whether the command fits it, and which lineage the command means."""
 
 import dataclasses
-import fcntl
 import logging
 import os
-import re
-import shutil
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
-from regrow.checkpoint.documents import DocumentError, parse_json
-from regrow.checkpoint.errors import CheckpointError
-from regrow.checkpoint.files import fsync_folder, fsync_path, naming, read_regular, write_json
 from regrow.checkpoint.format.manifest import MANIFEST
 from regrow.checkpoint.policy.lineage import (
     Lineage,
@@ -31,10 +19,6 @@ from regrow.checkpoint.policy.lineage import (
     start_point,
 )
 from regrow.checkpoint.run.catalog import Catalog, Entry
-from regrow.checkpoint.run.lease import FencingToken, LeaseLostError, acquire_lease
-from regrow.checkpoint.scratch import clear_dead_scratch
-from regrow.checkpoint.storage.base import Storage
-from regrow.checkpoint.storage.local import LocalStorage
 from regrow.launch.config.errors import UserError
 from regrow.launch.config.identity import Difference, compare
 from regrow.launch.config.later_fields import later_defaults
@@ -43,153 +27,16 @@ from regrow.launch.run.build import checkpoint_folder, export_folder
 from regrow.launch.run.extension import say_where_it_stands, settle_schedule
 from regrow.launch.run.lost_record import check_owner, newest_of, rebuild_record
 from regrow.launch.run.preflight import check_initial_load
+from regrow.launch.run.run_documents import begin_run, is_pending, note_pending, stored_config
 from regrow.trainer.data.token_store import TokenStore
 from regrow.trainer.hooks.export import exported_steps
-from regrow.trainer.hooks.metrics import METRICS, SAMPLES
 from regrow.trainer.jsonlines import read_rows
-from regrow.trainer.run_record import FILE, RunRecord, new_id
+from regrow.trainer.run_files import CONFIG, METRICS
+from regrow.trainer.run_record import RunRecord, new_id
 
-__all__ = ["begin_run", "lease_place", "open_run", "own_run", "share_run"]
+__all__ = ["OpenedRun", "open_run"]
 
 log = logging.getLogger(__name__)
-
-CONFIG = "config.yaml"
-_GONE = "is gone"
-_RANKS_LOCK = ".ranks.lock"
-# A document of the run before its rename: only the launcher and rank 0 write these, and only while they own the run.
-_TEMPORARY = re.compile(
-    r"\.((run|stop|tokenizer|kernels|pending-start)\.json|\.pending-start\.json|(config|overrides)\.yaml"
-    r"|(metrics|samples)\.jsonl)(\.[0-9a-f-]+)*\.tmp|\.probe-[0-9]+|failed-rank-[0-9]+\.tmp"
-)
-# Of a start that has chosen a lineage and whose ranks have not loaded yet.
-_PENDING = ".pending-start.json"
-_WAIT_S = 8.0
-
-
-def lease_place(config: Config, run_dir: Path) -> Storage:
-    """Beside the bytes that the lease protects."""
-    return checkpoint_folder(config, run_dir) if config.checkpoint.enable else LocalStorage(run_dir)
-
-
-@contextmanager
-def own_run(config: Config, run_dir: Path) -> Iterator[FencingToken]:
-    """Keeps every other launcher out of the run by the lease in its checkpoint folder.
-
-    A dead launcher's ranks, which end with it, are waited for.
-
-    Raises:
-        UserError: another process holds the run.
-    """
-    setting = "checkpoint.folder" if config.checkpoint.enable else "run.root"
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lease = acquire_lease(
-            lease_place(config, run_dir),
-            config.checkpoint.lease_timeout_s,
-            str(run_dir),
-            on_lost=_stop_at_once,
-            setting=setting,
-        )
-    except CheckpointError as error:
-        raise UserError(str(error)) from error
-    except OSError as error:
-        raise UserError(
-            f"run.root must be a folder that can be written, but {error.filename or run_dir} cannot "
-            f"({error.strerror or error}); choose another one"
-        ) from error
-    try:
-        _await_ranks(run_dir)
-        _clear_leftovers(run_dir)
-        yield lease.ticket
-    finally:
-        if _is_begun(run_dir):
-            lease.release()
-        elif lease.withdraw():
-            _leave_unused(config, run_dir)
-
-
-def _is_begun(run_dir: Path) -> bool:
-    try:
-        return (run_dir / FILE).exists()
-    except OSError:
-        return True
-
-
-def _stop_at_once() -> None:
-    """Another launcher owns the run: nothing of this one may write into it any more. Its ranks die with it."""
-    logging.shutdown()
-    os._exit(1)
-
-
-def _leave_unused(config: Config, run_dir: Path) -> None:
-    """Removes what owning it left in the folder of a run that was refused before it began."""
-    with suppress(OSError):
-        (run_dir / _RANKS_LOCK).unlink(missing_ok=True)
-    for folder in (run_dir / config.checkpoint.folder, run_dir):
-        with suppress(OSError):
-            folder.rmdir()
-
-
-def _clear_leftovers(run_dir: Path) -> None:
-    """Removes what killed processes left: of this run, and in the places that all programs share."""
-    for line in clear_dead_scratch():
-        log.info("%s", line)
-    for folder in (run_dir, run_dir / ".hydra", run_dir / "logs", *(run_dir / "lineages").glob("*")):
-        with suppress(OSError):
-            for path in folder.iterdir():
-                if _TEMPORARY.fullmatch(path.name) or path.match("lineages/*/*.jsonl.tmp"):
-                    path.unlink()
-                    log.info("removed %s, which a killed process left", path)
-
-
-def _await_ranks(run_dir: Path) -> None:
-    """Waits a little for a dead launcher's ranks on this host; stopped ones can commit nothing any more."""
-    deadline = time.monotonic() + _WAIT_S
-    with _ranks_lock(run_dir) as ranks:
-        while ranks is not None and time.monotonic() < deadline:
-            with suppress(BlockingIOError):
-                _lock(ranks, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _lock(ranks, fcntl.LOCK_UN)
-                return
-            time.sleep(0.05)
-    if ranks is not None:
-        log.warning("ranks of an earlier start of %s are still there; they can save nothing any more", run_dir)
-
-
-@contextmanager
-def _ranks_lock(run_dir: Path) -> Iterator[int | None]:
-    """The file by which ranks are waited for; None where it cannot be opened: it only spares a wait."""
-    path = run_dir / _RANKS_LOCK
-    try:
-        # A named pipe in its place keeps nobody waiting.
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        log.info("%s cannot be opened (%s); continuing without a lock", path, error.strerror)
-        yield None
-        return
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, operation: int) -> None:
-    """Locks a file where its file system has locks: they only spare a wait, and the lease decides who may write."""
-    try:
-        fcntl.flock(descriptor, operation)
-    except BlockingIOError:
-        raise
-    except OSError as error:
-        log.info("%s cannot be locked (%s); continuing without a lock", _RANKS_LOCK, error.strerror)
-
-
-@contextmanager
-def share_run(run_dir: Path) -> Iterator[None]:
-    """Held by each rank, so that a later launcher can tell when the last one is gone."""
-    with _ranks_lock(run_dir) as ranks:
-        if ranks is not None:
-            _lock(ranks, fcntl.LOCK_SH)
-        yield
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -243,7 +90,7 @@ def open_run(
             f"checkpoint.enable must not be false for a run that has checkpoints, but {catalog.folder.url} holds "
             f"step {entries[-1].step}; choose another run.name or leave checkpoint.enable true"
         )
-    again = _is_restart(os.environ) and not _is_pending(run_dir, os.environ)
+    again = _is_restart(os.environ) and not is_pending(run_dir, os.environ)
     lineage = choose_lineage(
         record.lineages,
         LoadRequest.from_config(config.checkpoint),
@@ -277,7 +124,7 @@ def open_run(
             {"name": change.name, "from": change.stored, "to": change.given, "after_step": start.step}
         )
     if lineage is not None:
-        _note_pending(run_dir, os.environ)
+        note_pending(run_dir, os.environ)
     return OpenedRun(record=record, reached=None)
 
 
@@ -291,7 +138,7 @@ def _what_was_recorded(
 ) -> tuple[RunRecord | None, dict[str, Any] | None]:
     """The run's record and config: as they lie in its folder, else as its steps tell; None where it is a new run."""
     record = RunRecord.load(run_dir)
-    stored = _stored_config(run_dir, record, complete)
+    stored = stored_config(run_dir, record, complete)
     if record is not None or not config.checkpoint.enable:
         return record, stored
     record = rebuild_record(complete, config, config_dict, store.index.fingerprint, catalog.folder.url)
@@ -321,90 +168,6 @@ def _check_nothing_lost(
             f"run.name must not name a run whose run.json is gone and that no step tells of, but {run_dir} is one "
             f"({found}); restore it, or use run.resume=never to start afresh"
         )
-
-
-def _launch_of(environ: Mapping[str, str]) -> str:
-    return environ.get("TORCHELASTIC_RUN_ID") or environ.get("SLURM_JOB_ID") or ""
-
-
-def _note_pending(run_dir: Path, environ: Mapping[str, str]) -> None:
-    """Says that this launch has chosen a lineage which is not recorded before the ranks have loaded.
-
-    A restart before that must choose it again: `run.resume=never` and `run.rewind` act once a launch.
-    """
-    if _launch_of(environ):
-        write_json(run_dir / _PENDING, {"launch": _launch_of(environ)})
-
-
-def _is_pending(run_dir: Path, environ: Mapping[str, str]) -> bool:
-    try:
-        noted = parse_json(read_regular(run_dir / _PENDING, 1 << 16))
-    except (OSError, DocumentError):
-        return False
-    return bool(_launch_of(environ)) and noted == {"launch": _launch_of(environ)}
-
-
-def begin_run(
-    config_dict: dict[str, Any], run_dir: Path, store: TokenStore, overrides: Sequence[str], record: RunRecord
-) -> None:
-    """Writes what a start changes in the run: its config, and last its record. Safe to repeat and to be killed in.
-
-    Args:
-        config_dict: the accepted config as plain values.
-        run_dir: the run's directory.
-        store: the corpus.
-        overrides: the command line, for `.hydra/`.
-        record: as the start makes it. Attempts that were added meanwhile (ranks started again) stay.
-    """
-    before = RunRecord.load(run_dir)
-    if before is not None:
-        known = [x.id for x in before.lineages]
-        if [x.id for x in record.lineages][: len(known)] != known:
-            raise LeaseLostError(f"another start has begun a line of steps in {run_dir}; this one must stop")
-        record = dataclasses.replace(record, attempts=before.attempts, wandb_step=before.wandb_step)
-        if before.lineages and before.lineages[-1].id != record.lineages[-1].id:
-            _keep_rows(run_dir, before.lineages[-1])
-    _write_config(config_dict, run_dir, store, overrides)
-    record.save(run_dir)
-    (run_dir / _PENDING).unlink(missing_ok=True)
-
-
-def _stored_config(run_dir: Path, record: RunRecord | None, complete: Sequence[Entry]) -> dict[str, Any] | None:
-    """The config that the run was accepted with; out of its newest step where the file is gone or damaged.
-
-    Raises:
-        UserError: the file is damaged, and no step tells.
-    """
-    if record is None:
-        return None
-    path = run_dir / CONFIG
-    stored, problem = _read_config(path)
-    if stored is not None:
-        return stored
-    tells = next((e for e in reversed(complete) if e.manifest.run_id == record.run_id and e.manifest.config), None)
-    if tells is not None:
-        log.warning("%s %s; the config that step %d was made with is taken", path, problem, tells.step)
-        return tells.manifest.config
-    if problem == _GONE:
-        return None
-    raise UserError(
-        f"{path} must be the run's config, but {problem}; restore it from {run_dir / '.hydra/config.yaml'}"
-    )
-
-
-def _read_config(path: Path) -> tuple[dict[str, Any] | None, str]:
-    """A stored config; where it cannot be read, None and what is wrong."""
-    try:
-        stored = OmegaConf.to_container(OmegaConf.create(read_regular(path).decode()))
-    except FileNotFoundError:
-        return None, _GONE
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError, OSError) as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        reason = (error.strerror if isinstance(error, OSError) else None) or lines[0]
-        return None, f"cannot be read ({reason})"
-    if not isinstance(stored, dict) or "model" not in stored:
-        return None, "holds none"
-    return {str(k): v for k, v in stored.items()}, ""
 
 
 def _from_weights(config: Config, lineage: Lineage) -> Lineage:
@@ -496,51 +259,6 @@ def _check_same(
             f"run.allow_change=[{names}] to change them from here on, or choose another run.name"
         )
     return hyperparameters
-
-
-def _keep_rows(run_dir: Path, lineage: Lineage) -> None:
-    """Copies the logs of a lineage that is about to be set aside; safe to repeat."""
-    target = run_dir / "lineages" / lineage.id
-    target.mkdir(parents=True, exist_ok=True)
-    for name in (METRICS, SAMPLES):
-        if (run_dir / name).exists():
-            shutil.copyfile(run_dir / name, target / f"{name}.tmp")
-            (target / f"{name}.tmp").rename(target / name)
-
-
-def _write_config(config_dict: dict[str, Any], run_dir: Path, store: TokenStore, overrides: Sequence[str]) -> None:
-    """The accepted config, the overrides as Hydra writes them, and the tokenizer."""
-    tokenizer = run_dir / "tokenizer.json"
-    body = store.tokenizer_file.read_bytes()
-    if not _holds(tokenizer, body):
-        # Also where a kill had left half of it.
-        temporary = tokenizer.with_name(f".{tokenizer.name}.tmp")
-        with naming(tokenizer):
-            temporary.write_bytes(body)
-            fsync_path(temporary)
-        temporary.rename(tokenizer)
-    hydra_folder = run_dir / ".hydra"
-    hydra_folder.mkdir(exist_ok=True)
-    for path, value in (
-        (hydra_folder / "overrides.yaml", list(overrides)),
-        (hydra_folder / "config.yaml", config_dict),
-        (run_dir / CONFIG, config_dict),
-    ):
-        temporary = path.with_name(f".{path.name}.tmp")
-        with naming(path):
-            OmegaConf.save(OmegaConf.create(value), temporary)
-            fsync_path(temporary)
-        temporary.rename(path)
-    with naming(run_dir):
-        fsync_folder(run_dir)
-
-
-def _holds(path: Path, body: bytes) -> bool:
-    """Whether a file is there and has these bytes."""
-    try:
-        return read_regular(path, len(body)) == body
-    except OSError:
-        return False
 
 
 def _is_finished(config: Config, record: RunRecord, entries: Sequence[Entry], run_dir: Path) -> bool:

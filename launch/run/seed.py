@@ -19,7 +19,7 @@ from regrow.launch.config.errors import UserError
 from regrow.launch.run.build import build_model, checkpoint_folder
 from regrow.launch.run.labels import run_labels
 from regrow.launch.run.rank_spec import Outcome, RankSpec
-from regrow.launch.run.run_dir import begin_run
+from regrow.launch.run.run_documents import begin_run
 from regrow.models.base import LanguageModel
 from regrow.models.init import fill_shard
 from regrow.trainer.data.token_store import TokenStore

@@ -14,11 +14,12 @@ from regrow.launch.config.errors import naming_fields
 from regrow.launch.config.refusals import Refused, refusing
 from regrow.launch.run.failures import clear_failures
 from regrow.launch.run.local import run_local
+from regrow.launch.run.ownership import own_run
 from regrow.launch.run.prepare import prepare_run
 from regrow.launch.run.rank import run_rank
 from regrow.launch.run.rank_spec import Outcome, RankSpec
 from regrow.launch.run.rendezvous import share_from_rank_zero
-from regrow.launch.run.run_dir import OpenedRun, open_run, own_run
+from regrow.launch.run.run_dir import OpenedRun, open_run
 from regrow.launch.run.seed import write_seed_checkpoint
 from regrow.launch.run.signals import StopFlag
 from regrow.trainer.data.token_store import TokenStore

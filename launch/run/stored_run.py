@@ -12,10 +12,10 @@ from regrow.checkpoint.files import read_regular
 from regrow.checkpoint.storage.base import Storage
 from regrow.checkpoint.storage.local import LocalStorage
 from regrow.checkpoint.storage.opening import is_url, open_storage
+from regrow.trainer.run_files import CONFIG
 
-__all__ = ["CONFIG", "steps_place", "stored_config", "stored_steps"]
+__all__ = ["steps_place", "stored_config", "stored_steps"]
 
-CONFIG = "config.yaml"
 _LIMIT_BYTES = 64 << 20
 
 

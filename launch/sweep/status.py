@@ -15,6 +15,7 @@ from regrow.launch.config.plugins import UserPackages
 from regrow.launch.exit_code import ExitCode
 from regrow.launch.sweep.slurm_jobs import Job
 from regrow.trainer.jsonlines import read_rows
+from regrow.trainer.run_files import METRICS
 from regrow.trainer.run_record import RunRecord
 
 __all__ = [
@@ -31,7 +32,6 @@ __all__ = [
 
 FILE = "sweep.json"
 _PROGRAM, _FORMAT = "regrow sweep", 1
-_METRICS = "metrics.jsonl"
 _HISTORY = "slurm.jsonl"
 # States that nothing but the user changes.
 FINAL = ("finished", "failed", "refused", "stuck", "gave up", "stopped", "lost")
@@ -209,7 +209,7 @@ def inspect_run(run: SweepRun, jobs: Mapping[str, Job] | None) -> RunStatus:
     """
     folder = Path(run.run_dir)
     record = _record(folder)
-    rows = list(read_rows(folder / _METRICS))
+    rows = list(read_rows(folder / METRICS))
     history = list(read_rows(folder / _HISTORY))
     job = next((jobs[i] for i in reversed(run.jobs) if i in jobs), None) if jobs else None
     node = (job.nodes if job else "") or (history[-1]["node"] if history else "")
@@ -283,7 +283,7 @@ def result_of(run_dir: Path) -> float | None:
     None before the first step, and where the run has just been refused because its rows cannot be read.
     """
     try:
-        rows = list(read_rows(run_dir / _METRICS))
+        rows = list(read_rows(run_dir / METRICS))
     except OSError:
         return None
     found = next((r["val_loss"] for r in reversed(rows) if "val_loss" in r), rows[-1]["loss"] if rows else None)

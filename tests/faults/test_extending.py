@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from regrow.launch.config.errors import UserError
-from regrow.launch.run.run_dir import begin_run
+from regrow.launch.run.run_documents import begin_run
 from regrow.launch.run.start import open_spec
 from regrow.trainer.data.token_store import TokenStore
 from regrow.trainer.schedules.config import CosineConfig

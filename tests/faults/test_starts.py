@@ -14,7 +14,7 @@ from regrow.checkpoint.run.lease import LeaseLostError
 from regrow.errors import ConfigError
 from regrow.launch.config.errors import UserError
 from regrow.launch.run.failures import first_failure, note_failure
-from regrow.launch.run.run_dir import begin_run
+from regrow.launch.run.run_documents import begin_run
 from regrow.launch.run.start import open_spec
 from regrow.trainer.data.token_store import TokenStore
 from regrow.trainer.run_record import RunRecord, RunRecordError

@@ -10,11 +10,9 @@ from regrow.trainer.hook import Hook
 from regrow.trainer.hooks.config import MetricsConfig, SamplesConfig
 from regrow.trainer.jsonlines import StepLog
 from regrow.trainer.loop import Trainer
+from regrow.trainer.run_files import METRICS, SAMPLES
 
-__all__ = ["METRICS", "SAMPLES", "MetricsHook", "SamplesHook"]
-
-METRICS = "metrics.jsonl"
-SAMPLES = "samples.jsonl"
+__all__ = ["MetricsHook", "SamplesHook"]
 
 
 @final

@@ -8,9 +8,9 @@ from matplotlib.figure import Figure
 
 from regrow.trainer.hook import Hook
 from regrow.trainer.hooks.config import PlotConfig
-from regrow.trainer.hooks.metrics import METRICS
 from regrow.trainer.jsonlines import read_rows
 from regrow.trainer.loop import Trainer
+from regrow.trainer.run_files import METRICS
 
 __all__ = ["PlotHook", "plot_loss"]
 

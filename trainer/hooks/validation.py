@@ -12,9 +12,9 @@ from regrow.trainer.data.loader import step_batch
 from regrow.trainer.data.windows import Windows
 from regrow.trainer.hook import Hook
 from regrow.trainer.hooks.config import ValidationConfig
-from regrow.trainer.hooks.metrics import METRICS
 from regrow.trainer.jsonlines import read_rows, rewrite_rows
 from regrow.trainer.loop import Trainer
+from regrow.trainer.run_files import METRICS
 
 __all__ = ["ValidationHook"]
 

@@ -11,10 +11,10 @@ from typing import Any, final
 
 from regrow.trainer.hook import Hook
 from regrow.trainer.hooks.config import WandbHookConfig
-from regrow.trainer.hooks.metrics import METRICS
 from regrow.trainer.jsonlines import read_rows
 from regrow.trainer.loop import Trainer
 from regrow.trainer.resources import Resources
+from regrow.trainer.run_files import METRICS
 from regrow.trainer.run_record import RunRecord, RunRecordError
 
 __all__ = ["WandbHook"]

@@ -26,8 +26,8 @@ from regrow.checkpoint.scratch import clear_dead_scratch, scratch_folder, tag_se
 from regrow.checkpoint.storage.local import LocalStorage, takes_direct_io
 from regrow.launch.config.errors import UserError
 from regrow.launch.config.schema import Config
+from regrow.launch.run.ownership import own_run
 from regrow.launch.run.preflight import check_config
-from regrow.launch.run.run_dir import own_run
 from tests.support import typed_config
 
 # A launcher of ranks, at the moment at which it is killed: it owns the run, reads a step, and shares semaphores.
@@ -38,7 +38,7 @@ from pathlib import Path
 from regrow.checkpoint.run.reader_lock import reading
 from regrow.checkpoint.scratch import scratch_folder, tag_semaphores
 from regrow.checkpoint.storage.local import LocalStorage
-from regrow.launch.run.run_dir import own_run
+from regrow.launch.run.ownership import own_run
 from tests.support import typed_config
 
 run_dir = Path(sys.argv[1])

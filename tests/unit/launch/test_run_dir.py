@@ -9,8 +9,10 @@ import pytest
 
 from regrow.launch.config.composition import compose_config
 from regrow.launch.config.errors import UserError
+from regrow.launch.run.ownership import own_run
 from regrow.launch.run.prepare import prepare_run
-from regrow.launch.run.run_dir import OpenedRun, begin_run, own_run
+from regrow.launch.run.run_dir import OpenedRun
+from regrow.launch.run.run_documents import begin_run
 from regrow.launch.run.start import open_spec
 from regrow.trainer.data.token_store import TokenStore
 from regrow.trainer.run_record import Attempt, RunRecord

@@ -21,8 +21,8 @@ from regrow.launch.sweep.slurm import scripts, shape_of, slurm_config
 from regrow.launch.sweep.slurm_jobs import Job, Partition, _gpus, grace_seconds
 from regrow.launch.sweep.slurm_script import Shape
 from regrow.launch.sweep.status import Sweep, SweepRun, inspect_run, open_sweep, result_of, run_name_override
-from regrow.trainer.hooks.metrics import METRICS
 from regrow.trainer.hooks.save_results import stop_seconds
+from regrow.trainer.run_files import METRICS
 from tests.support import typed_config
 
 GPU_NODES = Partition(name="gpu", gpus=8, cpus=64, grace_s=30, max_array=1000)

@@ -6,9 +6,9 @@ from typing import Any, final
 
 from regrow.launch.template.mylab.hook.config import SpikesConfig
 from regrow.trainer.hook import Hook
-from regrow.trainer.hooks.metrics import METRICS
 from regrow.trainer.jsonlines import StepLog, read_rows
 from regrow.trainer.loop import Trainer
+from regrow.trainer.run_files import METRICS
 
 __all__ = ["SPIKES", "SpikesHook"]
 

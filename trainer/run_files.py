@@ -1,0 +1,12 @@
+"""The files of a run's directory, by name."""
+
+__all__ = ["CONFIG", "METRICS", "RECORD", "SAMPLES"]
+
+# What the run is and was: `trainer/run_record.py`.
+RECORD = "run.json"
+# The accepted config.
+CONFIG = "config.yaml"
+# A row per step: `trainer/hooks/metrics.py`.
+METRICS = "metrics.jsonl"
+# The windows that each step read, with `data.log_samples`.
+SAMPLES = "samples.jsonl"
