@@ -19,16 +19,12 @@ from regrow.checkpoint.run.reader_lock import held_by_readers
 from regrow.checkpoint.storage.base import Storage
 from regrow.checkpoint.storage.opening import as_storage
 
-__all__ = ["ASIDE", "PIN", "Catalog", "Entry", "Scan", "newest_lineages"]
+__all__ = ["ASIDE", "PIN", "Catalog", "Scan", "newest_lineages"]
 
 # Where nothing can be renamed, the names of our files bear their writer.
 _OWN_FILE = re.compile(r"(rank-[0-9]+|__[0-9]+_[0-9]+)-[0-9a-f]{8}\.")
 PIN = "pinned"
 ASIDE = "set-aside"
-
-
-# A complete step, by the name that lists of them were given first.
-Entry = StoredStep
 
 
 class Scan(NamedTuple):

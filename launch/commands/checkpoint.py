@@ -3,7 +3,6 @@
 import argparse
 import json
 import logging
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,8 +18,7 @@ from regrow.launch.commands.convert import (
     import_checkpoint,
     under_our_names,
 )
-from regrow.launch.config.errors import EXPLAINED
-from regrow.launch.exit_code import ExitCode
+from regrow.launch.commands.ending import end_with
 from regrow.launch.run.logs import log_to_console
 from regrow.launch.run.stored_run import steps_place
 
@@ -66,15 +64,7 @@ def main() -> None:
     """The command's entry. Exit codes: 0 done, 1 damage or a difference found, 2 bad input."""
     args = _parser().parse_args()
     log_to_console()
-    try:
-        code = _COMMANDS[args.command](args)
-    except (*EXPLAINED, OSError) as error:
-        if args.json:
-            print(json.dumps({"error": str(error)}))
-        print(f"error: {error}", file=sys.stderr)
-        code = ExitCode.bad_input
-    sys.stdout.flush()
-    sys.exit(code)
+    end_with(lambda: _COMMANDS[args.command](args), as_json=args.json)
 
 
 def _print(args: argparse.Namespace, value: Any, lines: list[str]) -> None:

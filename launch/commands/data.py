@@ -3,11 +3,10 @@
 import argparse
 import logging
 import os
-import sys
 from pathlib import Path
 
 from regrow.checkpoint.scratch import clear_dead_scratch
-from regrow.launch.config.errors import EXPLAINED
+from regrow.launch.commands.ending import end_with
 from regrow.launch.exit_code import ExitCode
 from regrow.launch.run.logs import log_to_console
 from regrow.trainer.data.cache import writing_to
@@ -87,16 +86,17 @@ def main() -> None:
     """The command's entry; exit code 2 for bad input."""
     log_to_console()
     args = _parser().parse_args()
-    try:
-        if args.command == "tokenize":
-            clear_dead_scratch()
-            _tokenize(args)
-            _show(args.out)
-        else:
-            _show(args.folder)
-    except (*EXPLAINED, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(ExitCode.bad_input)
+    end_with(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> ExitCode:
+    if args.command == "tokenize":
+        clear_dead_scratch()
+        _tokenize(args)
+        _show(args.out)
+    else:
+        _show(args.folder)
+    return ExitCode.done
 
 
 if __name__ == "__main__":

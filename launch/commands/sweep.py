@@ -4,7 +4,6 @@ import argparse
 import json
 import logging
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,8 +11,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from regrow.launch.config.errors import EXPLAINED, UserError
-from regrow.launch.exit_code import ExitCode
+from regrow.launch.commands.ending import end_with
+from regrow.launch.config.errors import UserError
 from regrow.launch.run.logs import log_to_console
 from regrow.launch.run.versions import own_version
 from regrow.launch.sweep.local import run_here
@@ -32,11 +31,7 @@ def main() -> None:
     arguments = _parser().parse_args()
     log_to_console()
     logging.getLogger().setLevel(logging.WARNING if arguments.json else logging.INFO)
-    try:
-        sys.exit(_run(arguments))
-    except (*EXPLAINED, OSError, subprocess.TimeoutExpired) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(ExitCode.bad_input)
+    end_with(lambda: _run(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from regrow.checkpoint.documents import DocumentError, convert_document
 from regrow.checkpoint.errors import CheckpointError
 from regrow.checkpoint.format.manifest import Manifest, read_manifest
+from regrow.checkpoint.format.stored_step import StoredStep
 from regrow.checkpoint.load.initial_load import pin_source
 from regrow.checkpoint.load.loading import is_verified
 from regrow.checkpoint.policy.lineage import StartKind, StartPoint
-from regrow.checkpoint.run.catalog import Entry
 from regrow.checkpoint.storage.opening import open_storage
 from regrow.launch.config.errors import UserError
 from regrow.launch.config.schema import Config
@@ -43,7 +43,7 @@ class Span:
         return self.origin + self.total
 
 
-def settle_schedule(config: Config, record: RunRecord, start: StartPoint, entries: Sequence[Entry]) -> None:
+def settle_schedule(config: Config, record: RunRecord, start: StartPoint, entries: Sequence[StoredStep]) -> None:
     """Settles which schedule the run goes on with, and records it where it is not the one that the run had.
 
     Args:
@@ -153,7 +153,7 @@ def _span(config: Config, start: StartPoint, manifest: Manifest | None, known: S
     return Span(origin=state.schedule_origin, total=found, step=state.step)
 
 
-def _manifest(config: Config, start: StartPoint, entries: Sequence[Entry]) -> Manifest | None:
+def _manifest(config: Config, start: StartPoint, entries: Sequence[StoredStep]) -> Manifest | None:
     """Of the step whose train state the run goes on with; None where it begins with a state of its own."""
     if start.kind is StartKind.step:
         found = next((e.manifest for e in entries if e.step == start.step), None)
@@ -167,7 +167,7 @@ def _manifest(config: Config, start: StartPoint, entries: Sequence[Entry]) -> Ma
     return None
 
 
-def say_where_it_stands(config: Config, step: int, entries: Sequence[Entry]) -> None:
+def say_where_it_stands(config: Config, step: int, entries: Sequence[StoredStep]) -> None:
     """Logs that nothing is left to train, and at which step the run is."""
     steps = config.train.steps
     if step <= steps:

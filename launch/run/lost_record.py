@@ -6,8 +6,8 @@ A run's directory may be lost while its steps are not: they lie on an object sto
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from regrow.checkpoint.format.stored_step import StoredStep
 from regrow.checkpoint.policy.lineage import Lineage, StartKind
-from regrow.checkpoint.run.catalog import Entry
 from regrow.launch.config.errors import UserError
 from regrow.launch.config.identity import config_hash
 from regrow.launch.config.later_fields import later_defaults
@@ -17,13 +17,13 @@ from regrow.trainer.run_record import RunRecord
 __all__ = ["check_owner", "newest_of", "rebuild_record"]
 
 
-def newest_of(complete: Sequence[Entry]) -> Entry:
+def newest_of(complete: Sequence[StoredStep]) -> StoredStep:
     """The newest step of the newest lineage, of at least one step."""
     return max(complete, key=lambda e: (len(e.manifest.lineages), e.step))
 
 
 def rebuild_record(
-    complete: Sequence[Entry], config: Config, config_dict: Mapping[str, Any], fingerprint: str, folder: str
+    complete: Sequence[StoredStep], config: Config, config_dict: Mapping[str, Any], fingerprint: str, folder: str
 ) -> RunRecord | None:
     """The record of the run that the steps are of; None where there are none.
 
@@ -54,10 +54,10 @@ def rebuild_record(
     return RunRecord(lineages=_line_of(complete), data_fingerprint=fingerprint)
 
 
-def _line_of(complete: Sequence[Entry]) -> list[Lineage]:
+def _line_of(complete: Sequence[StoredStep]) -> list[Lineage]:
     """The lineages of steps of one line: each continues the newest step of the one before it."""
     lineages: list[Lineage] = []
-    before: Entry | None = None
+    before: StoredStep | None = None
     for entry in complete:
         if before is None or before.manifest.lineage != entry.manifest.lineage:
             parent = before.manifest.lineage if before is not None else None
@@ -73,7 +73,7 @@ def _line_of(complete: Sequence[Entry]) -> list[Lineage]:
     return lineages
 
 
-def check_owner(record: RunRecord, complete: Sequence[Entry], run_dir: object, folder: str) -> None:
+def check_owner(record: RunRecord, complete: Sequence[StoredStep], run_dir: object, folder: str) -> None:
     """Refuses steps of another run: two directories with one name share a place for checkpoints.
 
     Raises:

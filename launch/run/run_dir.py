@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from regrow.checkpoint.format.manifest import MANIFEST
+from regrow.checkpoint.format.stored_step import StoredStep
 from regrow.checkpoint.policy.lineage import (
     Lineage,
     LoadRequest,
@@ -18,7 +19,7 @@ from regrow.checkpoint.policy.lineage import (
     is_visible,
     start_point,
 )
-from regrow.checkpoint.run.catalog import Catalog, Entry
+from regrow.checkpoint.run.catalog import Catalog
 from regrow.launch.config.errors import UserError
 from regrow.launch.config.identity import Difference, compare
 from regrow.launch.config.later_fields import later_defaults
@@ -134,7 +135,7 @@ def _what_was_recorded(
     run_dir: Path,
     store: TokenStore,
     catalog: Catalog,
-    complete: Sequence[Entry],
+    complete: Sequence[StoredStep],
 ) -> tuple[RunRecord | None, dict[str, Any] | None]:
     """The run's record and config: as they lie in its folder, else as its steps tell; None where it is a new run."""
     record = RunRecord.load(run_dir)
@@ -151,7 +152,7 @@ def _what_was_recorded(
 
 
 def _check_nothing_lost(
-    config: Config, run_dir: Path, catalog: Catalog, complete: Sequence[Entry], damaged: Mapping[int, str]
+    config: Config, run_dir: Path, catalog: Catalog, complete: Sequence[StoredStep], damaged: Mapping[int, str]
 ) -> None:
     """Refuses to begin afresh where a run has been, of which neither a record nor a step tells.
 
@@ -202,7 +203,7 @@ def _check_start(config: Config, start: StartPoint, record: RunRecord, folder: s
         )
 
 
-def _check_weights(start: StartPoint, record: RunRecord, entries: Sequence[Entry], run_dir: Path) -> None:
+def _check_weights(start: StartPoint, record: RunRecord, entries: Sequence[StoredStep], run_dir: Path) -> None:
     """Refuses to go on where the weights were saved and nothing else.
 
     Raises:
@@ -261,7 +262,7 @@ def _check_same(
     return hyperparameters
 
 
-def _is_finished(config: Config, record: RunRecord, entries: Sequence[Entry], run_dir: Path) -> bool:
+def _is_finished(config: Config, record: RunRecord, entries: Sequence[StoredStep], run_dir: Path) -> bool:
     """Whether the newest lineage has come to its end, so that there is nothing to do."""
     if not record.attempts:
         return False

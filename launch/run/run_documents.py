@@ -13,8 +13,8 @@ from yaml import YAMLError
 
 from regrow.checkpoint.documents import DocumentError, parse_json
 from regrow.checkpoint.files import fsync_folder, fsync_path, naming, read_regular, write_json
+from regrow.checkpoint.format.stored_step import StoredStep
 from regrow.checkpoint.policy.lineage import Lineage
-from regrow.checkpoint.run.catalog import Entry
 from regrow.checkpoint.run.lease import LeaseLostError
 from regrow.launch.config.errors import UserError
 from regrow.trainer.data.token_store import TokenStore
@@ -100,7 +100,7 @@ def _holds(path: Path, body: bytes) -> bool:
         return False
 
 
-def stored_config(run_dir: Path, record: RunRecord | None, complete: Sequence[Entry]) -> dict[str, Any] | None:
+def stored_config(run_dir: Path, record: RunRecord | None, complete: Sequence[StoredStep]) -> dict[str, Any] | None:
     """The config that the run was accepted with; out of its newest step where the file is gone or damaged.
 
     Raises:
