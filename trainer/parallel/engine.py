@@ -190,7 +190,7 @@ class Engine:
         labels = micro_batch.labels.to(device, non_blocking=True)
         options: dict[str, Tensor] = {}
         if micro_batch.documents is not None:
-            options["mask"] = attention_mask(micro_batch.documents.to(device, non_blocking=True))
+            options["mask"] = attention_mask(micro_batch.documents.to(device).starts)
         group = self._parallel.sequence
         if group is not None:
             positions = positions_of(group.rank, group.ranks, tokens.shape[1], balance=group.balance).to(device)
