@@ -12,15 +12,13 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from regrow.models.config import AttentionKernel
+from regrow.models.config import WIDEST_SEGMENT_HEAD, AttentionKernel
 from regrow.models.cpu import Kind, causal_attention, is_used, plain_attention
 from regrow.models.documents import Documents
 
 __all__ = ["DenseMask", "Mask", "Sight", "attend", "choose_kernel", "dense_mask", "first_seen", "prepared_for"]
 
 Mask = Tensor | Documents | None
-# The widest head of the kernels for segments; the width is a multiple of 8.
-WIDEST_SEGMENT_HEAD = 256
 
 
 class Sight(Protocol):

@@ -8,7 +8,10 @@ from omegaconf import MISSING
 
 from regrow.errors import ConfigError
 
-__all__ = ["AttentionKernel", "DecoderConfig", "ModelConfig", "divisors"]
+__all__ = ["WIDEST_SEGMENT_HEAD", "AttentionKernel", "DecoderConfig", "ModelConfig", "divisors"]
+
+# Of the kernels for documents of several lengths; the width is a multiple of 8.
+WIDEST_SEGMENT_HEAD = 256
 
 
 class AttentionKernel(Enum):
