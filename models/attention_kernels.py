@@ -44,8 +44,11 @@ class Segments(NamedTuple):
 
     def attend(self, q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, window: int) -> Tensor:
         """See `Sight`."""
+        q_QNH, k_SKH, v_SKH = (x.flatten(0, 1) for x in (q_BTNH, k_BSKH, v_BSKH))
         out = varlen_attention(
-            *(x.flatten(0, 1) for x in (q_BTNH, k_BSKH, v_BSKH)),
+            q_QNH,
+            k_SKH,
+            v_SKH,
             self.queries,
             self.keys,
             self.most_queries,
@@ -115,7 +118,7 @@ def make_blocks(first_BT: Tensor, last_T: Tensor, keys: int) -> Blocks:
     ends_R = begins_R + (_BLOCK - 1)
     # Blocks that are not whole at the end of the queries repeat the last of them.
     rows = torch.arange(-(-queries // _BLOCK) * _BLOCK, device=device).clamp(max=queries - 1)
-    first_BQC, last_QC = (x[..., rows].unflatten(-1, (-1, _BLOCK)) for x in (first_BT, last_T))
+    first_BQC, last_QC = (x[..., rows].view(*x.shape[:-1], -1, _BLOCK) for x in (first_BT, last_T))
     some_BQR = (begins_R <= last_QC.amax(-1)[:, None]) & (ends_R >= first_BQC.amin(-1)[..., None])
     whole_BQR = (begins_R >= first_BQC.amax(-1)[..., None]) & (ends_R <= last_QC.amin(-1)[:, None])
     # FlexAttention calls whole what lies within the sequences.

@@ -48,7 +48,7 @@ def apply_rope(x_BTNH: Tensor, table_TR2: Tensor) -> Tensor:
         x_BTNH: queries or keys, `(B, T, N, H)`.
         table_TR2: float32 `(T, H / 2, 2)`, the rows of `rope_table` for these positions.
     """
-    pairs = x_BTNH.to(torch.promote_types(x_BTNH.dtype, torch.float32)).unflatten(-1, (-1, 2))
+    pairs = x_BTNH.to(torch.promote_types(x_BTNH.dtype, torch.float32)).reshape(*x_BTNH.shape[:-1], -1, 2)
     if x_BTNH.device.type == "cpu" and not torch.compiler.is_compiling():
         # One pass over memory rather than six, with the same roundings; compilers fuse real numbers alone.
         turned = torch.view_as_complex(pairs) * torch.view_as_complex(table_TR2)[:, None, :]

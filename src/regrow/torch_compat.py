@@ -113,8 +113,9 @@ def varlen_attention(
         options = {"is_causal": True}
     if "enable_gqa" in _VARLEN_OPTIONS:
         options["enable_gqa"] = q_QNH.shape[1] != k_SKH.shape[1]
-    out: Tensor = varlen_attn(q_QNH, k_SKH, v_SKH, queries, keys, most_queries, most_keys, **options)
-    return out
+    out: Any = varlen_attn(q_QNH, k_SKH, v_SKH, queries, keys, most_queries, most_keys, **options)
+    attended: Tensor = out
+    return attended
 
 
 def is_in_backward() -> bool:

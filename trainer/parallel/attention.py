@@ -48,7 +48,8 @@ class AttentionPlan:
         if documents is None:
             if not any(self.windows):
                 return None
-            documents = whole_sequences(*tokens.shape, tokens.device)
+            rows, length = tokens.shape
+            documents = whole_sequences(rows, length, tokens.device)
         documents = documents.to(tokens.device)
         if self.takes_documents:
             return prepare_documents(documents, self.windows, self.kernel, self.sequence)

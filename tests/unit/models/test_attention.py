@@ -112,7 +112,7 @@ def test_segments_attend_like_a_mask(heads: tuple[int, int], window: int, monkey
         assert int(segments.keys[-1]) == 2 * stop
         given_ = [q[:, start:stop], k[:, :stop], v[:, :stop]]
         mask = plain_mask(numbers, window)[:, :, start:stop, :stop]
-        out = plain_attention(*given_, mask)
+        out = plain_attention(given_[0], given_[1], given_[2], mask)
         expected = [out.detach(), *torch.autograd.grad(out, given_, grad[:, start:stop])]
         for a, b in zip(results(segments, given_, window, grad[:, start:stop]), expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
