@@ -153,6 +153,18 @@ def test_rope_depends_on_distance_alone() -> None:
     assert product(3, 1) != pytest.approx(product(20, 10), abs=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_real_and_complex_rotations_are_bitwise_equal(dtype: torch.dtype) -> None:
+    """A compiler is given real numbers, a CPU complex ones: outputs and gradients are the same."""
+    table = rope_table(rope_frequencies(16, 10_000.0), 32)
+    x = torch.randn(2, 32, 3, 16, dtype=dtype, requires_grad=True)
+    grad, real = torch.randn_like(x), torch.compile(apply_rope, backend="eager", fullgraph=True)
+    outs = [apply_rope(x, table), real(x.detach().requires_grad_(), table), real(x, table)]
+    grads = [torch.autograd.grad(out, x, grad)[0] for out in (outs[0], outs[2])]
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(grads[0], grads[1])
+
+
 def test_rope_scaling_follows_llama_31() -> None:
     plain = rope_frequencies(128, 500_000.0)
     scaled = rope_frequencies(

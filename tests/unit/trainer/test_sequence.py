@@ -5,7 +5,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import regrow.models.attention_kernels
 from regrow.models.attention_kernels import Blocks
 from regrow.models.config import AttentionKernel
 from regrow.models.cpu import plain_attention
@@ -69,7 +68,7 @@ def _apart(a: Tensor, b: Tensor) -> float:
 
 def _every_method() -> list[dict[str, float]]:
     # There is no kernel for segments on a CPU.
-    regrow.models.attention_kernels.varlen_attention = by_segments
+    pytest.MonkeyPatch().setattr("regrow.models.attention_kernels.varlen_attention", by_segments)
     dist.init_process_group("gloo")
     found = [
         _differences(balance, window, often)
