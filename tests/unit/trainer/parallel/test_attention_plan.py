@@ -39,9 +39,9 @@ def plan(model: LanguageModel, *overrides: str, dtype: torch.dtype = torch.bfloa
     return plan_attention(model, config(*overrides), dtype, None, accelerator=True)
 
 
-class _Count(TorchDispatchMode):
+class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls = Counter[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
