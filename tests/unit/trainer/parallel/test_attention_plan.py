@@ -17,7 +17,7 @@ from regrow.models.llama3.model import Llama3
 from regrow.trainer.parallel.apply import _checkpoint_activations
 from regrow.trainer.parallel.attention import AttentionPlan, plan_attention
 from tests.attention import plain_mask
-from tests.support import TINY_MODEL, typed_config
+from tests.support import TINY_MODEL, compose_config, typed_config
 
 META = torch.device("meta")
 
@@ -82,6 +82,11 @@ def test_each_window_of_the_layers_is_prepared_once() -> None:
     mask = made.mask(None, torch.zeros(2, 64, dtype=torch.long, device=META))
     assert isinstance(mask, Documents)
     assert list(mask.prepared) == [0, 8]
+
+
+def test_a_window_makes_another_run_and_a_kernel_does_not() -> None:
+    names = [compose_config(o).run.name for o in ([], ["model.attention=sdpa"], ["model.window=8"])]
+    assert names[0] == names[1] != names[2]
 
 
 @final
