@@ -1,13 +1,31 @@
 """The fields that every language model has; a family adds its own in `models/<family>/config.py`."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import Enum
 
 from omegaconf import MISSING
 
 from regrow.errors import ConfigError
 
-__all__ = ["DecoderConfig", "ModelConfig", "divisors"]
+__all__ = ["WIDEST_SEGMENT_HEAD", "AttentionKernel", "DecoderConfig", "ModelConfig", "divisors"]
+
+# Of the kernels for documents of several lengths; the width is a multiple of 8.
+WIDEST_SEGMENT_HEAD = 256
+
+
+class AttentionKernel(Enum):
+    """What computes attention within documents or a window; elsewhere it is always torch's, for causal attention.
+
+    `sdpa` takes a mask of seq × seq, `flex` blocks of 128 × 128 (FlexAttention), `varlen` the documents as sequences
+    of several lengths (FlashAttention; bfloat16). `auto` is sdpa on a CPU and in float64; on a GPU varlen in
+    bfloat16, and flex in float32.
+    """
+
+    auto = "auto"
+    sdpa = "sdpa"
+    flex = "flex"
+    varlen = "varlen"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -48,6 +66,8 @@ class DecoderConfig(ModelConfig):
         norm_eps: added to the mean square in RMSNorm.
         rope_theta: RoPE's base.
         tied_embeddings: the output layer is the embedding's matrix.
+        window: tokens that a position sees at most, itself among them (sliding-window attention); 0 is no limit.
+        attention: see `AttentionKernel`; it may change from start to start.
     """
 
     dim: int = MISSING
@@ -57,6 +77,8 @@ class DecoderConfig(ModelConfig):
     norm_eps: float = 1e-5
     rope_theta: float = 500_000.0
     tied_embeddings: bool = False
+    window: int = field(default=0, metadata={"since": "0.2.0"})
+    attention: AttentionKernel = field(default=AttentionKernel.auto, metadata={"since": "0.2.0"})
 
     @property
     def head_width(self) -> int:
@@ -78,6 +100,8 @@ class DecoderConfig(ModelConfig):
         for name in ("vocab_size", "max_seq_len", "dim", "n_layers", "n_heads", "n_kv_heads", *others):
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name} must be at least 1, but is {getattr(self, name)}; set it higher")
+        if self.window < 0:
+            raise ConfigError(f"model.window must be at least 0, but is {self.window}; use 0 for no limit")
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(
                 f"model.n_kv_heads must divide model.n_heads ({self.n_heads}), but is {self.n_kv_heads}; "

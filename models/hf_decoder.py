@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from regrow.errors import ConfigError
 from regrow.models.config import DecoderConfig
 from regrow.models.hf import MOST_LAYERS, number, require, require_full_attention, whole
 
@@ -33,7 +34,15 @@ def describe_decoder(config: DecoderConfig, scaling: Mapping[str, Any] | None = 
     Args:
         config: the model's.
         scaling: how RoPE is stretched, with its `rope_type`; None where it is not.
+
+    Raises:
+        ConfigError: the family there has no window of this kind.
     """
+    if config.window:
+        raise ConfigError(
+            f"model.window must be 0 for a Hugging Face folder of {config.name}, whose family there has none, but is "
+            f"{config.window}; use 0, or leave out the export"
+        )
     return {
         "hidden_size": config.dim,
         "num_hidden_layers": config.n_layers,

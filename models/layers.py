@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from regrow.models.attention import Mask, attend
 from regrow.models.base import LanguageModel
 from regrow.models.config import DecoderConfig
-from regrow.models.cpu import Kind, causal_attention, is_used, plain_attention, rms_norm
+from regrow.models.cpu import Kind, is_used, rms_norm
 from regrow.models.init import InitRule
 from regrow.models.linear import Linear
 from regrow.models.rope import rope_table
@@ -25,14 +26,6 @@ __all__ = ["Attention", "Decoder", "DecoderBlock", "FeedForward", "RMSNorm", "at
 Rotation = Callable[[Tensor, Tensor], Tensor]
 _EMBEDDING = "tok_embeddings.weight"
 _OUTPUT = "output.weight"
-
-
-def attend(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, mask: Tensor | None) -> Tensor:
-    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245), causal without a mask."""
-    b, t, n, h = q_BTNH.shape
-    if mask is None and is_used(Kind.attention, (b, t, n, k_BTKH.shape[2], h), q_BTNH, k_BTKH, v_BTKH):
-        return causal_attention(q_BTNH, k_BTKH, v_BTKH)
-    return plain_attention(q_BTNH, k_BTKH, v_BTKH, mask)
 
 
 class RMSNorm(nn.Module):
@@ -52,12 +45,14 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Projections, rotation and attention; queries and keys are normalised per head where `qk_norm` says so.
 
-    The number of heads is read from the projections' outputs, so that a rank may hold some of them.
+    The number of heads is read from the projections' outputs, so that a rank may hold some of them. A layer may be
+    given another window than the model's.
     """
 
-    def __init__(self, config: DecoderConfig, rotate: Rotation, *, qk_norm: bool) -> None:
+    def __init__(self, config: DecoderConfig, rotate: Rotation, *, qk_norm: bool, window: int | None = None) -> None:
         super().__init__()
         self.head_dim, self.rotate, self.attend = config.head_width, rotate, attend
+        self.window = config.window if window is None else window
         q_dim, kv_dim = config.n_heads * self.head_dim, config.n_kv_heads * self.head_dim
         self.wq = Linear(config.dim, q_dim)
         self.wk = Linear(config.dim, kv_dim)
@@ -66,13 +61,14 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if qk_norm else None
 
-    def forward(self, x_BTD: Tensor, rope_TR: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, rope_TR2: Tensor, mask: Mask) -> Tensor:
         q_BTNH = self.wq(x_BTD).unflatten(-1, (-1, self.head_dim))
         k_BTKH = self.wk(x_BTD).unflatten(-1, (-1, self.head_dim))
         v_BTKH = self.wv(x_BTD).unflatten(-1, (-1, self.head_dim))
         if self.q_norm is not None and self.k_norm is not None:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-        out_BTNH = self.attend(self.rotate(q_BTNH, rope_TR), self.rotate(k_BTKH, rope_TR), v_BTKH, mask)
+        q_BTNH, k_BTKH = self.rotate(q_BTNH, rope_TR2), self.rotate(k_BTKH, rope_TR2)
+        out_BTNH = self.attend(q_BTNH, k_BTKH, v_BTKH, mask, self.window)
         out: Tensor = self.wo(out_BTNH.flatten(2))
         return out
 
@@ -101,8 +97,8 @@ class DecoderBlock(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x_BTD: Tensor, rope_TR: Tensor, mask: Tensor | None, valid_BT: Tensor | None) -> Tensor:
-        h_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope_TR, mask)
+    def forward(self, x_BTD: Tensor, rope_TR2: Tensor, mask: Mask, valid_BT: Tensor | None) -> Tensor:
+        h_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope_TR2, mask)
         out: Tensor = h_BTD + self.feed_forward(self.ffn_norm(h_BTD))
         return out
 
@@ -125,7 +121,7 @@ class Decoder(LanguageModel):
         self.output = Linear(config.dim, config.vocab_size)
         if config.tied_embeddings:
             self.output.weight = self.tok_embeddings.weight
-        self.register_buffer("rope", torch.empty(0, dtype=torch.complex64), persistent=False)
+        self.register_buffer("rope", torch.empty(0, dtype=torch.float32), persistent=False)
 
     @abstractmethod
     def make_block(self) -> nn.Module:
@@ -142,16 +138,16 @@ class Decoder(LanguageModel):
     def forward(
         self,
         tokens: Tensor,
-        mask: Tensor | None = None,
+        mask: Mask = None,
         positions: Tensor | None = None,
         valid: Tensor | None = None,
     ) -> Tensor:
         h_BTD = self.tok_embeddings(tokens) if self.has_input else tokens
         if self.compute_dtype is not None:
             h_BTD = h_BTD.to(self.compute_dtype)
-        rope_TR = self.rope[: tokens.shape[1]] if positions is None else self.rope[positions]
+        rope_TR2 = self.rope[: tokens.shape[1]] if positions is None else self.rope[positions]
         for layer in self.layers.values():
-            h_BTD = layer(h_BTD, rope_TR, mask, valid)
+            h_BTD = layer(h_BTD, rope_TR2, mask, valid)
         if not self.has_output:
             return h_BTD
         logits_BTV: Tensor = self.output(self.norm(h_BTD))
@@ -201,12 +197,15 @@ class Decoder(LanguageModel):
         return (_EMBEDDING,) if self.config.tied_embeddings else ()
 
     def flops_per_token(self, seq_len: int) -> float:
-        """6 per matrix weight, plus 12 · layers · heads' width · T for attention (Chowdhery et al. 2022, app. B)."""
+        """6 per matrix weight, plus 12 · layers · heads' width · T for attention (Chowdhery et al. 2022, app. B).
+
+        Of T no more than the window.
+        """
         c = self.config
         heads = c.n_heads * c.head_width
         attention = 2 * c.dim * heads + 2 * c.dim * c.n_kv_heads * c.head_width
         matrices = c.n_layers * (attention + self.layer_weights()) + c.dim * c.vocab_size
-        return 6.0 * matrices + 12.0 * c.n_layers * heads * seq_len
+        return 6.0 * matrices + 12.0 * c.n_layers * heads * min(seq_len, c.window or seq_len)
 
 
 def _drop(part: nn.Module, *names: str) -> None:

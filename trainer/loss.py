@@ -7,7 +7,7 @@ from torch import Tensor
 
 from regrow.trainer.data.loader import IGNORE
 
-__all__ = ["attention_mask", "summed_cross_entropy"]
+__all__ = ["summed_cross_entropy"]
 
 # Elements of logits that are float32 at a time: on a CPU they stay in its cache.
 _CPU_ELEMENTS, _ELEMENTS = 1 << 18, 1 << 26
@@ -50,9 +50,3 @@ def summed_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     """Cross-entropy in nats, summed over the labels that count; a float64 scalar of terms in float32 or better."""
     total: Tensor = _SummedCrossEntropy.apply(logits_BTV.flatten(0, 1), labels_BT.flatten())  # type: ignore[no-untyped-call]
     return total
-
-
-def attention_mask(documents_BT: Tensor) -> Tensor:
-    """Causal attention within documents: bool `(batch, 1, seq, seq)`, true where allowed."""
-    same_BTS = documents_BT[:, :, None] == documents_BT[:, None, :]
-    return same_BTS.tril()[:, None]

@@ -21,6 +21,7 @@ _FREE = (
     "data.micro_batch_size",
     "data.log_samples",
     "model._target_",
+    "model.attention",
     "model.hf_assets_path",
     "model.load_weights",
     "data._target_",

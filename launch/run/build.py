@@ -61,8 +61,11 @@ def build_model(config: Config) -> LanguageModel:
 
 
 def hf_keys(config: Config) -> list[HfKey]:
-    """The model's tensors in Hugging Face's layout; raises ValueError for a family without one."""
-    return family_of(config.model).keys(config.model)
+    """The model's tensors in Hugging Face's layout; raises ValueError for a family or a model without one."""
+    family = family_of(config.model)
+    # What cannot be described there is refused now rather than at the export.
+    family.describe(config.model)
+    return family.keys(config.model)
 
 
 def open_initial(config: Config, path: str, *, find_copies: bool = False) -> OpenedWeights:

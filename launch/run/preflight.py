@@ -43,7 +43,7 @@ from regrow.trainer.data.prepare import cache_folder, prepare
 from regrow.trainer.data.token_store import TokenStore
 from regrow.trainer.data.windows import Windows
 from regrow.trainer.parallel.layout import Layout
-from regrow.trainer.parallel.rules import Batch, check_layout
+from regrow.trainer.parallel.rules import Batch, check_attention, check_layout
 
 __all__ = [
     "check_config",
@@ -170,6 +170,7 @@ def check_parallel(config: Config, layout: Layout, device_type: str) -> None:
         device_type=device_type,
         splits_backward=splits_backward(),
     )
+    check_attention(config.model, config.precision.name, device_type)
 
 
 def check_seed(environ: Mapping[str, str]) -> None:

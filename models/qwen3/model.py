@@ -8,6 +8,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from regrow.models.attention import Mask
 from regrow.models.layers import Attention, Decoder, DecoderBlock, RMSNorm
 from regrow.models.moe import MixtureOfExperts
 from regrow.models.plan import ShardingPlan
@@ -55,8 +56,8 @@ class MoeBlock(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x_BTD: Tensor, rope_TR: Tensor, mask: Tensor | None, valid_BT: Tensor | None) -> Tensor:
-        h_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope_TR, mask)
+    def forward(self, x_BTD: Tensor, rope_TR2: Tensor, mask: Mask, valid_BT: Tensor | None) -> Tensor:
+        h_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope_TR2, mask)
         out: Tensor = h_BTD + self.moe(self.ffn_norm(h_BTD), valid_BT)
         return out
 

@@ -4,6 +4,7 @@ It lies beside the rooms and below all of them, so that models, checkpoint and t
 importing each other; it imports torch alone. Whoever moves to another torch reads this file first.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
+from torch.nn.attention.varlen import varlen_attn
 
 __all__ = [
     "ATTENTION_OPERATORS",
@@ -38,6 +40,7 @@ __all__ = [
     "set_micro_batches",
     "softmax_gradient",
     "splits_backward",
+    "varlen_attention",
     "view_of_nothing_else",
 ]
 
@@ -56,7 +59,11 @@ ATTENTION_OPERATORS: tuple[Any, ...] = (
     flash_attention.default,
     efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.torch_attn._varlen_attn.default,
+    torch.ops.higher_order.flex_attention,
 )
+# What it takes differs: older ones know causal attention alone, newer ones ask whether heads are shared.
+_VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters)
 # A view whose source nobody else has, so that autograd need not know it as one.
 view_of_nothing_else: Any = _aten._unsafe_view
 softmax_gradient: Any = torch._softmax_backward_data
@@ -77,6 +84,40 @@ def onednn_linear() -> Any:
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
+def varlen_attention(
+    q_QNH: Tensor,
+    k_SKH: Tensor,
+    v_SKH: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    most_queries: int,
+    most_keys: int,
+    window_size: tuple[int, int],
+) -> Tensor:
+    """FlashAttention over segments of several lengths, `(Q, N, H)`; on a GPU in bfloat16 or float16, shapes on meta.
+
+    Args:
+        q_QNH: the queries of all segments.
+        k_SKH: their keys; fewer heads are shared.
+        v_SKH: their values.
+        queries: int32, where segments begin and end among the queries.
+        keys: likewise among the keys.
+        most_queries: that a segment has.
+        most_keys: likewise.
+        window_size: keys that a query sees before and behind its own, where the last ones of a segment meet; -1 is no
+            limit.
+    """
+    options: dict[str, Any] = {"window_size": window_size}
+    if "window_size" not in _VARLEN_OPTIONS:
+        assert window_size == (-1, 0), "this torch has no windows of attention"
+        options = {"is_causal": True}
+    if "enable_gqa" in _VARLEN_OPTIONS:
+        options["enable_gqa"] = q_QNH.shape[1] != k_SKH.shape[1]
+    out: Any = varlen_attn(q_QNH, k_SKH, v_SKH, queries, keys, most_queries, most_keys, **options)
+    attended: Tensor = out
+    return attended
+
+
 def is_in_backward() -> bool:
     """Whether a backward pass runs on this thread, for instance one that computes a block again."""
     return bool(torch._C._current_graph_task_id() != -1)
@@ -90,7 +131,7 @@ def splits_backward() -> bool:
     return tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13)
 
 
-def set_micro_batches(schedule: Any, arguments: list[tuple[Tensor, ...]], options: list[dict[str, Tensor]]) -> None:
+def set_micro_batches(schedule: Any, arguments: list[tuple[Tensor, ...]], options: list[dict[str, Any]]) -> None:
     """Gives a pipeline's schedule micro-batches that are cut already; of itself it would cut one large batch."""
     schedule._split_inputs = lambda _args, _kwargs=None: (arguments, options)
 

@@ -139,6 +139,18 @@ def test_tied_embeddings_documents_and_other_heads(corpus: Path, tmp_path: Path)
     compare(corpus, tmp_path, 4, "dense", layouts, LIMITS, *overrides)
 
 
+def test_windows_with_and_without_documents(corpus: Path, tmp_path: Path) -> None:
+    """Across stages, ranks that share sequences, recomputation and compiled blocks."""
+    window, documents = "model.window=12", "data.document_mask=true"
+    layouts = ["pp=2 tp=2", "dp_shard=2 cp=2", "tp=2 cp=2 cp_method=gather", "cp=4 cp_method=ring"]
+    compare(corpus, tmp_path, 4, "dense", layouts, LIMITS, window, documents)
+    compare(corpus, tmp_path, 4, "dense", ["cp=4"], LIMITS, window)
+    recomputed = "train.activation_checkpoint=selective"
+    compare(corpus, tmp_path, 4, "dense", ["pp=2 cp=2 cp_method=gather"], LIMITS, window, documents, recomputed)
+    options = ["train.compile=true", "train.compile_backend=aot_eager", "model.n_layers=2", window, documents]
+    compare(corpus, tmp_path, 4, "dense", ["tp=2 cp=2", "pp=2 cp=2 cp_method=ring"], LIMITS, *options)
+
+
 def test_ranks_share_key_and_value_heads(corpus: Path, tmp_path: Path) -> None:
     """Two ranks have three query heads each: those of one KV head, and half of those of another."""
     three = ["model.dim=48", "model.n_heads=6", "model.n_kv_heads=3", "data.micro_batch_size=1", "train.steps=3"]

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from regrow.models.documents import Documents, describe_documents
 from regrow.trainer.data.order import rank_rows, window_ids
 from regrow.trainer.data.windows import Int64s, Windows
 
@@ -31,12 +32,12 @@ class MicroBatch:
     Attributes:
         tokens: int64 `(micro_batch, seq)`.
         labels: int64 `(micro_batch, seq)`; `IGNORE` where a row only fills up.
-        documents: int64 `(micro_batch, seq)`, the document within the window, or None without a document mask.
+        documents: where each row's documents begin, or None without a document mask.
     """
 
     tokens: Tensor
     labels: Tensor
-    documents: Tensor | None
+    documents: Documents | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +69,7 @@ def read_rows(windows: Windows, ids: Int64s, rows: int, *, document_mask: bool) 
     return MicroBatch(
         tokens=tokens[:, :-1],
         labels=labels,
-        documents=None if documents is None else torch.from_numpy(documents),
+        documents=None if documents is None else describe_documents(torch.from_numpy(documents)),
     )
 
 

@@ -29,6 +29,7 @@ from regrow.models.layers import Attention
 from regrow.models.moe import MixtureOfExperts
 from regrow.torch_compat import ATTENTION_OPERATORS, overlap_tensor_parallel
 from regrow.trainer.config import ActivationCheckpoint, ContextMethod, ParallelConfig, PrecisionName, TrainConfig
+from regrow.trainer.parallel.attention import AttentionPlan, plan_attention
 from regrow.trainer.parallel.context import ParallelContext
 from regrow.trainer.parallel.expert import apply_expert_parallel, set_auxiliary_loss
 from regrow.trainer.parallel.heads import kv_heads_per_rank
@@ -37,6 +38,9 @@ from regrow.trainer.parallel.stages import StagePlan, plan_stages
 from regrow.trainer.parallel.tensor import TensorGroup, apply_tensor_parallel, shared_parameters, tie
 
 __all__ = ["ParallelModel", "initialise", "local_shard", "parallelise", "reshard"]
+
+# Of the activations, where they are not bfloat16.
+_DTYPES = {PrecisionName.fp32: torch.float32, PrecisionName.fp64: torch.float64}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +52,7 @@ class ParallelModel:
         parts: a model per stage of this rank, sharing the modules of `model`; without a pipeline `model` itself.
         stages: where the stages are.
         tensor: the ranks that share matrices, None without tensor parallelism.
-        sequence: the ranks that share sequences, None without context parallelism.
+        attention: how the layers attend.
         names: of all parameters and stored buffers that the model has, on whichever rank.
     """
 
@@ -56,8 +60,13 @@ class ParallelModel:
     parts: list[LanguageModel]
     stages: StagePlan
     tensor: TensorGroup | None
-    sequence: ContextGroup | None
+    attention: AttentionPlan
     names: frozenset[str]
+
+    @property
+    def sequence(self) -> ContextGroup | None:
+        """The ranks that share sequences, None without context parallelism."""
+        return None if self.attention.sequence is None else self.attention.sequence[0]
 
 
 def parallelise(
@@ -87,14 +96,20 @@ def parallelise(
     names = frozenset(n for n, _ in whole.named_parameters()) | _stored_buffers(whole)
     stages = plan_stages(parallel, layout.pp, model_config.n_layers, context.coordinate("pp"))
     model, parts = _take_stages(whole, stages)
-    tensor = sequence = None
+    tensor = None
+    attention = plan_attention(
+        model,
+        model_config,
+        _DTYPES.get(precision, torch.bfloat16),
+        _sequence_method(context, parallel, model_config) if layout.cp > 1 else None,
+        accelerator=context.device.type != "cpu",
+    )
     if layout.tp > 1:
         tensor = apply_tensor_parallel(
             model, model_config, context.meshes.dense["tp"], sequence=parallel.sequence_parallel
         )
-    if layout.cp > 1:
-        sequence = _context_group(context, balance=parallel.cp_balance)
-        apply_context_parallel(model, sequence, context_method(parallel, model_config, layout.tp, layout.cp))
+    if attention.sequence is not None:
+        apply_context_parallel(model, *attention.sequence)
     if model_config.n_experts > 0:
         _apply_to_experts(model, context, sequences)
     if train.activation_checkpoint is not ActivationCheckpoint.none:
@@ -107,13 +122,28 @@ def parallelise(
     elif precision is PrecisionName.bf16:
         # As FSDP's mixed precision does it among several ranks, without its copies.
         model.compute_dtype = torch.bfloat16
-    return ParallelModel(model=model, parts=parts, stages=stages, tensor=tensor, sequence=sequence, names=names)
-
-
-def _context_group(context: ParallelContext, *, balance: bool) -> ContextGroup:
-    return ContextGroup(
-        name=context.group_name("cp"), rank=context.coordinate("cp"), ranks=context.layout.cp, balance=balance
+    return ParallelModel(
+        model=model,
+        parts=parts,
+        stages=stages,
+        tensor=tensor,
+        attention=attention,
+        names=names,
     )
+
+
+def _sequence_method(
+    context: ParallelContext, parallel: ParallelConfig, model_config: DecoderConfig
+) -> tuple[ContextGroup, ContextMethod]:
+    """The ranks that share sequences, and how."""
+    layout = context.layout
+    group = ContextGroup(
+        name=context.group_name("cp"),
+        rank=context.coordinate("cp"),
+        ranks=layout.cp,
+        balance=parallel.cp_balance,
+    )
+    return group, context_method(parallel, model_config, layout.tp, layout.cp)
 
 
 def _stored_buffers(model: nn.Module) -> frozenset[str]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import final
+from typing import Any, final
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,7 @@ from regrow.models.config import DecoderConfig
 from regrow.models.moe import MixtureOfExperts
 from regrow.trainer.config import PipelineSchedule, PrecisionName
 from regrow.trainer.data.loader import IGNORE, MicroBatch
-from regrow.trainer.loss import attention_mask, summed_cross_entropy
+from regrow.trainer.loss import summed_cross_entropy
 from regrow.trainer.optimizer import global_grad_norm
 from regrow.trainer.parallel.apply import ParallelModel, reshard
 from regrow.trainer.parallel.context import ParallelContext
@@ -177,7 +177,7 @@ class Engine:
         """Frees what forward passes without backward passes left gathered."""
         reshard(self._parallel.parts)
 
-    def _forward(self, tokens: Tensor, options: dict[str, Tensor]) -> Tensor | None:
+    def _forward(self, tokens: Tensor, options: dict[str, Any]) -> Tensor | None:
         if self._pipeline is not None:
             return self._pipeline.forward(tokens, options)
         logits: Tensor = self.model(tokens, **options)
@@ -188,12 +188,13 @@ class Engine:
         device = self._context.device
         tokens = micro_batch.tokens.to(device, non_blocking=True)
         labels = micro_batch.labels.to(device, non_blocking=True)
-        options: dict[str, Tensor] = {}
-        if micro_batch.documents is not None:
-            options["mask"] = attention_mask(micro_batch.documents.to(device, non_blocking=True))
+        options: dict[str, Any] = {}
+        mask = self._parallel.attention.mask(micro_batch.documents, tokens)
+        if mask is not None:
+            options["mask"] = mask
         group = self._parallel.sequence
         if group is not None:
-            positions = positions_of(group.rank, group.ranks, tokens.shape[1], balance=group.balance).to(device)
+            positions = positions_of(group.rank, group.ranks, tokens.shape[1], balance=group.balance, device=device)
             tokens, labels = tokens[:, positions], labels[:, positions]
             options["positions"] = positions
         elif self._pipeline is not None:

@@ -20,7 +20,7 @@ from regrow.trainer.parallel.stages import StagePlan
 __all__ = ["Pipeline", "StageInput"]
 
 # Tokens, the model's other arguments, and labels, of one micro-batch.
-StageInput = tuple[Tensor, dict[str, Tensor], Tensor]
+StageInput = tuple[Tensor, dict[str, Any], Tensor]
 
 
 @final
@@ -96,7 +96,7 @@ class Pipeline:
         several = issubclass(kind, PipelineScheduleMulti)
         return kind(made if several else made[0], micro_batches, loss_fn=self._loss, scale_grads=False)
 
-    def forward(self, tokens: Tensor, options: dict[str, Tensor]) -> Tensor | None:
+    def forward(self, tokens: Tensor, options: dict[str, Any]) -> Tensor | None:
         """One forward pass through all stages, outside of autograd; the result where the last stage is."""
         h: Tensor | None = None
         for part, number in zip(self._parts, self._stages.mine, strict=True):

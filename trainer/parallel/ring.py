@@ -28,7 +28,7 @@ from regrow.torch_compat import (
     flash_attention_backward,
 )
 from regrow.trainer.parallel.collectives import ring_send_recv_start, ring_send_recv_wait
-from regrow.trainer.parallel.sequence_chunks import sequence_chunks
+from regrow.trainer.parallel.sequence_chunks import positions_of
 
 __all__ = ["block_attention", "block_gradients", "ring_attention"]
 
@@ -150,22 +150,16 @@ def _visible_range(rank: int, source: int, length: int, *, balance: bool) -> _Vi
     return _VisibleRange(length // 2, length, causal=False) if balance else None
 
 
-def _positions(rank: int, ranks: int, length: int, *, balance: bool) -> list[slice]:
-    """Where a rank's positions lie in the sequence."""
-    held = sequence_chunks(rank, ranks, balance=balance)
-    size = length // len(held)
-    return [slice(p * size, (p + 1) * size) for p in held]
-
-
 def _mask_of(
-    mask: Tensor | None, rank: int, source: int, ranks: int, length: int, visible: _VisibleRange, *, balance: bool
+    first_BS: Tensor | None, rank: int, source: int, ranks: int, visible: _VisibleRange, *, balance: bool
 ) -> Tensor | None:
-    """The part of a mask `(B, 1, S, S)` between a rank's queries and another's keys."""
-    if mask is None:
+    """What a rank's queries see of another's keys, bool `(B, 1, I, J)`, by what each position sees first."""
+    if first_BS is None:
         return None
-    rows = torch.cat([mask[:, :, s] for s in _positions(rank, ranks, length, balance=balance)], dim=2)
-    keys = _positions(source, ranks, length, balance=balance)
-    return torch.cat([rows[..., s] for s in keys], dim=3)[:, :, visible.queries :, : visible.keys]
+    length, device = first_BS.shape[1], first_BS.device
+    rows_I = positions_of(rank, ranks, length, balance=balance, device=device)[visible.queries :]
+    keys_J = positions_of(source, ranks, length, balance=balance, device=device)[: visible.keys]
+    return ((keys_J >= first_BS[:, rows_I, None]) & (keys_J <= rows_I[:, None]))[:, None]
 
 
 def _widen(x_BKTH: Tensor, groups: int) -> Tensor:
@@ -185,7 +179,7 @@ class _Ring(torch.autograd.Function):
         q_BNTH: Tensor,
         k_BKTH: Tensor,
         v_BKTH: Tensor,
-        mask: Tensor | None,
+        first: Tensor | None,
         rank: int,
         ranks: int,
         balance: bool,
@@ -202,21 +196,21 @@ class _Ring(torch.autograd.Function):
             coming = None if step == ranks - 1 else ring_send_recv_start(travelling, rank, ranks, group)
             if visible is not None:
                 k, v = (_widen(x[:, :, : visible.keys], groups) for x in travelling.unbind())
-                seen = _mask_of(mask, rank, source, ranks, length, visible, balance=balance)
-                causal = visible.causal and mask is None
+                seen = _mask_of(first, rank, source, ranks, visible, balance=balance)
+                causal = visible.causal and first is None
                 found, found_lse = block_attention(q_BNTH[:, :, visible.queries :], k, v, seen, causal=causal)
                 out, lse = _merged(out, lse, found, found_lse)
             if coming is not None:
                 travelling = ring_send_recv_wait(coming, travelling)
         # A `to` that changes nothing is another name of the same tensor, whose gradient torch 2.11's compiler loses.
         result = out if out.dtype == q_BNTH.dtype else out.to(q_BNTH.dtype)
-        ctx.save_for_backward(q_BNTH, k_BKTH, v_BKTH, mask, result, lse)
+        ctx.save_for_backward(q_BNTH, k_BKTH, v_BKTH, first, result, lse)
         ctx.ring = (rank, ranks, balance, group)
         return result
 
     @staticmethod
     def backward(ctx: Any, grad_BNTH: Tensor) -> tuple[Tensor | None, ...]:
-        q, k_BKTH, v_BKTH, mask, out, lse = ctx.saved_tensors
+        q, k_BKTH, v_BKTH, first, out, lse = ctx.saved_tensors
         rank, ranks, balance, group = ctx.ring
         length, groups = q.shape[2], q.shape[1] // k_BKTH.shape[1]
         grad_q = torch.zeros_like(q, dtype=lse.dtype)
@@ -231,9 +225,9 @@ class _Ring(torch.autograd.Function):
             block = None
             if visible is not None:
                 k, v = (_widen(x[:, :, : visible.keys], groups) for x in travelling.unbind())
-                seen = _mask_of(mask, rank, source, ranks, length, visible, balance=balance)
+                seen = _mask_of(first, rank, source, ranks, visible, balance=balance)
                 mine = [x[:, :, visible.queries :].contiguous() for x in (grad_BNTH, q, out, lse)]
-                causal = visible.causal and mask is None
+                causal = visible.causal and first is None
                 block = block_gradients(mine[0], mine[1], k, v, mine[2], mine[3], seen, causal=causal)
             if on_the_way is not None:
                 sums = ring_send_recv_wait(on_the_way, sums)
@@ -267,7 +261,7 @@ def ring_attention(
     q_BTNH: Tensor,
     k_BTKH: Tensor,
     v_BTKH: Tensor,
-    mask: Tensor | None,
+    first_BS: Tensor | None,
     *,
     rank: int,
     ranks: int,
@@ -280,12 +274,12 @@ def ring_attention(
         q_BTNH: this rank's queries.
         k_BTKH: this rank's keys.
         v_BTKH: this rank's values.
-        mask: boolean, `(B, 1, S, S)`, true where a position sees another; None is causal.
+        first_BS: int32, the first key that each position of the sequence sees; None is the first of all.
         rank: this one's number in the ring.
         ranks: how many there are.
         balance: whether a rank holds two chunks of the sequence.
         group: the name of the ranks' group.
     """
     heads = (x.transpose(1, 2).contiguous() for x in (q_BTNH, k_BTKH, v_BTKH))
-    out: Tensor = _Ring.apply(*heads, mask, rank, ranks, balance, group)  # type: ignore[no-untyped-call]
+    out: Tensor = _Ring.apply(*heads, first_BS, rank, ranks, balance, group)  # type: ignore[no-untyped-call]
     return out.transpose(1, 2)

@@ -5,19 +5,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from regrow.errors import ConfigError
-from regrow.models.config import DecoderConfig, ModelConfig
+from regrow.models.config import WIDEST_SEGMENT_HEAD, AttentionKernel, DecoderConfig, ModelConfig
 from regrow.trainer.config import (
     ActivationCheckpoint,
     ContextMethod,
     ParallelConfig,
     PipelineSchedule,
+    PrecisionName,
     TrainConfig,
 )
 from regrow.trainer.parallel.heads import kv_heads_per_rank
 from regrow.trainer.parallel.layout import Layout, divisors_of
 from regrow.trainer.parallel.stages import stages_per_rank
 
-__all__ = ["Batch", "check_layout"]
+__all__ = ["Batch", "check_attention", "check_layout"]
 
 _IN_ROUNDS = (PipelineSchedule.interleaved, PipelineSchedule.interleaved_zero_bubble)
 _SPLIT_BACKWARD = (PipelineSchedule.interleaved_zero_bubble, PipelineSchedule.zbv_zero_bubble)
@@ -77,6 +78,42 @@ def check_layout(
     )
     for problem in problems:
         raise ConfigError(problem)
+
+
+def check_attention(model: ModelConfig, precision: PrecisionName, device_type: str) -> None:
+    """Whether the chosen kernel can train on this device in this precision.
+
+    Args:
+        model: its dimensions.
+        precision: of the computation.
+        device_type: `cpu` or `cuda`.
+
+    Raises:
+        ConfigError: naming field, rule, value and remedy.
+    """
+    chosen = model.attention if isinstance(model, DecoderConfig) else AttentionKernel.auto
+    if device_type == "cpu" and chosen in (AttentionKernel.flex, AttentionKernel.varlen):
+        lacks = "FlexAttention has no backward pass" if chosen is AttentionKernel.flex else "varlen has no kernel"
+        raise ConfigError(
+            f"model.attention must be auto or sdpa on a CPU, where {lacks}, but is {chosen.name}; use "
+            "model.attention=auto"
+        )
+    if chosen is AttentionKernel.varlen and precision in (PrecisionName.fp32, PrecisionName.fp64):
+        raise ConfigError(
+            "model.attention must be auto, flex or sdpa where the computation is not in bfloat16 "
+            f"(precision={precision.name}), but is varlen; use model.attention=auto"
+        )
+    if chosen is AttentionKernel.flex and precision is PrecisionName.fp64:
+        raise ConfigError(
+            "model.attention must be auto or sdpa with precision=fp64, but is flex; use model.attention=auto"
+        )
+    if chosen is AttentionKernel.varlen and isinstance(model, DecoderConfig):
+        width = model.head_width
+        if width % 8 or width > WIDEST_SEGMENT_HEAD:
+            raise ConfigError(
+                f"model.attention must be auto, flex or sdpa where the width of a head ({width}) is not a multiple "
+                f"of 8 up to {WIDEST_SEGMENT_HEAD}, but is varlen; use model.attention=auto"
+            )
 
 
 def _divides(name: str, value: int, number: int, what: str) -> Iterator[str]:

@@ -16,13 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
-from regrow.models.layers import Attention, attend
+from regrow.models.attention import Mask, Sight, attend
+from regrow.models.documents import Documents
+from regrow.models.layers import Attention
 from regrow.trainer.config import ContextMethod
 from regrow.trainer.parallel.collectives import all_gather_sum_grad, all_to_all
 from regrow.trainer.parallel.ring import ring_attention
 from regrow.trainer.parallel.sequence_chunks import positions_of, sequence_chunks
 
-__all__ = ["ContextGroup", "apply_context_parallel"]
+__all__ = ["ContextGroup", "apply_context_parallel", "held_chunks"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,16 +46,15 @@ class ContextGroup:
 
 def _order(g: ContextGroup, length: int, device: torch.device) -> Tensor:
     """The index of each position of the sequence in the concatenation of the ranks' parts, int64 `(S,)`."""
-    return (
-        torch.cat([positions_of(r, g.ranks, length, balance=g.balance) for r in range(g.ranks)]).argsort().to(device)
-    )
+    each = [positions_of(r, g.ranks, length, balance=g.balance, device=device) for r in range(g.ranks)]
+    return torch.cat(each).argsort()
 
 
-def _ulysses(g: ContextGroup, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def _ulysses(g: ContextGroup, q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int) -> Tensor:
     length = q.shape[1] * g.ranks
     order_S = _order(g, length, q.device)
     q, k, v = (_heads_for_sequence(g, x)[:, order_S] for x in (q, k, v))
-    out_BSNH = attend(q, k, v, mask)
+    out_BSNH = attend(q, k, v, mask, window)
     return _sequence_for_heads(g, out_BSNH[:, order_S.argsort()])
 
 
@@ -70,27 +71,28 @@ def _sequence_for_heads(g: ContextGroup, x_BSNH: Tensor) -> Tensor:
     return torch.cat(all_to_all(parts, ones, ones, g.name).unbind(), dim=2)
 
 
-def _all_gather_kv(g: ContextGroup, q_BTNH: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def _all_gather_kv(g: ContextGroup, q_BTNH: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int) -> Tensor:
     length = q_BTNH.shape[1] * g.ranks
     order_S = _order(g, length, q_BTNH.device)
     k_BSKH, v_BSKH = (all_gather_sum_grad(x, 1, g.name)[:, order_S] for x in (k, v))
-    held = sequence_chunks(g.rank, g.ranks, balance=g.balance)
-    size = q_BTNH.shape[1] // len(held)
-    out = [
+    chunks = held_chunks(g, length)
+    out = []
+    for number, ((start, stop), q_BCNH) in enumerate(zip(chunks, q_BTNH.chunk(len(chunks), dim=1), strict=True)):
         # A chunk sees no position behind its own end.
-        _attend_up_to(q, k_BSKH[:, : (p + 1) * size], v_BSKH[:, : (p + 1) * size], p * size, mask)
-        for p, q in zip(held, q_BTNH.chunk(len(held), dim=1), strict=True)
-    ]
+        k_seen, v_seen = k_BSKH[:, :stop], v_BSKH[:, :stop]
+        if isinstance(mask, Documents):
+            sight: Sight = mask.prepared[window][number]
+            out.append(sight.attend(q_BCNH, k_seen, v_seen, window))
+        else:
+            out.append(_attend_up_to(q_BCNH, k_seen, v_seen, start))
     return torch.cat(out, dim=1)
 
 
-def _attend_up_to(q_BTNH: Tensor, k: Tensor, v: Tensor, start: int, mask: Tensor | None) -> Tensor:
+def _attend_up_to(q_BTNH: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
     """Attention of the positions from `start` on, the last ones of the keys."""
     stop = k.shape[1]
     allowed: Any
-    if mask is not None:
-        allowed = mask[:, :, start:stop, :stop]
-    elif q_BTNH.device.type == "cuda":
+    if q_BTNH.device.type != "cpu":
         # Keeps the flash kernel, which takes no explicit mask.
         allowed = causal_lower_right(stop - start, stop)
     else:
@@ -106,19 +108,27 @@ def _attend_up_to(q_BTNH: Tensor, k: Tensor, v: Tensor, start: int, mask: Tensor
     return out_BNTH.transpose(1, 2)
 
 
-def _ring(g: ContextGroup, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    return ring_attention(q, k, v, mask, rank=g.rank, ranks=g.ranks, balance=g.balance, group=g.name)
+def held_chunks(g: ContextGroup, length: int) -> list[tuple[int, int]]:
+    """Where the chunks that a rank holds begin and end in the sequence."""
+    held = sequence_chunks(g.rank, g.ranks, balance=g.balance)
+    size = length // (g.ranks * len(held))
+    return [(p * size, (p + 1) * size) for p in held]
+
+
+def _ring(g: ContextGroup, q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int) -> Tensor:
+    first_BS = mask.prepared[window] if isinstance(mask, Documents) else None
+    return ring_attention(q, k, v, first_BS, rank=g.rank, ranks=g.ranks, balance=g.balance, group=g.name)
 
 
 _METHODS = {ContextMethod.ulysses: _ulysses, ContextMethod.gather: _all_gather_kv, ContextMethod.ring: _ring}
 
 
 def apply_context_parallel(model: nn.Module, group: ContextGroup, method: ContextMethod) -> None:
-    """Lets every attention see the whole sequence; masks then cover `(S, S)`."""
+    """Lets every attention see the whole sequence; documents are then those of whole sequences."""
     attend_with = _METHODS[method]
 
-    def attend_across(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, mask: Tensor | None) -> Tensor:
-        return attend_with(group, q_BTNH, k_BTKH, v_BTKH, mask)
+    def attend_across(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, mask: Mask, window: int = 0) -> Tensor:
+        return attend_with(group, q_BTNH, k_BTKH, v_BTKH, mask, window)
 
     for module in model.modules():
         if isinstance(module, Attention):

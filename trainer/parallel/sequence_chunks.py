@@ -11,8 +11,8 @@ def sequence_chunks(rank: int, ranks: int, *, balance: bool) -> list[int]:
     return [rank, 2 * ranks - 1 - rank] if balance else [rank]
 
 
-def positions_of(rank: int, ranks: int, length: int, *, balance: bool) -> Tensor:
-    """The positions in the sequence of a rank's tokens, int64 `(length / ranks,)`."""
+def positions_of(rank: int, ranks: int, length: int, *, balance: bool, device: torch.device | None = None) -> Tensor:
+    """The positions in the sequence of a rank's tokens, int64 `(length / ranks,)`, made on the device."""
     held = sequence_chunks(rank, ranks, balance=balance)
     size = length // (ranks * len(held))
-    return torch.cat([torch.arange(p * size, (p + 1) * size) for p in held])
+    return torch.cat([torch.arange(p * size, (p + 1) * size, device=device) for p in held])

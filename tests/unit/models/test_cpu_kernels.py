@@ -201,7 +201,7 @@ def test_every_case_of_a_model_is_met_in_its_forward_pass(kind: str, monkeypatch
         met.add(Case(kind, x.dtype, sizes))
         return False
 
-    for module in ("regrow.models.layers", "regrow.models.linear"):
+    for module in ("regrow.models.attention", "regrow.models.layers", "regrow.models.linear"):
         monkeypatch.setattr(f"{module}.is_used", note)
     model(torch.zeros(2, 16, dtype=torch.int64))
     assert set(expected) == {c for c in met if has_kernel(c)}

@@ -6,12 +6,15 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from torch import Tensor
 
+from regrow.models.config import AttentionKernel
+from regrow.models.documents import Documents, describe_documents
 from regrow.models.init import InitRule, fill_shard
 from regrow.models.llama3.config import Llama3Config
 from regrow.models.llama3.model import Llama3
 from regrow.models.rope import apply_rope, rope_frequencies, rope_table
-from regrow.trainer.loss import attention_mask
+from regrow.trainer.parallel.attention import prepare_documents
 from tests.support import TINY_MODEL, typed_config
 
 # Parameter counts of Meta's releases, tied embeddings counted once.
@@ -117,13 +120,17 @@ def test_later_tokens_do_not_change_earlier_logits() -> None:
     assert not torch.allclose(before[:, 10:], after[:, 10:])
 
 
+def described(documents: Tensor) -> Documents:
+    return prepare_documents(describe_documents(documents), [0], AttentionKernel.sdpa, None)
+
+
 def test_document_mask_hides_the_document_before() -> None:
     model, tokens = tiny_model(), torch.randint(0, 320, (1, 16))
     documents = (torch.arange(16) >= 6).long()[None]
     changed = tokens.clone()
     changed[:, :6] = (changed[:, :6] + 1) % 320
     with torch.no_grad():
-        before, after = model(tokens, attention_mask(documents)), model(changed, attention_mask(documents))
+        before, after = model(tokens, described(documents)), model(changed, described(documents))
         unmasked = model(changed)
     torch.testing.assert_close(before[:, 6:], after[:, 6:])
     assert not torch.allclose(before[:, 6:], unmasked[:, 6:])
@@ -132,7 +139,7 @@ def test_document_mask_hides_the_document_before() -> None:
 def test_one_document_masks_like_causal() -> None:
     model, tokens = tiny_model(), torch.randint(0, 320, (2, 12))
     with torch.no_grad():
-        torch.testing.assert_close(model(tokens), model(tokens, attention_mask(torch.zeros(2, 12).long())))
+        torch.testing.assert_close(model(tokens), model(tokens, described(torch.zeros(2, 12).long())))
 
 
 def test_rope_depends_on_distance_alone() -> None:
@@ -144,6 +151,18 @@ def test_rope_depends_on_distance_alone() -> None:
 
     assert product(3, 1) == pytest.approx(product(20, 18), abs=1e-5)
     assert product(3, 1) != pytest.approx(product(20, 10), abs=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_real_and_complex_rotations_are_bitwise_equal(dtype: torch.dtype) -> None:
+    """A compiler is given real numbers, a CPU complex ones: outputs and gradients are the same."""
+    table = rope_table(rope_frequencies(16, 10_000.0), 32)
+    x = torch.randn(2, 32, 3, 16, dtype=dtype, requires_grad=True)
+    grad, real = torch.randn_like(x), torch.compile(apply_rope, backend="eager", fullgraph=True)
+    outs = [apply_rope(x, table), real(x.detach().requires_grad_(), table), real(x, table)]
+    grads = [torch.autograd.grad(out, x, grad)[0] for out in (outs[0], outs[2])]
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(grads[0], grads[1])
 
 
 def test_rope_scaling_follows_llama_31() -> None:

@@ -135,7 +135,7 @@ def test_any_number_of_ranks_takes_any_global_batch(windows: Windows, ranks: int
     for part in parts:
         for micro_batch in part.micro_batches:
             assert micro_batch.documents is not None
-            assert micro_batch.tokens.shape == micro_batch.labels.shape == micro_batch.documents.shape
+            assert micro_batch.tokens.shape == micro_batch.labels.shape == micro_batch.documents.starts.shape
 
 
 def test_labels_are_the_next_tokens(windows: Windows) -> None:

@@ -58,11 +58,28 @@ def problem_of(config: Config, device: str = "cpu") -> str | None:
         ([*MOE, "parallel.ep=3", "parallel.dp_shard=3"], "parallel.ep must divide model.n_experts (8), but is 3; use 1, 2, 4 or 8"),
         ([*MOE, "parallel.ep=4", "parallel.dp_shard=2"], "parallel.ep must divide parallel.dp_shard · parallel.cp · parallel.tp (2), from which it borrows ranks, but is 4; use 1 or 2"),
         (["parallel.cp=0"], "parallel.cp must be at least 1, but is 0; use 1"),
+        (["model.attention=varlen"], "model.attention must be auto or sdpa on a CPU, where varlen has no kernel, but is varlen; use"),
+        (["model.attention=flex"], "on a CPU, where FlexAttention has no backward pass, but is flex; use model.attention=auto"),
     ],
 )  # fmt: skip
 def test_what_cannot_run_is_refused_in_a_sentence(overrides: list[str], words: str) -> None:
     tiny = [] if overrides[0] in MOE else TINY_MODEL
     assert words in str(problem_of(typed_config([*tiny, "data.micro_batch_size=4", "data.seq_len=32", *overrides])))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model.attention=varlen"], "where the computation is not in bfloat16 (precision=fp32), but is varlen; use"),
+        (["model.attention=flex", "precision=fp64"], "must be auto or sdpa with precision=fp64, but is flex; use"),
+        (["model.attention=varlen", "precision=bf16", "model.dim=48"], "the width of a head (12) is not a multiple of 8"),
+        (["model.attention=varlen", "precision=bf16", "model.dim=64"], None),
+        (["model.attention=flex"], None),
+    ],
+)  # fmt: skip
+def test_a_kernel_that_cannot_compute_it_is_refused_on_a_gpu(overrides: list[str], words: str | None) -> None:
+    found = problem_of(typed_config([*TINY_MODEL, *overrides]), "cuda")
+    assert found is None if words is None else words in str(found)
 
 
 def test_a_torch_that_cannot_split_the_backward_pass_is_told() -> None:

@@ -68,7 +68,7 @@ def _ring_beside_one_rank(ranks: int, balance: bool, documents: bool) -> list[fl
     expected = [out, *torch.autograd.grad(out, inputs, grad)]
     mine = positions_of(rank, ranks, length, balance=balance)
     own = [x.detach()[:, mine].requires_grad_() for x in inputs]
-    given = mask if documents else None
+    given = mask.int().argmax(-1)[:, 0].int() if documents else None
     found = ring_attention(
         own[0], own[1], own[2], given, rank=rank, ranks=ranks, balance=balance, group=group.group_name
     )
