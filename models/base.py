@@ -1,7 +1,7 @@
 """What the trainer asks of a model."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import torch
@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from regrow.models.init import InitRule
 from regrow.models.plan import ShardingPlan
 
-__all__ = ["LanguageModel"]
+__all__ = ["LanguageModel", "OutputLoss"]
+
+# The loss, from hidden states `(batch, seq, dim)` and the output layer that they would go through.
+OutputLoss = Callable[[Tensor, nn.Module], Tensor]
 
 
 class LanguageModel(nn.Module, ABC):
@@ -35,6 +38,10 @@ class LanguageModel(nn.Module, ABC):
         valid: Tensor | None = None,
     ) -> Tensor:
         """Logits for every position; of a part of the model, what its last layer gives.
+
+        A model may take `output_loss: OutputLoss | None = None` besides. Where it is given, it is called in place of
+        the output layer, and what it returns is returned, so that the loss can be had without the logits (`Decoder`
+        does that). A part without the output layer ignores it. A model that does not take it is asked for its logits.
 
         Args:
             tokens: int64 `(batch, seq)`; for a part without the embedding `(batch, seq, dim)` from the part before.

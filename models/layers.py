@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regrow.models.attention import Mask, attend
-from regrow.models.base import LanguageModel
+from regrow.models.base import LanguageModel, OutputLoss
 from regrow.models.config import DecoderConfig
 from regrow.models.cpu import Kind, is_used, rms_norm
 from regrow.models.init import InitRule
@@ -141,6 +141,7 @@ class Decoder(LanguageModel):
         mask: Mask = None,
         positions: Tensor | None = None,
         valid: Tensor | None = None,
+        output_loss: OutputLoss | None = None,
     ) -> Tensor:
         h_BTD = self.tok_embeddings(tokens) if self.has_input else tokens
         if self.compute_dtype is not None:
@@ -150,8 +151,9 @@ class Decoder(LanguageModel):
             h_BTD = layer(h_BTD, rope_TR2, mask, valid)
         if not self.has_output:
             return h_BTD
-        logits_BTV: Tensor = self.output(self.norm(h_BTD))
-        return logits_BTV
+        h_BTD = self.norm(h_BTD)
+        out: Tensor = self.output(h_BTD) if output_loss is None else output_loss(h_BTD, self.output)
+        return out
 
     def init_rules(self) -> dict[str, InitRule]:
         """Normal with 0.02, residual outputs scaled by 1/sqrt(2 · layers) (GPT-2), the output by 1/sqrt(D)."""

@@ -127,6 +127,8 @@ class TrainConfig:
         compile_backend: for `compile`.
         deterministic: torch's deterministic algorithms; on a GPU, training then repeats bit for bit.
         log_every: steps between lines of progress where there is no terminal.
+        z_loss: what the squared logarithm of the sum of exponents of a position's logits counts beside its loss
+            (PaLM, arXiv:2204.02311, section 5, where it is 1e-4); losses are reported without it. 0 for none.
     """
 
     SCHEMA: ClassVar[tuple[str, str]] = ("train", "train_schema")
@@ -138,6 +140,7 @@ class TrainConfig:
     compile_backend: str = "inductor"
     deterministic: bool = False
     log_every: int = 10
+    z_loss: float = field(default=0.0, metadata={"since": "0.2.0"})
 
 
 @dataclass(kw_only=True, slots=True)

@@ -12,7 +12,7 @@ from regrow.launch.config.target_names import first_target
 __all__ = ["Difference", "compare", "config_hash", "flatten", "former_sweep_name", "is_free", "sweep_name"]
 
 # Fields by prefix. Identity may never change; hyperparameters only when allowed by name; the rest is free.
-_HYPERPARAMETERS = ("optimizer.", "scheduler.", "precision.", "train.grad_clip")
+_HYPERPARAMETERS = ("optimizer.", "scheduler.", "precision.", "train.grad_clip", "train.z_loss")
 _IDENTITY = ("model.", "data.", "seed")
 _FREE = (
     "data.cache",

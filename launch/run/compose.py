@@ -48,6 +48,7 @@ def compose_trainer(spec: RankSpec, context: ParallelContext, flag: StopFlag, th
         model_config=_decoder(config),
         schedule=config.parallel.pp_schedule,
         precision=config.precision.name,
+        z_loss=config.train.z_loss,
     )
     store = TokenStore(spec.data_folder)
     return Trainer(

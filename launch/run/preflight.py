@@ -71,6 +71,7 @@ def check_config(config: Config) -> None:
     _at_least(config.train.steps, 1, "train.steps", "100")
     _at_least(config.train.log_every, 1, "train.log_every", "10")
     _at_least(config.train.grad_clip, 0, "train.grad_clip", "1.0")
+    _at_least(config.train.z_loss, 0, "train.z_loss", "1e-4")
     _at_least(config.data.seq_len, 1, "data.seq_len", "256")
     _at_least(config.data.global_batch_size, 1, "data.global_batch_size", "16")
     _at_least(config.data.micro_batch_size, 1, "data.micro_batch_size", "1")

@@ -4,7 +4,7 @@ import torch
 
 from regrow.models.cpu.attention import causal_attention
 from regrow.models.cpu.choice import WINS_BY, Case, Kind, decide, is_used, use
-from regrow.models.cpu.linear import PRODUCTS, linear
+from regrow.models.cpu.linear import PRODUCTS, linear, outer, product
 from regrow.models.cpu.measure import has_kernel, measure, plain_attention
 from regrow.models.cpu.pointwise import rms_norm
 
@@ -19,7 +19,9 @@ __all__ = [
     "is_used",
     "linear",
     "measure",
+    "outer",
     "plain_attention",
+    "product",
     "rms_norm",
     "use",
 ]

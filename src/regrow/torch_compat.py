@@ -33,6 +33,7 @@ __all__ = [
     "foreach_divide",
     "foreach_norm",
     "functional_collectives",
+    "has_hooks",
     "is_in_backward",
     "onednn_linear",
     "overlap_tensor_parallel",
@@ -121,6 +122,12 @@ def varlen_attention(
 def is_in_backward() -> bool:
     """Whether a backward pass runs on this thread, for instance one that computes a block again."""
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether somebody is to be told when the module runs, forward or backward."""
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    return any(getattr(module, kind) for kind in kinds)
 
 
 def splits_backward() -> bool:

@@ -13,6 +13,7 @@ from regrow.torch_compat import all_gather, functional_collectives
 from regrow.torch_compat import reduce_scatter as reduce_scatter_tensor
 
 __all__ = [
+    "all_gather_no_grad",
     "all_gather_slice_grad",
     "all_gather_sum_grad",
     "all_reduce_no_grad",
@@ -34,6 +35,11 @@ def all_reduce_no_grad(x: Tensor, operation: str, group: str) -> Tensor:
     """`sum` or `max` over the group; autograd does not see it."""
     out: Tensor = _f.wait_tensor(_f.all_reduce(x.contiguous(), operation, group))
     return out
+
+
+def all_gather_no_grad(x: Tensor, group: str) -> Tensor:
+    """The ranks' parts joined along the first dimension; autograd does not see it."""
+    return _gather(x, 0, group)
 
 
 def all_to_all_no_grad(x: Tensor, received: list[int] | None, sent: list[int] | None, group: str) -> Tensor:

@@ -13,13 +13,14 @@ from regrow.models.config import DecoderConfig
 from regrow.models.moe import MixtureOfExperts
 from regrow.trainer.config import PipelineSchedule, PrecisionName
 from regrow.trainer.data.loader import IGNORE, MicroBatch
-from regrow.trainer.loss import summed_cross_entropy
 from regrow.trainer.optimizer import global_grad_norm
 from regrow.trainer.parallel.apply import ParallelModel, reshard
 from regrow.trainer.parallel.context import ParallelContext
+from regrow.trainer.parallel.output_loss import TrainingLoss
 from regrow.trainer.parallel.pipeline import Pipeline, StageInput
 from regrow.trainer.parallel.sequence_chunks import positions_of
-from regrow.trainer.parallel.vocabulary import summed_vocabulary_cross_entropy
+from regrow.trainer.parallel.stages import SPLIT_BACKWARD
+from regrow.trainer.parallel.vocabulary import VocabularyShard
 from regrow.trainer.reduction import StepReduction
 
 __all__ = ["Engine"]
@@ -41,6 +42,7 @@ class Engine:
         model_config: the model's dimensions.
         schedule: of the pipeline.
         precision: of the computation.
+        z_loss: see `row_losses`.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Engine:
         model_config: DecoderConfig,
         schedule: PipelineSchedule,
         precision: PrecisionName,
+        z_loss: float = 0.0,
     ) -> None:
         self._parallel, self._context, self._model_config = parallel, context, model_config
         self.model, self.names = parallel.model, parallel.names
@@ -64,7 +67,12 @@ class Engine:
         last = parallel.stages.count - 1 in parallel.stages.mine
         # One of the ranks with the same loss reports it.
         self._reports = last and context.coordinate("tp") == 0
-        self._vocabulary = self._own_vocabulary()
+        tensor = parallel.tensor
+        self._shard: VocabularyShard | None = None
+        if tensor is not None:
+            self._shard = VocabularyShard.of(model_config.vocab_size, tensor.rank, tensor.ranks, tensor.name)
+        splits = context.layout.pp > 1 and schedule in SPLIT_BACKWARD
+        self._loss = TrainingLoss(parallel.model, shard=self._shard, z_loss=z_loss, splits_backward=splits)
         self._pipeline: Pipeline | None = None
         if context.layout.pp > 1:
             self._pipeline = Pipeline(
@@ -74,22 +82,13 @@ class Engine:
                 context.meshes.data.get_group("pp"),
                 context.device,
                 hidden_shape=self._hidden_shape,
-                logits_shape=self._logits_shape,
+                result=lambda tokens: self._loss.result_of(self._logits_shape(tokens), _COMPUTE[precision]),
                 dtype=_COMPUTE[precision],
                 loss=self._pipeline_loss,
             )
 
-    def _own_vocabulary(self) -> tuple[int, int]:
-        """First token and number of tokens of this rank's logits."""
-        size, tensor = self._model_config.vocab_size, self._parallel.tensor
-        if tensor is None:
-            return 0, size
-        chunk = -(-size // tensor.ranks)
-        first = min(tensor.rank * chunk, size)
-        return first, min(first + chunk, size) - first
-
     def _logits_shape(self, tokens: Tensor) -> tuple[int, ...]:
-        return *tokens.shape, self._vocabulary[1]
+        return *tokens.shape, self._model_config.vocab_size if self._shard is None else self._shard.count
 
     def _hidden_shape(self, tokens: Tensor) -> tuple[int, ...]:
         rows, length = tokens.shape
@@ -115,12 +114,12 @@ class Engine:
         self._losses.clear()
         if self._pipeline is not None:
             seed(0)
-            self._pipeline.train([self._inputs(m) for m in micro_batches])
+            self._pipeline.train([self._with_loss(*self._inputs(m)) for m in micro_batches])
         else:
             for index, micro_batch in enumerate(micro_batches):
                 seed(index)
-                given, options, labels = self._inputs(micro_batch)
-                loss = self._loss(self.model(given, **options), labels)
+                given, options, labels = self._with_loss(*self._inputs(micro_batch))
+                loss = self._loss.of(self.model(given, **options), labels)
                 (loss / tokens).backward()  # type: ignore[no-untyped-call]
                 self._losses.append(loss.detach())
         if self._reports:
@@ -136,10 +135,10 @@ class Engine:
         """What this rank adds to the summed loss, without gradients, float64, on the device."""
         total = torch.zeros((), dtype=torch.float64, device=self._context.device)
         for micro_batch in micro_batches:
-            given, options, labels = self._inputs(micro_batch)
-            logits = self._forward(given, options)
-            if logits is not None:
-                loss = self._loss(logits, labels)
+            given, options, labels = self._with_loss(*self._inputs(micro_batch))
+            result = self._forward(given, options)
+            if result is not None:
+                loss = self._loss.of(result, labels)
                 if self._reports:
                     total += loss
         return total
@@ -166,8 +165,8 @@ class Engine:
         positions = options.get("positions", torch.arange(padded.shape[1], device=device))
         here = (positions == at).nonzero().flatten().tolist()
         if logits is not None and here:
-            first, count = self._vocabulary
-            out[first : first + count] = logits[0, here[0]].float()
+            first = 0 if self._shard is None else self._shard.first
+            out[first : first + logits.shape[-1]] = logits[0, here[0]].float()
         for axis in ("pp", "cp", "tp"):
             if self._context.meshes.data[axis].size() > 1:
                 dist.all_reduce(out, group=self._context.meshes.data.get_group(axis))
@@ -177,11 +176,14 @@ class Engine:
         """Frees what forward passes without backward passes left gathered."""
         reshard(self._parallel.parts)
 
+    def _with_loss(self, tokens: Tensor, options: dict[str, Any], labels: Tensor) -> StageInput:
+        return tokens, {**options, **self._loss.options(labels)}, labels
+
     def _forward(self, tokens: Tensor, options: dict[str, Any]) -> Tensor | None:
         if self._pipeline is not None:
             return self._pipeline.forward(tokens, options)
-        logits: Tensor = self.model(tokens, **options)
-        return logits
+        result: Tensor = self.model(tokens, **options)
+        return result
 
     def _inputs(self, micro_batch: MicroBatch) -> StageInput:
         """This rank's part of a micro-batch, on the device."""
@@ -204,14 +206,8 @@ class Engine:
             options["valid"] = labels != IGNORE
         return tokens, options, labels
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        tensor = self._parallel.tensor
-        if tensor is None:
-            return summed_cross_entropy(logits, labels)
-        return summed_vocabulary_cross_entropy(logits, labels, self._vocabulary[0], tensor.name)
-
-    def _pipeline_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        loss = self._loss(logits, labels)
+    def _pipeline_loss(self, result: Tensor, labels: Tensor) -> Tensor:
+        loss = self._loss.of(result, labels)
         self._losses.append(loss.detach())
         return loss / self._tokens
 

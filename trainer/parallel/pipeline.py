@@ -34,8 +34,8 @@ class Pipeline:
         group: the ranks of the pipeline.
         device: where this rank computes.
         hidden_shape: of what one stage gives to the next, for a micro-batch's tokens.
-        logits_shape: of the last stage's output, likewise.
-        dtype: of what leaves a stage.
+        result: shape and dtype of the last stage's output, likewise.
+        dtype: of what leaves the other stages.
         loss: of the last stage's output and the labels.
     """
 
@@ -48,13 +48,13 @@ class Pipeline:
         device: torch.device,
         *,
         hidden_shape: Callable[[Tensor], tuple[int, ...]],
-        logits_shape: Callable[[Tensor], tuple[int, ...]],
+        result: Callable[[Tensor], tuple[tuple[int, ...], torch.dtype]],
         dtype: torch.dtype,
         loss: Callable[[Tensor, Tensor], Tensor],
     ) -> None:
         self._parts, self._stages, self._group, self._device = parts, stages, group, device
         self._kind, self._dtype, self._loss = schedule, dtype, loss
-        self._hidden_shape, self._logits_shape = hidden_shape, logits_shape
+        self._hidden_shape, self._result = hidden_shape, result
         self._rank = dist.get_rank(group)
         self._built: dict[tuple[int, torch.Size], Any] = {}
 
@@ -79,7 +79,8 @@ class Pipeline:
     def _build(self, micro_batches: int, tokens: Tensor) -> Any:
         count = self._stages.count
         hidden = torch.empty(self._hidden_shape(tokens), dtype=self._dtype, device="meta", requires_grad=True)
-        result = torch.empty(self._logits_shape(tokens), dtype=self._dtype, device="meta", requires_grad=True)
+        shape, dtype = self._result(tokens)
+        result = torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
         made = [
             PipelineStage(
                 part,

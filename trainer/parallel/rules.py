@@ -16,12 +16,11 @@ from regrow.trainer.config import (
 )
 from regrow.trainer.parallel.heads import kv_heads_per_rank
 from regrow.trainer.parallel.layout import Layout, divisors_of
-from regrow.trainer.parallel.stages import stages_per_rank
+from regrow.trainer.parallel.stages import SPLIT_BACKWARD, stages_per_rank
 
 __all__ = ["Batch", "check_attention", "check_layout"]
 
 _IN_ROUNDS = (PipelineSchedule.interleaved, PipelineSchedule.interleaved_zero_bubble)
-_SPLIT_BACKWARD = (PipelineSchedule.interleaved_zero_bubble, PipelineSchedule.zbv_zero_bubble)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -203,7 +202,7 @@ def _pipeline(
             "parallel.pp_schedule must put the two ends of tied embeddings on different ranks, but is "
             "zbv_zero_bubble; use parallel.pp_schedule=interleaved_zero_bubble"
         )
-    if kind in _SPLIT_BACKWARD:
+    if kind in SPLIT_BACKWARD:
         yield from _split_backward(kind, train, splits_backward=splits_backward)
 
 

@@ -5,13 +5,15 @@ from dataclasses import dataclass
 
 from regrow.trainer.config import ParallelConfig, PipelineSchedule
 
-__all__ = ["StagePlan", "plan_stages", "split_layers", "stages_per_rank"]
+__all__ = ["SPLIT_BACKWARD", "StagePlan", "plan_stages", "split_layers", "stages_per_rank"]
 
 _SEVERAL = {
     PipelineSchedule.interleaved,
     PipelineSchedule.interleaved_zero_bubble,
     PipelineSchedule.zbv_zero_bubble,
 }
+# Schedules whose backward pass runs in two halves.
+SPLIT_BACKWARD = (PipelineSchedule.interleaved_zero_bubble, PipelineSchedule.zbv_zero_bubble)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

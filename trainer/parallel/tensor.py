@@ -32,6 +32,7 @@ from regrow.trainer.parallel.collectives import (
 from regrow.trainer.parallel.heads import KvHeads, kv_heads_of_rank
 
 __all__ = [
+    "SplitOutput",
     "TensorGroup",
     "apply_tensor_parallel",
     "distribute_parameters",
@@ -124,12 +125,18 @@ class _RowwiseLinear(nn.Module):
         return _leave(F.linear(x, local(self.weight)), self.tensor_group)
 
 
-class _GatherInputColwiseLinear(nn.Module):
+class SplitOutput(nn.Module):
+    """An output layer of whose vocabulary each rank has a part."""
+
     weight: nn.Parameter
     tensor_group: TensorGroup
 
+    def operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What its product takes: hidden states of the whole sequence, and this rank's part of the weight."""
+        return _enter(x, self.tensor_group), local(self.weight)
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(_enter(x, self.tensor_group), local(self.weight))
+        return F.linear(*self.operands(x))
 
 
 class _Vocabulary(nn.Module):
@@ -281,7 +288,7 @@ def _apply_style(module: nn.Module, style: Style, mesh: DeviceMesh, member: Tens
             mix_in(module, _RowwiseLinear, tensor_group=member)
         case Style.output:
             distribute_parameters(module, mesh, Shard(0))
-            mix_in(module, _GatherInputColwiseLinear, tensor_group=member)
+            mix_in(module, SplitOutput, tensor_group=member)
         case Style.per_head:
             distribute_parameters(module, mesh, Replicate())
             mix_in(module, _ReplicatedWeight, tensor_group=member)

@@ -1,56 +1,71 @@
-"""Cross-entropy over logits whose vocabulary is sharded over ranks, without ever gathering them."""
+"""A vocabulary whose logits are sharded over ranks: what the ranks tell each other, so that nobody gathers them."""
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from regrow.trainer.data.loader import IGNORE
-from regrow.trainer.parallel.collectives import all_reduce_no_grad
+from regrow.trainer.parallel.collectives import all_gather_no_grad
 
-__all__ = ["summed_vocabulary_cross_entropy"]
+__all__ = ["VocabularyShard"]
 
-
-class _CrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits_SV: Tensor, labels_S: Tensor, first: int, group: str) -> Tensor:
-        rows, width = logits_SV.shape
-        highest = logits_SV.new_full((rows,), -torch.inf) if width == 0 else logits_SV.amax(-1)
-        highest = all_reduce_no_grad(highest, "max", group)
-        exponents = (logits_SV - highest[:, None]).exp()
-        targets_S = labels_S - first
-        here = (targets_S >= 0) & (targets_S < width)
-        targets_S = targets_S.masked_fill(~here, 0)
-        target = torch.zeros_like(highest)
-        if width:
-            target = logits_SV.gather(1, targets_S[:, None])[:, 0].masked_fill(~here, 0.0)
-        parts = torch.stack([exponents.sum(-1), target]).to(torch.float64)
-        sums, target = all_reduce_no_grad(parts, "sum", group).unbind()
-        counts = labels_S != IGNORE
-        shares = exponents / sums[:, None].to(exponents.dtype)
-        ctx.save_for_backward(shares, targets_S, here & counts, counts)
-        losses_S: Tensor = (sums.log() + highest - target).masked_fill(~counts, 0.0)
-        return losses_S.sum()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        shares, targets_S, here, counts = ctx.saved_tensors
-        out = shares * counts[:, None]
-        if out.shape[1]:
-            out.scatter_add_(1, targets_S[:, None], -here[:, None].to(out.dtype))
-        return out * grad, None, None, None
+# No sum of exponents is larger, which might be infinite in float32; divided by this, all shares are 0 as well.
+_LARGEST = 1e30
 
 
-def summed_vocabulary_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor, first: int, group: str) -> Tensor:
-    """Cross-entropy in nats, summed over the labels that count; a float64 scalar of terms in float32 or better.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VocabularyShard:
+    """This rank's part of the vocabulary.
 
-    Args:
-        logits_BTV: this rank's part of the vocabulary.
-        labels_BT: over the whole vocabulary.
-        first: the first token of this rank's part of the vocabulary.
+    Attributes:
+        first: its first token.
+        count: its tokens.
+        largest: tokens of the largest part.
         group: the ranks' process group.
     """
-    logits_SV = logits_BTV.flatten(0, 1)
-    wide = logits_SV.to(torch.promote_types(logits_SV.dtype, torch.float32))
-    out: Tensor = _CrossEntropy.apply(wide, labels_BT.flatten(), first, group)  # type: ignore[no-untyped-call]
-    return out
+
+    first: int
+    count: int
+    largest: int
+    group: str
+
+    @classmethod
+    def of(cls, vocabulary: int, rank: int, ranks: int, group: str) -> "VocabularyShard":
+        """As a matrix is sharded by rows: the last ranks may have fewer, or none.
+
+        Args:
+            vocabulary: tokens in all.
+            rank: of `ranks`.
+            ranks: of the group.
+            group: its name.
+        """
+        largest = -(-vocabulary // ranks)
+        first = min(rank * largest, vocabulary)
+        return cls(first=first, count=min(first + largest, vocabulary) - first, largest=largest, group=group)
+
+    def holds(self, tokens: Tensor) -> Tensor:
+        """Which tokens are in this part; bool, of the tokens' shape."""
+        return (tokens >= self.first) & (tokens < self.first + self.count)
+
+    def join(self, highest_R1: Tensor, sums_R1: Tensor, targets_R1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the rows of all parts come to; a collective, of three numbers a row.
+
+        Args:
+            highest_R1: each row's highest logit here.
+            sums_R1: the exponents of its logits here, less `highest_R1`, summed.
+            targets_R1: the logit of its label, 0 where that is elsewhere.
+
+        Returns:
+            The logarithm of the sum of all exponents and the logit of the label, both float64 `(R, 1)`, and that sum
+            in units of this rank's `sums_R1`, in their dtype.
+        """
+        own_R3 = torch.cat([highest_R1, sums_R1, targets_R1], dim=1).to(torch.float64)
+        every_NR3 = all_gather_no_grad(own_R3, self.group).view(-1, *own_R3.shape)
+        top_R = every_NR3[..., 0].amax(0)
+        totals_R = (every_NR3[..., 1] * (every_NR3[..., 0] - top_R).exp()).sum(0)
+        here_R1 = (totals_R * (top_R - own_R3[:, 0]).exp())[:, None].clamp(max=_LARGEST)
+        return (
+            (totals_R.log() + top_R)[:, None],
+            every_NR3[..., 2].sum(0)[:, None],
+            here_R1.to(sums_R1.dtype),
+        )

@@ -86,6 +86,16 @@ def test_at_their_defaults_they_are_in_no_hash_and_elsewhere_in_each() -> None:
     assert [str(c) for c in changed] == ["optimizer.kind is 'two' where the run has 'one'"]
 
 
+def test_z_loss_is_a_hyperparameter_of_runs_that_use_it() -> None:
+    assert is_hyperparameter("train.z_loss")
+    assert later_defaults(Config())["train.z_loss"] == 0.0
+    stored = {"train": {"grad_clip": 1.0}}
+    given = {"train": {"grad_clip": 1.0, "z_loss": 1e-4}}
+    assert config_hash(given, {"train.z_loss": 0.0}) != config_hash(stored)
+    _, changed = compare(stored, given, {"train.z_loss": 0.0})
+    assert [str(c) for c in changed] == ["train.z_loss is 0.0001 where the run has 0.0"]
+
+
 def identity_fields(kind: Any, prefix: str) -> dict[str, bool]:
     """Dotted names of a schema's fields that tell runs apart, and whether they came later."""
     found: dict[str, bool] = {}

@@ -9,6 +9,7 @@ import pytest
 
 from regrow.launch.config.composition import compose_config
 from regrow.launch.config.identity import config_hash
+from regrow.launch.config.later_fields import later_defaults
 from regrow.launch.config.refusals import Refused
 from regrow.launch.config.schema import Device
 from regrow.launch.config.typed import to_config, to_dict
@@ -53,7 +54,7 @@ def test_the_spec_says_everything_that_a_rank_needs(corpus: Path, tmp_path: Path
     assert spec.run_dir == tmp_path / "mine"
     assert (spec.device_type, spec.layout.world_size, spec.given_ranks) == ("cpu", 1, False)
     assert (spec.sweep, spec.overrides) == ("grid", overrides)
-    assert spec.config_hash == config_hash(spec.config_dict)
+    assert spec.config_hash == config_hash(spec.config_dict, later_defaults(spec.config))
     assert (spec.data_folder / "tokenizer.json").is_file()
     assert pickle.loads(pickle.dumps(spec)) == spec
     # Nothing of the run is there before it is opened.
@@ -89,6 +90,7 @@ def test_a_seed_checkpoint_is_written_by_one_process_on_cpus(corpus: Path, tmp_p
     ("overrides", "sentence"),
     [
         (["train.steps=0"], "train.steps must be at least 1, but is 0; use 100"),
+        (["train.z_loss=-0.1"], "train.z_loss must be at least 0, but is -0.1; use 1e-4"),
         (["parallel.tp=3"], "the product of parallel.tp (3) must be the number of ranks that were started"),
         (["data.files=[/nowhere/*.txt]"], "data.files"),
         (["model.vocab_size=200"], "model.vocab_size must be at least the tokenizer's"),
