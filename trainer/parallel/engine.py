@@ -13,6 +13,7 @@ from regrow.models.config import DecoderConfig
 from regrow.models.moe import MixtureOfExperts
 from regrow.trainer.config import PipelineSchedule, PrecisionName
 from regrow.trainer.data.loader import IGNORE, MicroBatch
+from regrow.trainer.gradient_sum import GradientSum
 from regrow.trainer.loss import attention_mask, summed_cross_entropy
 from regrow.trainer.optimizer import global_grad_norm
 from regrow.trainer.parallel.apply import ParallelModel, reshard
@@ -20,15 +21,10 @@ from regrow.trainer.parallel.context import ParallelContext
 from regrow.trainer.parallel.pipeline import Pipeline, StageInput
 from regrow.trainer.parallel.sequence_chunks import positions_of
 from regrow.trainer.parallel.vocabulary import summed_vocabulary_cross_entropy
+from regrow.trainer.precision import compute_dtype
 from regrow.trainer.reduction import StepReduction
 
 __all__ = ["Engine"]
-
-_COMPUTE = {
-    PrecisionName.fp32: torch.float32,
-    PrecisionName.bf16: torch.bfloat16,
-    PrecisionName.fp64: torch.float64,
-}
 
 
 @final
@@ -58,6 +54,8 @@ class Engine:
         # Parameters that lie on the first stage and on the last, each with a gradient of its own.
         self._tied_apart = parallel.model.tied_parameters() if context.layout.pp > 1 else ()
         self._mixtures = [m for m in parallel.model.modules() if isinstance(m, MixtureOfExperts)]
+        bf16 = precision is PrecisionName.bf16_params
+        self._sums = GradientSum(list(self._parameters.values())) if bf16 else None
         self._losses: list[Tensor] = []
         self._busiest: Tensor | None = None
         self._tokens = 1
@@ -75,7 +73,7 @@ class Engine:
                 context.device,
                 hidden_shape=self._hidden_shape,
                 logits_shape=self._logits_shape,
-                dtype=_COMPUTE[precision],
+                dtype=compute_dtype(precision),
                 loss=self._pipeline_loss,
             )
 
@@ -117,12 +115,17 @@ class Engine:
             seed(0)
             self._pipeline.train([self._inputs(m) for m in micro_batches])
         else:
+            sums = self._sums if len(micro_batches) > 1 else None
             for index, micro_batch in enumerate(micro_batches):
                 seed(index)
                 given, options, labels = self._inputs(micro_batch)
                 loss = self._loss(self.model(given, **options), labels)
                 (loss / tokens).backward()  # type: ignore[no-untyped-call]
                 self._losses.append(loss.detach())
+                if sums is not None:
+                    sums.take()
+            if sums is not None:
+                sums.give()
         if self._reports:
             for loss in self._losses:
                 total += loss

@@ -64,6 +64,13 @@ def local(parameter: Tensor) -> Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
+def product(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    """`x @ weight.T` as the module multiplies; torch's own layers have no way of their own."""
+    own = getattr(module, "product", F.linear)
+    out: Tensor = own(x, weight)
+    return out
+
+
 _JOINED: dict[tuple[type, type], type] = {}
 
 
@@ -92,7 +99,7 @@ class _ColwiseLinear(nn.Module):
     weight: nn.Parameter
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, local(self.weight))
+        return product(self, x, local(self.weight))
 
 
 class _SharedKvHeads(nn.Module):
@@ -109,7 +116,7 @@ class _SharedKvHeads(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, heads = copy_to(local(self.weight), self.tensor_group.name), self.kv_heads
-        out = F.linear(x, weight.narrow(0, heads.first * self.head_dim, heads.count * self.head_dim))
+        out = product(self, x, weight.narrow(0, heads.first * self.head_dim, heads.count * self.head_dim))
         if heads.repeats == tuple(range(heads.count)):
             return out
         parts = torch.split(out, self.head_dim, dim=-1)
@@ -121,7 +128,7 @@ class _RowwiseLinear(nn.Module):
     tensor_group: TensorGroup
 
     def forward(self, x: Tensor) -> Tensor:
-        return _leave(F.linear(x, local(self.weight)), self.tensor_group)
+        return _leave(product(self, x, local(self.weight)), self.tensor_group)
 
 
 class _GatherInputColwiseLinear(nn.Module):
@@ -129,7 +136,7 @@ class _GatherInputColwiseLinear(nn.Module):
     tensor_group: TensorGroup
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(_enter(x, self.tensor_group), local(self.weight))
+        return product(self, _enter(x, self.tensor_group), local(self.weight))
 
 
 class _Vocabulary(nn.Module):
