@@ -20,4 +20,8 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if is_used(Kind.product, (x.numel() // x.shape[-1], *self.weight.t().shape), x, self.weight):
             return linear(x, self.weight)
-        return F.linear(x, self.weight.to(x.dtype))
+        return self.product(x, self.weight)
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """`x @ weight.T` for this layer's weight or a part of it, in the input's dtype."""
+        return F.linear(x, weight.to(x.dtype))

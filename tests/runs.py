@@ -36,7 +36,7 @@ def spec_of(overrides: Sequence[str], run_dir: Path, world_size: int) -> RankSpe
     return prepare_run(config, run_dir, overrides=overrides, world_size=world_size)
 
 
-def train(overrides: Sequence[str], run_dir: Path, world_size: int = 1) -> Result:
+def train(overrides: Sequence[str], run_dir: Path, world_size: int = 1, timeout_s: float = 90.0) -> Result:
     """Opens the run and trains it on pool ranks, as `regrow` would."""
     run_dir.mkdir(parents=True, exist_ok=True)
     spec = spec_of(overrides, run_dir, world_size)
@@ -44,7 +44,7 @@ def train(overrides: Sequence[str], run_dir: Path, world_size: int = 1) -> Resul
     if opened.reached is not None:
         return Result("finished", spec.config.train.steps, "")
     spec = dataclasses.replace(spec, record=opened.record)
-    outcomes = run_distributed(_train_rank, spec, world_size=world_size)
+    outcomes = run_distributed(_train_rank, spec, world_size=world_size, timeout_s=timeout_s)
     return Result(outcomes[0].kind, outcomes[0].step, outcomes[0].message)
 
 

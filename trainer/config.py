@@ -10,6 +10,7 @@ __all__ = [
     "ActivationCheckpoint",
     "AdamWConfig",
     "ContextMethod",
+    "Float8Recipe",
     "HookConfig",
     "HookStage",
     "OptimizerConfig",
@@ -33,14 +34,25 @@ class ActivationCheckpoint(Enum):
 
 
 class PrecisionName(Enum):
-    """Compute dtype; master weights, gradients' reduction and optimizer state are float32 in the first two.
+    """What is computed in, and what parameters and optimizer state are.
 
-    `fp64` is for checking numerics: everything is float64.
+    `fp32` computes in float32, `bf16` in bfloat16, `fp8` multiplies in 8 bits and does the rest in bfloat16, each
+    with parameters, reduction of gradients and optimizer state in float32. `bf16_params` has parameters and optimizer
+    state in bfloat16 too, rounded stochastically. `fp64` is for checking numerics: everything is float64.
     """
 
     fp32 = "fp32"
     bf16 = "bf16"
     fp64 = "fp64"
+    bf16_params = "bf16_params"
+    fp8 = "fp8"
+
+
+class Float8Recipe(Enum):
+    """Over what a scale of `precision=fp8` reaches: a whole tensor (faster), or a row (finer)."""
+
+    tensorwise = "tensorwise"
+    rowwise = "rowwise"
 
 
 class PipelineSchedule(Enum):
@@ -188,11 +200,19 @@ class SchedulerConfig:
 
 @dataclass(kw_only=True, slots=True)
 class PrecisionConfig:
-    """See `PrecisionName`."""
+    """See `PrecisionName`.
+
+    Attributes:
+        fp8_recipe: see `Float8Recipe`.
+        fp8_min_features: with fp8, linear layers with fewer features in or out stay in bfloat16: to scale a small
+            matrix takes longer than its product saves.
+    """
 
     SCHEMA: ClassVar[tuple[str, str]] = ("precision", "precision_schema")
 
     name: PrecisionName = PrecisionName.fp32
+    fp8_recipe: Float8Recipe = field(default=Float8Recipe.tensorwise, metadata={"since": "0.2.0"})
+    fp8_min_features: int = field(default=1024, metadata={"since": "0.2.0"})
 
 
 @dataclass(kw_only=True, slots=True)

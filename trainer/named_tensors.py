@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from regrow.trainer.optimizer import Optimizer
 from regrow.trainer.parallel.engine import Engine
+from regrow.trainer.shards import plain_parameter
 from regrow.trainer.state import TrainState
 
 __all__ = ["counter_tensors", "full_state", "model_tensors", "optimizer_tensors"]
@@ -17,7 +18,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     tensors = dict(model.named_parameters())
     persistent = model.state_dict().keys()
     return {
-        **{n: p.detach() for n, p in tensors.items()},
+        **{n: plain_parameter(p) for n, p in tensors.items()},
         **{n: b for n, b in model.named_buffers() if n in persistent},
     }
 

@@ -6,7 +6,7 @@ of different meshes can share one fused call. State is named by parameter, never
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from regrow.errors import ConfigError
 from regrow.models.base import LanguageModel
 from regrow.torch_compat import StridedShard, foreach_divide, foreach_norm
 from regrow.trainer.config import AdamWConfig
+from regrow.trainer.rounded_adamw import RoundedAdamW
 from regrow.trainer.shards import like_parameter as _like
 from regrow.trainer.shards import local_part as _local
 
@@ -25,7 +26,14 @@ __all__ = ["AdamW", "Optimizer", "global_grad_norm"]
 
 
 class Optimizer(ABC):
-    """Updates a model's parameters in place from their gradients. Made from its config and the model."""
+    """Updates a model's parameters in place from their gradients. Made from its config and the model.
+
+    Attributes:
+        ROUNDS_STOCHASTICALLY: whether it can update bfloat16 parameters without losing what is small, for
+            `precision=bf16_params`: then it has `round_stochastically`.
+    """
+
+    ROUNDS_STOCHASTICALLY: ClassVar[bool] = False
 
     @staticmethod  # noqa: B027 (an optimizer may have nothing to check)
     def check(config: Any) -> None:
@@ -34,6 +42,14 @@ class Optimizer(ABC):
         Args:
             config: the section `optimizer`.
         """
+
+    def round_stochastically(self, seed: int) -> None:
+        """Called before the first step with `precision=bf16_params`, of those with `ROUNDS_STOCHASTICALLY` alone.
+
+        Args:
+            seed: the run's, of which every random bit must be a function, with the step and the element's place.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define round_stochastically")
 
     @abstractmethod
     def step(self, lr: float, grad_scale: Tensor, skip: Tensor) -> None:
@@ -60,18 +76,21 @@ class Optimizer(ABC):
 
 @final
 class AdamW(Optimizer):
-    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with torch's fused kernel.
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with torch's fused kernel, or rounding stochastically.
 
     Args:
         config: see `AdamWConfig`.
         model: its parameters must have their memory already.
     """
 
+    ROUNDS_STOCHASTICALLY = True
+
     def __init__(self, config: AdamWConfig, model: LanguageModel) -> None:
         self.check(config)
         self.config = config
         self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._decayed = {n: model.decays(n) for n in self._parameters}
+        self._rounded: RoundedAdamW | None = None
         with torch.no_grad():
             self._exp_avg = {n: torch.zeros_like(_local(p)) for n, p in self._parameters.items()}
             self._exp_avg_sq = {n: torch.zeros_like(_local(p)) for n, p in self._parameters.items()}
@@ -93,6 +112,9 @@ class AdamW(Optimizer):
             if not holds:
                 raise ConfigError(f"optimizer.{name} must be {rule}, but is {getattr(config, name)}; use {remedy}")
 
+    def round_stochastically(self, seed: int) -> None:
+        self._rounded = RoundedAdamW(self.config, self._parameters, seed)
+
     @torch.no_grad()
     def step(self, lr: float, grad_scale: Tensor, skip: Tensor) -> None:
         for decayed in (True, False):
@@ -102,6 +124,14 @@ class AdamW(Optimizer):
 
     def _step_group(self, names: list[str], lr: float, weight_decay: float, grad_scale: Tensor, skip: Tensor) -> None:
         grads = [p.grad for p in (self._parameters[n] for n in names) if p.grad is not None]
+        if self._rounded is not None:
+            own = [
+                (_local(self._parameters[n]), self._exp_avg[n], self._exp_avg_sq[n], _local(g))
+                for n, g in zip(names, grads, strict=True)
+            ]
+            steps = [self._steps[n] for n in names]
+            self._rounded.step(names, own, steps, lr=lr, weight_decay=weight_decay, grad_scale=grad_scale, skip=skip)
+            return
         if grads[0].dtype == torch.float64:
             # The fused kernel's scale is float32, which float64 gradients would notice.
             foreach_divide([_local(g) for g in grads], grad_scale)

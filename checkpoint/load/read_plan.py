@@ -135,5 +135,6 @@ def check_names(url: str, infos: Mapping[str, TensorInfo], tensors: Mapping[str,
             )
         if info.dtype != tensor.dtype:
             raise CheckpointError(
-                f"{name} in {url} is {info.dtype}, but the model's is {tensor.dtype}; convert the checkpoint first"
+                f"{name} in {url} is {info.dtype}, but the model's is {tensor.dtype}; go on in the precision that it "
+                "was saved with, or start a new run from it with checkpoint.initial_load_path, which converts"
             )

@@ -14,12 +14,14 @@ from regrow.checkpoint.policy.retention import KeepLatest, RetentionRule
 from regrow.checkpoint.policy.save import EveryNSteps, FirstStep, LastStep, OnStop, SavePolicy
 from regrow.checkpoint.storage.base import Storage
 from regrow.checkpoint.storage.opening import is_url, open_storage
+from regrow.errors import ConfigError
 from regrow.launch.config.resolve import checking, construct, resolve
 from regrow.launch.config.schema import Config
 from regrow.launch.run.hook_order import hook_order
 from regrow.launch.run.weights import OpenedWeights, open_weights
 from regrow.models.base import LanguageModel
 from regrow.models.hf import HfKey, family_of
+from regrow.trainer.config import PrecisionName
 from regrow.trainer.data.source import Source
 from regrow.trainer.hf_folder import HfExport
 from regrow.trainer.hook import Hook
@@ -95,12 +97,17 @@ def build_schedule(config: Config) -> Schedule:
 
 
 def check_optimizer(config: Config) -> None:
-    """Whether the optimizer's class takes its fields.
+    """Whether the optimizer's class takes its fields, and parameters of the run's precision.
 
     Raises:
         ConfigError: it does not.
     """
     kind = resolve(config.optimizer._target_, "optimizer", Optimizer)
+    if config.precision.name is PrecisionName.bf16_params and not kind.ROUNDS_STOCHASTICALLY:
+        raise ConfigError(
+            "optimizer must round stochastically with precision.name=bf16_params, where it would lose small updates, "
+            f"but {config.optimizer._target_} does not; use optimizer=adamw or precision=bf16"
+        )
     with checking():
         kind.check(config.optimizer)
 
@@ -111,7 +118,10 @@ def build_optimizer(config: Config, model: LanguageModel) -> Optimizer:
     Raises:
         ConfigError: bad fields.
     """
-    return construct(config.optimizer._target_, "optimizer", Optimizer, config.optimizer, model)
+    optimizer = construct(config.optimizer._target_, "optimizer", Optimizer, config.optimizer, model)
+    if config.precision.name is PrecisionName.bf16_params:
+        optimizer.round_stochastically(config.seed)
+    return optimizer
 
 
 def build_hooks(config: Config) -> list[Hook]:

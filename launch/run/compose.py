@@ -92,7 +92,7 @@ def _compose_model(spec: RankSpec, context: ParallelContext) -> ParallelModel:
         model_config=_decoder(config),
         parallel=config.parallel,
         train=config.train,
-        precision=config.precision.name,
+        precision=config.precision,
         sequences=data.global_batch_size,
     )
     initialise(parallel, context.device, config.seed, data.seq_len)
@@ -103,7 +103,8 @@ def _choose_kernels(spec: RankSpec, whole: LanguageModel, context: ParallelConte
     """Says what a CPU computes with; layouts that cut sequences or matrices, and float64, are there to be checked."""
     config, layout = spec.config, context.layout
     cut, name = layout.tp * layout.cp > 1, config.precision.name
-    plain = config.launch.kernels is Kernels.plain or config.train.compile or name is PrecisionName.fp64
+    measured = name in (PrecisionName.fp32, PrecisionName.bf16)
+    plain = config.launch.kernels is Kernels.plain or config.train.compile or not measured
     if plain or cut or context.device.type != "cpu":
         use_plain_operators()
         return

@@ -44,6 +44,7 @@ from regrow.trainer.data.token_store import TokenStore
 from regrow.trainer.data.windows import Windows
 from regrow.trainer.parallel.layout import Layout
 from regrow.trainer.parallel.rules import Batch, check_attention, check_layout
+from regrow.trainer.precision import change_parameters, check_precision
 
 __all__ = [
     "check_config",
@@ -153,7 +154,7 @@ def _check_checkpoint(config: CheckpointConfig) -> None:
 
 
 def check_parallel(config: Config, layout: Layout, device_type: str) -> None:
-    """Whether the degrees fit each other, the model and the batch.
+    """Whether the degrees fit each other, the model and the batch, and the precision the devices.
 
     Raises:
         ConfigError: naming field, rule, value and remedy.
@@ -172,6 +173,7 @@ def check_parallel(config: Config, layout: Layout, device_type: str) -> None:
         splits_backward=splits_backward(),
     )
     check_attention(config.model, config.precision.name, device_type)
+    check_precision(config.precision, device_type)
 
 
 def check_seed(environ: Mapping[str, str]) -> None:
@@ -339,9 +341,11 @@ def check_disk(config: Config, run_dir: Path) -> None:
     if not config.checkpoint.enable or config.checkpoint.load_only or is_url(config.checkpoint.folder):
         return
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in build_model(config).parameters())
-    # float32 weights and two moments, and a little for metadata.
-    needed = parameters * (4 if config.checkpoint.create_seed_checkpoint else 12) + (1 << 20)
+        model = build_model(config)
+    change_parameters(model, config.precision.name)
+    weights = sum(p.numel() * p.itemsize for p in model.parameters())
+    # Weights and two moments of the same type, and a little for metadata.
+    needed = weights * (1 if config.checkpoint.create_seed_checkpoint else 3) + (1 << 20)
     free = shutil.disk_usage(run_dir).free
     if needed > free:
         raise ConfigError(

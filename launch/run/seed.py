@@ -23,6 +23,7 @@ from regrow.launch.run.run_documents import begin_run
 from regrow.models.base import LanguageModel
 from regrow.models.init import fill_shard
 from regrow.trainer.data.token_store import TokenStore
+from regrow.trainer.precision import change_parameters
 
 __all__ = ["FirstWeights", "write_seed_checkpoint"]
 
@@ -91,6 +92,7 @@ def write_seed_checkpoint(spec: RankSpec) -> Outcome:
         return Outcome(kind="finished", step=0)
     with torch.device("meta"):
         model = build_model(spec.config)
+    change_parameters(model, spec.config.precision.name)
     manifest = Manifest(
         step=0,
         lineage=record.lineages[-1].id,

@@ -30,6 +30,7 @@ __all__ = [
     "efficient_attention_backward",
     "flash_attention",
     "flash_attention_backward",
+    "foreach_add",
     "foreach_divide",
     "foreach_norm",
     "functional_collectives",
@@ -38,6 +39,7 @@ __all__ = [
     "onednn_linear",
     "overlap_tensor_parallel",
     "reduce_scatter",
+    "scaled_product",
     "set_micro_batches",
     "softmax_gradient",
     "splits_backward",
@@ -65,11 +67,14 @@ ATTENTION_OPERATORS: tuple[Any, ...] = (
 )
 # What it takes differs: older ones know causal attention alone, newer ones ask whether heads are shared.
 _VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters)
+# A product of factors in 8 bits with their scales.
+scaled_product: Any = _aten._scaled_mm
 # A view whose source nobody else has, so that autograd need not know it as one.
 view_of_nothing_else: Any = _aten._unsafe_view
 softmax_gradient: Any = torch._softmax_backward_data
 foreach_norm: Any = torch._foreach_norm
 foreach_divide: Any = torch._foreach_div_
+foreach_add: Any = torch._foreach_add_
 
 # torch 2.13 has these two under new names and warns of the old ones.
 all_gather: Any = (

@@ -65,7 +65,7 @@ def shapes_of_rank(world: int, rank: int) -> tuple[dict[str, tuple[tuple[int, ..
         model_config=config.model,
         parallel=config.parallel,
         train=config.train,
-        precision=config.precision.name,
+        precision=config.precision,
         sequences=config.data.global_batch_size,
     )
     boxes = {}

@@ -77,7 +77,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "prompt": (["hooks=default", "hooks.sample.prompts=['']"], r"hooks.sample.prompts must hold texts, but one is empty"),
     "other shape": (["checkpoint.initial_load_path=outputs/a", "run.name=b", "model.dim=64"],
                     r"tok_embeddings.weight in outputs/a/checkpoint/step-4 has shape \(320, 32\), but the model's has \(320, 64\)"),
-    "another precision": (["precision=fp16"], r"precision must be one of bf16, fp32, fp64, but is 'fp16'; choose one of them$"),
+    "another precision": (["precision=fp16"], r"precision must be one of bf16, bf16_params, fp32, fp64, fp8, but is 'fp16'; choose one of them$"),
     "misspelt group": (["modle=llama3_1b"], r"modle is not a field; did you mean model\?"),
     "field without its section": (["prompts=hello"], r"prompts is not a field; did you mean hooks.sample.prompts\?"),
     "field of another choice": (["model.path=x"], r"model.path is a field of model=from_hf alone; add model=from_hf"),

@@ -17,18 +17,24 @@ import torch.utils.checkpoint
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from regrow.checkpoint.format.layout import local_box
 from regrow.models.base import LanguageModel
 from regrow.models.config import DecoderConfig
 from regrow.models.cpu import CPU_PRODUCTS
 from regrow.models.init import fill_shard
 from regrow.models.layers import Attention
 from regrow.models.moe import MixtureOfExperts
-from regrow.torch_compat import ATTENTION_OPERATORS, overlap_tensor_parallel
-from regrow.trainer.config import ActivationCheckpoint, ContextMethod, ParallelConfig, PrecisionName, TrainConfig
+from regrow.torch_compat import ATTENTION_OPERATORS, overlap_tensor_parallel, scaled_product
+from regrow.trainer.config import (
+    ActivationCheckpoint,
+    ContextMethod,
+    ParallelConfig,
+    PrecisionConfig,
+    PrecisionName,
+    TrainConfig,
+)
 from regrow.trainer.parallel.attention import AttentionPlan, plan_attention
 from regrow.trainer.parallel.context import ParallelContext
 from regrow.trainer.parallel.expert import apply_expert_parallel, set_auxiliary_loss
@@ -36,11 +42,10 @@ from regrow.trainer.parallel.heads import kv_heads_per_rank
 from regrow.trainer.parallel.sequence import ContextGroup, apply_context_parallel
 from regrow.trainer.parallel.stages import StagePlan, plan_stages
 from regrow.trainer.parallel.tensor import TensorGroup, apply_tensor_parallel, shared_parameters, tie
+from regrow.trainer.precision import change_precision, compute_dtype, gather_small
+from regrow.trainer.shards import local_part, shard_offset
 
 __all__ = ["ParallelModel", "initialise", "local_shard", "parallelise", "reshard"]
-
-# Of the activations, where they are not bfloat16.
-_DTYPES = {PrecisionName.fp32: torch.float32, PrecisionName.fp64: torch.float64}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +81,7 @@ def parallelise(
     model_config: DecoderConfig,
     parallel: ParallelConfig,
     train: TrainConfig,
-    precision: PrecisionName,
+    precision: PrecisionConfig,
     sequences: int,
 ) -> ParallelModel:
     """Takes this rank's part of a model made on the meta device, and changes it in place.
@@ -87,12 +92,11 @@ def parallelise(
         model_config: the model's.
         parallel: options of the degrees.
         train: activation checkpointing and compilation.
-        precision: of the computation.
+        precision: of parameters and computation.
         sequences: of an optimizer step, over all ranks.
     """
     layout = context.layout
-    if precision is PrecisionName.fp64:
-        whole.to(torch.float64)
+    change_precision(whole, precision, device_type=context.device.type, tp=layout.tp)
     names = frozenset(n for n, _ in whole.named_parameters()) | _stored_buffers(whole)
     stages = plan_stages(parallel, layout.pp, model_config.n_layers, context.coordinate("pp"))
     model, parts = _take_stages(whole, stages)
@@ -100,7 +104,7 @@ def parallelise(
     attention = plan_attention(
         model,
         model_config,
-        _DTYPES.get(precision, torch.bfloat16),
+        compute_dtype(precision.name),
         _sequence_method(context, parallel, model_config) if layout.cp > 1 else None,
         accelerator=context.device.type != "cpu",
     )
@@ -119,7 +123,7 @@ def parallelise(
     if context.world_size > 1:
         for part in parts:
             _shard(part, context, precision)
-    elif precision is PrecisionName.bf16:
+    elif compute_dtype(precision.name) is torch.bfloat16:
         # As FSDP's mixed precision does it among several ranks, without its copies.
         model.compute_dtype = torch.bfloat16
     return ParallelModel(
@@ -191,6 +195,7 @@ _KEPT = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
+    scaled_product.default,
     *ATTENTION_OPERATORS,
     *CPU_PRODUCTS,
 }
@@ -221,10 +226,10 @@ def _attention_of_mixture(block: nn.Module) -> nn.Module | None:
     return next((m for m in block.modules() if isinstance(m, Attention)), None)
 
 
-def _shard(part: LanguageModel, context: ParallelContext, precision: PrecisionName) -> None:
+def _shard(part: LanguageModel, context: ParallelContext, precision: PrecisionConfig) -> None:
     """FSDP2 with a unit per block and one for its experts; HSDP with replicas, DDP where nothing is sharded."""
-    compute = torch.bfloat16 if precision is PrecisionName.bf16 else None
-    reduce = None if precision is PrecisionName.fp64 else torch.float32
+    compute = torch.bfloat16 if compute_dtype(precision.name) is torch.bfloat16 else None
+    reduce = None if precision.name is PrecisionName.fp64 else torch.float32
     # Tables of positions go into the blocks in float32 and must stay so.
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce, cast_forward_inputs=False)
     # Under a pipeline many micro-batches pass a stage one after the other; what is gathered stays for all of them.
@@ -232,6 +237,7 @@ def _shard(part: LanguageModel, context: ParallelContext, precision: PrecisionNa
     reshard_after = None if context.layout.pp == 1 else False
     mesh = _data_mesh(context.meshes.dense, "fsdp")
     for block in part.blocks():
+        gather_small(block, precision, context.meshes.dense["fsdp"].size())
         for module in block.modules():
             if isinstance(module, MixtureOfExperts):
                 experts = _data_mesh(context.meshes.experts, "efsdp")
@@ -300,7 +306,4 @@ def initialise(parallel: ParallelModel, device: torch.device, seed: int, length:
 
 def local_shard(parameter: nn.Parameter) -> tuple[torch.Tensor, tuple[int, ...]]:
     """This rank's part of a parameter, and where it begins in the whole."""
-    if not isinstance(parameter, DTensor):
-        return parameter, (0,) * parameter.ndim
-    _, offset = local_box(parameter.shape, parameter.device_mesh, parameter.placements)
-    return parameter.to_local(), offset
+    return local_part(parameter), shard_offset(parameter)

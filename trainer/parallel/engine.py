@@ -13,6 +13,7 @@ from regrow.models.config import DecoderConfig
 from regrow.models.moe import MixtureOfExperts
 from regrow.trainer.config import PipelineSchedule, PrecisionName
 from regrow.trainer.data.loader import IGNORE, MicroBatch
+from regrow.trainer.gradient_sum import GradientSum
 from regrow.trainer.optimizer import global_grad_norm
 from regrow.trainer.parallel.apply import ParallelModel, reshard
 from regrow.trainer.parallel.context import ParallelContext
@@ -21,15 +22,10 @@ from regrow.trainer.parallel.pipeline import Pipeline, StageInput
 from regrow.trainer.parallel.sequence_chunks import positions_of
 from regrow.trainer.parallel.stages import SPLIT_BACKWARD
 from regrow.trainer.parallel.vocabulary import VocabularyShard
+from regrow.trainer.precision import compute_dtype
 from regrow.trainer.reduction import StepReduction
 
 __all__ = ["Engine"]
-
-_COMPUTE = {
-    PrecisionName.fp32: torch.float32,
-    PrecisionName.bf16: torch.bfloat16,
-    PrecisionName.fp64: torch.float64,
-}
 
 
 @final
@@ -61,6 +57,8 @@ class Engine:
         # Parameters that lie on the first stage and on the last, each with a gradient of its own.
         self._tied_apart = parallel.model.tied_parameters() if context.layout.pp > 1 else ()
         self._mixtures = [m for m in parallel.model.modules() if isinstance(m, MixtureOfExperts)]
+        bf16 = precision is PrecisionName.bf16_params
+        self._sums = GradientSum(list(self._parameters.values())) if bf16 else None
         self._losses: list[Tensor] = []
         self._busiest: Tensor | None = None
         self._tokens = 1
@@ -82,8 +80,8 @@ class Engine:
                 context.meshes.data.get_group("pp"),
                 context.device,
                 hidden_shape=self._hidden_shape,
-                result=lambda tokens: self._loss.result_of(self._logits_shape(tokens), _COMPUTE[precision]),
-                dtype=_COMPUTE[precision],
+                result=lambda tokens: self._loss.result_of(self._logits_shape(tokens), compute_dtype(precision)),
+                dtype=compute_dtype(precision),
                 loss=self._pipeline_loss,
             )
 
@@ -116,12 +114,17 @@ class Engine:
             seed(0)
             self._pipeline.train([self._with_loss(*self._inputs(m)) for m in micro_batches])
         else:
+            sums = self._sums if len(micro_batches) > 1 else None
             for index, micro_batch in enumerate(micro_batches):
                 seed(index)
                 given, options, labels = self._with_loss(*self._inputs(micro_batch))
                 loss = self._loss.of(self.model(given, **options), labels)
                 (loss / tokens).backward()  # type: ignore[no-untyped-call]
                 self._losses.append(loss.detach())
+                if sums is not None:
+                    sums.take()
+            if sums is not None:
+                sums.give()
         if self._reports:
             for loss in self._losses:
                 total += loss

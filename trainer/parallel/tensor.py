@@ -65,6 +65,13 @@ def local(parameter: Tensor) -> Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
+def product(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    """`x @ weight.T` as the module multiplies; torch's own layers have no way of their own."""
+    own = getattr(module, "product", F.linear)
+    out: Tensor = own(x, weight)
+    return out
+
+
 _JOINED: dict[tuple[type, type], type] = {}
 
 
@@ -93,7 +100,7 @@ class _ColwiseLinear(nn.Module):
     weight: nn.Parameter
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, local(self.weight))
+        return product(self, x, local(self.weight))
 
 
 class _SharedKvHeads(nn.Module):
@@ -110,7 +117,7 @@ class _SharedKvHeads(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, heads = copy_to(local(self.weight), self.tensor_group.name), self.kv_heads
-        out = F.linear(x, weight.narrow(0, heads.first * self.head_dim, heads.count * self.head_dim))
+        out = product(self, x, weight.narrow(0, heads.first * self.head_dim, heads.count * self.head_dim))
         if heads.repeats == tuple(range(heads.count)):
             return out
         parts = torch.split(out, self.head_dim, dim=-1)
@@ -122,7 +129,7 @@ class _RowwiseLinear(nn.Module):
     tensor_group: TensorGroup
 
     def forward(self, x: Tensor) -> Tensor:
-        return _leave(F.linear(x, local(self.weight)), self.tensor_group)
+        return _leave(product(self, x, local(self.weight)), self.tensor_group)
 
 
 class SplitOutput(nn.Module):
@@ -136,7 +143,7 @@ class SplitOutput(nn.Module):
         return _enter(x, self.tensor_group), local(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(*self.operands(x))
+        return product(self, *self.operands(x))
 
 
 class _Vocabulary(nn.Module):
