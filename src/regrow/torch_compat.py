@@ -36,6 +36,7 @@ __all__ = [
     "overlap_tensor_parallel",
     "reduce_scatter",
     "set_micro_batches",
+    "silu_gradient",
     "softmax_gradient",
     "splits_backward",
     "view_of_nothing_else",
@@ -60,6 +61,7 @@ ATTENTION_OPERATORS: tuple[Any, ...] = (
 # A view whose source nobody else has, so that autograd need not know it as one.
 view_of_nothing_else: Any = _aten._unsafe_view
 softmax_gradient: Any = torch._softmax_backward_data
+silu_gradient: Any = _aten.silu_backward.default
 foreach_norm: Any = torch._foreach_norm
 foreach_divide: Any = torch._foreach_div_
 
@@ -78,8 +80,11 @@ def onednn_linear() -> Any:
 
 
 def is_in_backward() -> bool:
-    """Whether a backward pass runs on this thread, for instance one that computes a block again."""
-    return bool(torch._C._current_graph_task_id() != -1)
+    """Whether a backward pass runs on this thread, for instance one that computes a block again.
+
+    What is compiled has no second pass: the compiler leaves what changes a buffer out of what is computed again.
+    """
+    return not torch.compiler.is_compiling() and bool(torch._C._current_graph_task_id() != -1)
 
 
 def splits_backward() -> bool:

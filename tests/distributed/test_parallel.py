@@ -170,6 +170,14 @@ def test_batches_that_do_not_divide_and_the_auxiliary_loss(corpus: Path, tmp_pat
     compare(corpus, tmp_path, 4, "moe", layouts, LIMITS, *overrides)
 
 
+def test_shared_experts_and_groups_of_experts(corpus: Path, tmp_path: Path) -> None:
+    """As DeepSeek-V3 routes: scores by themselves, groups first, and experts that see every token."""
+    overrides = ["model.score_func=sigmoid", "model.n_shared_experts=2", "model.n_expert_groups=2",
+                 "model.topk_groups=1", "model.route_scale=2.5", "model.n_layers=2"]  # fmt: skip
+    layouts = ["tp=2", "tp=2 ep=2 sequence_parallel=false", "dp_shard=2 ep=2", "pp=2"]
+    compare(corpus, tmp_path, 2, "moe", layouts, LIMITS, *overrides)
+
+
 def test_a_large_vocabulary_and_wide_matrices(corpus: Path, tmp_path: Path) -> None:
     wide = ["model.vocab_size=32000", "model.dim=512", "model.n_layers=1", "model.ffn_dim=256", "data.seq_len=8",
             "model.tied_embeddings=true", "data.global_batch_size=2", "train.steps=2"]  # fmt: skip
