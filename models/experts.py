@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regrow.torch_compat import silu_gradient
+from regrow.torch_compat import grouped_product, silu_gradient
 
-__all__ = ["Experts"]
+__all__ = ["EXPERT_PRODUCTS", "Experts"]
 
 
 class Experts(nn.Module):
@@ -67,13 +67,14 @@ def _grouped(x_RI: Tensor, w_EOI: Tensor, ends_E: Tensor) -> Tensor:
     if x_RI.shape[0] == 0:
         # No rows: a result through which input and weights still get a gradient, zero.
         return x_RI @ w_EOI[0].T
-    if x_RI.dtype == torch.float64:
+    if x_RI.dtype == torch.float64 or (x_RI.dtype != torch.bfloat16 and torch.compiler.is_compiling()):
         out: Tensor = _exact_product(x_RI, w_EOI, ends_E)
         return out
     return F.grouped_mm(x_RI, w_EOI.transpose(1, 2), offs=ends_E)
 
 
-# The grouped product knows no float64, which is there to check numerics; the host may look then.
+# torch's grouped product knows no float64, and compiled bfloat16 alone. Other dtypes are there to check numerics:
+# the host may look then, as it does in torch's own product of them.
 
 
 def _parts(x_RI: Tensor, ends_E: Tensor) -> list[Tensor]:
@@ -113,3 +114,6 @@ def _differentiate(ctx: Any, grad_RO: Tensor) -> tuple[Tensor, Tensor, None]:
 
 
 _exact_product.register_autograd(_differentiate, setup_context=_keep)
+
+# Operators whose results are expensive to compute again.
+EXPERT_PRODUCTS: tuple[Any, ...] = (grouped_product, torch.ops.regrow.exact_grouped_product.default)

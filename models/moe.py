@@ -96,7 +96,7 @@ class Router(nn.Module):
 
     def _of_best_groups(self, biased_SE: Tensor) -> Tensor:
         """The scores, with minus infinity for experts of other groups."""
-        biased_SGE = biased_SE.unflatten(1, (self.groups, -1))
+        biased_SGE = biased_SE.view(len(biased_SE), self.groups, -1)
         best_SG = biased_SGE.topk(min(2, biased_SGE.shape[2]), dim=-1).values.sum(-1)
         chosen_SG = best_SG.topk(self.top_groups, dim=-1).indices
         other_SG = torch.ones_like(best_SG, dtype=torch.bool).scatter(1, chosen_SG, value=False)
@@ -182,7 +182,7 @@ class MixtureOfExperts(nn.Module):
         routed = self.route(x_BTD, valid_BT)
         # A backward pass that computes the block again must not count a second time.
         if routed.counts_E is not None and not is_in_backward():
-            self.load += routed.counts_E
+            self.load.add_(routed.counts_E)
         out_RD = self.run_experts(routed.rows_RD, routed.weights_R, routed.order.ends_E, self.experts)
         return self.combine(out_RD, routed.order, routed.loss).view(x_BTD.shape)
 

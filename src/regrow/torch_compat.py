@@ -31,6 +31,7 @@ __all__ = [
     "foreach_divide",
     "foreach_norm",
     "functional_collectives",
+    "grouped_product",
     "is_in_backward",
     "onednn_linear",
     "overlap_tensor_parallel",
@@ -61,6 +62,8 @@ ATTENTION_OPERATORS: tuple[Any, ...] = (
 # A view whose source nobody else has, so that autograd need not know it as one.
 view_of_nothing_else: Any = _aten._unsafe_view
 softmax_gradient: Any = torch._softmax_backward_data
+# What `grouped_mm` becomes.
+grouped_product: Any = _aten._grouped_mm.default
 silu_gradient: Any = _aten.silu_backward.default
 foreach_norm: Any = torch._foreach_norm
 foreach_divide: Any = torch._foreach_div_

@@ -18,11 +18,11 @@ from regrow.models.moe import Experts, MixtureOfExperts
 from regrow.trainer.parallel.collectives import all_reduce_no_grad, all_to_all, all_to_all_no_grad
 from regrow.trainer.parallel.tensor import distribute_parameters, local, mix_in
 
-__all__ = ["apply_expert_parallel", "set_auxiliary_loss", "sizes_on_host"]
+__all__ = ["LocalExperts", "apply_expert_parallel", "set_auxiliary_loss", "sizes_on_host"]
 
 
-class _LocalExperts(nn.Module):
-    """Experts whose weights may be DTensors."""
+class LocalExperts(nn.Module):
+    """Some of all experts, their weights DTensors."""
 
     w1: nn.Parameter
     w2: nn.Parameter
@@ -66,7 +66,7 @@ def apply_expert_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
     for module in model.modules():
         if isinstance(module, MixtureOfExperts):
             distribute_parameters(module.experts, mesh, Shard(0))
-            mix_in(module.experts, _LocalExperts)
+            mix_in(module.experts, LocalExperts)
             module.run_experts = exchange
 
 

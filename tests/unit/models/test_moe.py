@@ -1,5 +1,7 @@
 """Mixtures of experts: rows there and back, routing, results of a loop over tokens, and the memory that they take."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -161,7 +163,8 @@ def changes(profiled: profile) -> list[int]:
     """Bytes that each allocation took, and each release gave back (negative)."""
     assert profiled.profiler is not None
     assert profiled.profiler.kineto_results is not None
-    return [e.nbytes() for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events: list[Any] = profiled.profiler.kineto_results.events()
+    return [e.nbytes() for e in events if e.name() == "[memory]"]
 
 
 @pytest.mark.parametrize(("d", "f"), [(128, 64), (64, 128), (256, 32)])
