@@ -174,9 +174,9 @@ def test_what_a_mixture_holds_in_memory(d: int, f: int) -> None:
     moe = mixture(config, torch.float32)
     tokens, rows = 2000, 2000 * config.experts_per_token
     x, grad = torch.randn(1, tokens, d, requires_grad=True), torch.randn(1, tokens, d)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as forward:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as forward:
         out = moe(x, None)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as backward:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as backward:
         out.backward(grad)
     kept = sum(changes(forward))
     whole = [*changes(forward), *changes(backward)]
