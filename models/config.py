@@ -92,7 +92,7 @@ class DecoderConfig(ModelConfig):
 
     @property
     def ffn_dim(self) -> int:
-        """Width of the dense feed-forward layers; 0 where there are none. A dense family has a field of this name."""
+        """Width of the layers that see every token; 0 where there are none. A dense family has this as a field."""
         return 0
 
     def check_dimensions(self, *others: str) -> None:

@@ -1,31 +1,39 @@
 """A mixture of experts without capacity limits: every token reaches the experts that its router chose.
 
-Shapes: B batch, T positions, D model width, S = B·T tokens, E experts, C experts per token, R = S·C,
-F an expert's width.
+Shapes: B batch, T positions, D model width, S = B·T tokens, E experts, G groups of experts, C experts per token,
+R = S·C rows, F an expert's width.
+
+Memory, in elements, beside weights and their gradients: between forward and backward pass `R · (D + 3 F)` are kept,
+the rows that the experts got and three activations; at the peak there are `R · max(2 D + 4 F, D + 6 F, 3 D + 2 F)`.
+The router has `S · E`, and the tokens' own rows are `S · D`.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from regrow.models.dispatch import Order, order_by_expert, sum_rows, take_choices, take_rows
+from regrow.models.experts import Experts
+from regrow.models.layers import Attention, FeedForward, RMSNorm, Rotation
 from regrow.models.linear import Linear
+from regrow.models.mixture_config import Balance, MixtureConfig, ScoreFunction
 from regrow.torch_compat import is_in_backward
 
-__all__ = ["Experts", "MixtureOfExperts", "Router", "add_loss"]
+__all__ = ["Experts", "MixtureBlock", "MixtureOfExperts", "Router", "add_loss"]
 
 
 class _AddLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
-        ctx.like = loss.detach()
+        ctx.save_for_backward(loss)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return grad, torch.ones_like(ctx.like)
+        (loss,) = ctx.saved_tensors
+        return grad, torch.ones_like(loss)
 
 
 def add_loss(x: Tensor, loss: Tensor) -> Tensor:
@@ -35,110 +43,133 @@ def add_loss(x: Tensor, loss: Tensor) -> Tensor:
 
 
 class Router(nn.Module):
-    """Chooses each token's experts: softmax over all, the best C by score plus bias, weighted by score."""
+    """Chooses each token's experts: the best C by score plus bias, weighted by score.
 
-    def __init__(self, dim: int, n_experts: int, per_token: int, *, normalise: bool) -> None:
+    With groups, the best groups are chosen first, each by the sum of its two best scores plus biases (DeepSeek-V3,
+    arXiv:2412.19437, 2.1.2, and its published code).
+
+    Args:
+        dim: D.
+        n_experts: E.
+        per_token: C.
+        normalise: whether a token's weights sum to 1, before `scale`.
+        score: of a logit.
+        groups: G, a divisor of E.
+        top_groups: how many groups a token may choose from.
+        scale: factor of the weights.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        n_experts: int,
+        per_token: int,
+        *,
+        normalise: bool,
+        score: ScoreFunction = ScoreFunction.softmax,
+        groups: int = 1,
+        top_groups: int = 1,
+        scale: float = 1.0,
+    ) -> None:
         super().__init__()
-        self.per_token, self.normalise = per_token, normalise
+        self.per_token, self.normalise, self.score = per_token, normalise, score
+        self.groups, self.top_groups, self.scale = groups, top_groups, scale
         self.gate = Linear(dim, n_experts)
 
     def forward(self, x_SD: Tensor, bias_E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scores of all experts `(S, E)`, and weights and numbers of the chosen ones `(S, C)`."""
         logits_SE = self.gate(x_SD)
-        scores_SE = logits_SE.to(torch.promote_types(logits_SE.dtype, torch.float32)).softmax(-1)
-        chosen_SC = (scores_SE.detach() + bias_E).topk(self.per_token, dim=-1).indices
+        logits_SE = logits_SE.to(torch.promote_types(logits_SE.dtype, torch.float32))
+        scores_SE = logits_SE.softmax(-1) if self.score is ScoreFunction.softmax else logits_SE.sigmoid()
+        biased_SE = scores_SE.detach() + bias_E
+        if self.top_groups < self.groups:
+            biased_SE = self._of_best_groups(biased_SE)
+        chosen_SC = biased_SE.topk(self.per_token, dim=-1).indices
         weights_SC = scores_SE.gather(1, chosen_SC)
         if self.normalise:
-            weights_SC = weights_SC / weights_SC.sum(-1, keepdim=True)
+            sums_S1 = weights_SC.sum(-1, keepdim=True)
+            # A softmax' best are never all zero.
+            weights_SC = weights_SC / (sums_S1 if self.score is ScoreFunction.softmax else sums_S1.clamp(min=1e-20))
+        if self.scale != 1.0:
+            weights_SC = weights_SC * self.scale
         return scores_SE, weights_SC, chosen_SC
 
-
-class Experts(nn.Module):
-    """SwiGLU experts, their weights stacked: `w1` and `w3` `(E, F, D)`, `w2` `(E, D, F)`."""
-
-    def __init__(self, dim: int, ffn_dim: int, n_experts: int) -> None:
-        super().__init__()
-        self.w1 = nn.Parameter(torch.empty(n_experts, ffn_dim, dim))
-        self.w2 = nn.Parameter(torch.empty(n_experts, dim, ffn_dim))
-        self.w3 = nn.Parameter(torch.empty(n_experts, ffn_dim, dim))
-
-    def forward(self, x_SD: Tensor, expert_S: Tensor) -> Tensor:
-        """Runs rows that are sorted by expert; `expert_S` holds each row's expert, in any order."""
-        return self.compute(x_SD, expert_S, self.w1, self.w2, self.w3)
-
-    @staticmethod
-    def compute(x_SD: Tensor, expert_S: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
-        """The same with given weights."""
-        ends_E = torch.bincount(expert_S, minlength=w1.shape[0]).cumsum(0).to(torch.int32)
-        gate_SF = _grouped(x_SD, w1, ends_E)
-        return _grouped(F.silu(gate_SF) * _grouped(x_SD, w3, ends_E), w2, ends_E)
+    def _of_best_groups(self, biased_SE: Tensor) -> Tensor:
+        """The scores, with minus infinity for experts of other groups."""
+        biased_SGE = biased_SE.view(len(biased_SE), self.groups, -1)
+        best_SG = biased_SGE.topk(min(2, biased_SGE.shape[2]), dim=-1).values.sum(-1)
+        chosen_SG = best_SG.topk(self.top_groups, dim=-1).indices
+        other_SG = torch.ones_like(best_SG, dtype=torch.bool).scatter(1, chosen_SG, value=False)
+        return biased_SGE.masked_fill(other_SG[..., None], -torch.inf).flatten(1)
 
 
-def _grouped(x_SI: Tensor, w_EOI: Tensor, ends_E: Tensor) -> Tensor:
-    w_EOI = w_EOI.to(x_SI.dtype)
-    if x_SI.shape[0] == 0:
-        # No rows: a result through which input and weights still get a gradient, zero.
-        return x_SI @ w_EOI[0].T
-    if x_SI.dtype == torch.float64:
-        # The grouped product knows no float64, which is there to check numerics.
-        starts = [0, *ends_E.tolist()]
-        return torch.cat([x_SI[a:b] @ w.T for a, b, w in zip(starts, starts[1:], w_EOI, strict=False)])
-    return F.grouped_mm(x_SI, w_EOI.transpose(1, 2), offs=ends_E)
+class Routed(NamedTuple):
+    """What a mixture does with its tokens, before the experts.
+
+    Attributes:
+        rows_RD: the tokens' rows, sorted by expert.
+        weights_R: of each row, float32 or better.
+        order: of the rows.
+        counts_E: tokens that count and chose each expert, int64; None outside of training.
+        loss: this rank's part of the balancing loss, None without one.
+    """
+
+    rows_RD: Tensor
+    weights_R: Tensor
+    order: Order
+    counts_E: Tensor | None
+    loss: Tensor | None
 
 
-# Rows, each row's expert and the experts' module to the experts' results, row by row.
-RunExperts = Callable[[Tensor, Tensor, nn.Module], Tensor]
+# The experts' results of rows that are sorted by expert: of rows, their weights, where each expert's end, and the
+# experts' module.
+RunExperts = Callable[[Tensor, Tensor, Tensor, nn.Module], Tensor]
 
 
-def run_experts(x_SD: Tensor, expert_S: Tensor, experts: nn.Module) -> Tensor:
-    """Sorts rows by expert, runs them, and puts the results back."""
-    order_S = expert_S.argsort(stable=True)
-    out_SD = experts(x_SD[order_S], expert_S)
-    return torch.empty_like(out_SD).index_copy(0, order_S, out_SD)
+def _run_here(rows_RD: Tensor, weights_R: Tensor, ends_E: Tensor, experts: nn.Module) -> Tensor:
+    out_RD: Tensor = experts(rows_RD, weights_R, ends_E)
+    return out_RD
 
 
 class MixtureOfExperts(nn.Module):
     """Router and experts.
 
     Args:
-        dim: D.
-        ffn_dim: F.
-        n_experts: E.
-        per_token: C.
-        normalise: whether a token's weights sum to 1.
-        bias_update_speed: what the bias of an expert changes by after a step; 0 leaves it alone.
-        auxiliary: coefficient of the balancing loss (DeepSeek-V3, arXiv:2412.19437, eq. 17 to 20), which is a mean
-            over sequences; 0 for none.
+        config: of the model; `auxiliary_coefficient` weighs the balancing loss (DeepSeek-V3, arXiv:2412.19437, eq. 17
+            to 20), which is a mean over sequences.
 
     Attributes:
         expert_bias: added to the scores where experts are chosen, float32 `(E,)`.
         load: tokens that chose each expert in training since it was set to 0, int64 `(E,)`.
+        bias_update_speed: what the bias of an expert changes by after a step; 0 leaves it alone.
         loss_scale: what the auxiliary loss of one sequence counts, 1 / sequences of a step.
         sum_counts: sums counts over the ranks that share a sequence.
+        run_experts: here, or on the ranks that hold the experts.
     """
 
     expert_bias: Tensor
     load: Tensor
 
-    def __init__(
-        self,
-        dim: int,
-        ffn_dim: int,
-        n_experts: int,
-        per_token: int,
-        *,
-        normalise: bool,
-        bias_update_speed: float,
-        auxiliary: float,
-    ) -> None:
+    def __init__(self, config: MixtureConfig) -> None:
         super().__init__()
-        self.auxiliary, self.bias_update_speed, self.n_experts = auxiliary, bias_update_speed, n_experts
-        self.router = Router(dim, n_experts, per_token, normalise=normalise)
-        self.experts = Experts(dim, ffn_dim, n_experts)
-        self.register_buffer("expert_bias", torch.empty(n_experts, dtype=torch.float32))
-        self.register_buffer("load", torch.empty(n_experts, dtype=torch.int64), persistent=False)
+        self.n_experts = config.n_experts
+        self.auxiliary = config.auxiliary_coefficient if config.balance is Balance.auxiliary else 0.0
+        self.bias_update_speed = config.bias_update_speed if config.balance is Balance.bias else 0.0
+        self.router = Router(
+            config.dim,
+            config.n_experts,
+            config.experts_per_token,
+            normalise=config.norm_topk_prob,
+            score=config.score_func,
+            groups=config.n_expert_groups,
+            top_groups=config.topk_groups,
+            scale=config.route_scale,
+        )
+        self.experts = Experts(config.dim, config.expert_ffn_dim, config.n_experts)
+        self.register_buffer("expert_bias", torch.empty(config.n_experts, dtype=torch.float32))
+        self.register_buffer("load", torch.empty(config.n_experts, dtype=torch.int64), persistent=False)
         self.loss_scale = 1.0
-        self.run_experts: RunExperts = run_experts
+        self.run_experts: RunExperts = _run_here
         self.sum_counts: Callable[[Tensor], Tensor] = lambda counts: counts
 
     def init_buffers(self, device: torch.device) -> None:
@@ -148,27 +179,36 @@ class MixtureOfExperts(nn.Module):
         self.load = torch.zeros(self.n_experts, dtype=torch.int64, device=device)
 
     def forward(self, x_BTD: Tensor, valid_BT: Tensor | None) -> Tensor:
+        routed = self.route(x_BTD, valid_BT)
+        # A backward pass that computes the block again must not count a second time.
+        if routed.counts_E is not None and not is_in_backward():
+            self.load.add_(routed.counts_E)
+        out_RD = self.run_experts(routed.rows_RD, routed.weights_R, routed.order.ends_E, self.experts)
+        return self.combine(out_RD, routed.order, routed.loss).view(x_BTD.shape)
+
+    def route(self, x_BTD: Tensor, valid_BT: Tensor | None) -> Routed:
+        """Everything before the experts."""
         x_SD = x_BTD.flatten(0, 1)
         scores_SE, weights_SC, chosen_SC = self.router(x_SD, self.expert_bias)
-        per_token = chosen_SC.shape[1]
-        # A backward pass that computes the block again must not count a second time.
-        if self.training and not is_in_backward():
-            self._count(chosen_SC, valid_BT)
-        rows_RD = x_SD.repeat_interleave(per_token, dim=0)
-        out_RD = self.run_experts(rows_RD, chosen_SC.flatten(), self.experts)
-        out_SCD = out_RD.view(-1, per_token, x_SD.shape[1])
-        out_SD: Tensor = (out_SCD * weights_SC.to(out_SCD.dtype)[..., None]).sum(1)
-        out_BTD = out_SD.view(x_BTD.shape)
+        order = order_by_expert(chosen_SC, self.n_experts)
+        counts_E = self._counts(chosen_SC, valid_BT) if self.training else None
+        loss = None
         if self.auxiliary > 0 and self.training:
-            out_BTD = add_loss(out_BTD, self._balance_loss(scores_SE, chosen_SC, x_BTD.shape[:2], valid_BT))
-        return out_BTD
+            loss = self._balance_loss(scores_SE, chosen_SC, x_BTD.shape[:2], valid_BT)
+        return Routed(take_rows(x_SD, order), take_choices(weights_SC, order), order, counts_E, loss)
+
+    def combine(self, out_RD: Tensor, order: Order, loss: Tensor | None) -> Tensor:
+        """Everything after the experts: `(S, D)`."""
+        out_SD = sum_rows(out_RD, order)
+        return out_SD if loss is None else add_loss(out_SD, loss)
 
     @torch.no_grad()
-    def _count(self, chosen_SC: Tensor, valid_BT: Tensor | None) -> None:
-        counts = torch.ones_like(chosen_SC)
+    def _counts(self, chosen_SC: Tensor, valid_BT: Tensor | None) -> Tensor:
+        ones_SC = torch.ones_like(chosen_SC)
         if valid_BT is not None:
-            counts *= valid_BT.reshape(-1, 1)
-        self.load.scatter_add_(0, chosen_SC.flatten(), counts.flatten())
+            ones_SC = ones_SC * valid_BT.reshape(-1, 1)
+        zeros_E = torch.zeros(self.n_experts, dtype=torch.int64, device=chosen_SC.device)
+        return zeros_E.scatter_add(0, chosen_SC.flatten(), ones_SC.flatten())
 
     def _balance_loss(
         self, scores_SE: Tensor, chosen_SC: Tensor, shape: torch.Size, valid_BT: Tensor | None
@@ -187,3 +227,35 @@ class MixtureOfExperts(nn.Module):
         shares_BTE = (scores_SE / scores_SE.sum(-1, keepdim=True)).view(batch, length, -1)
         means_BE = (shares_BTE * counted_BT[..., None]).sum(1) / tokens_B1
         return self.auxiliary * self.loss_scale * (fractions_BE * means_BE).sum()
+
+
+class MixtureBlock(nn.Module):
+    """One pre-norm layer whose feed-forward part is a mixture of experts, beside experts that see every token.
+
+    Args:
+        config: of the model.
+        rotate: applies RoPE.
+        qk_norm: whether queries and keys are normalised per head.
+    """
+
+    def __init__(self, config: MixtureConfig, rotate: Rotation, *, qk_norm: bool) -> None:
+        super().__init__()
+        self.attention = Attention(config, rotate, qk_norm=qk_norm)
+        self.moe = MixtureOfExperts(config)
+        # Not within the mixture, whose tokens tensor parallelism splits over ranks.
+        self.shared_experts = FeedForward(config.dim, config.ffn_dim) if config.n_shared_experts else None
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+
+    def forward(self, x_BTD: Tensor, rope_TR: Tensor, mask: Tensor | None, valid_BT: Tensor | None) -> Tensor:
+        h_BTD, normed_BTD = self.before_mixture(x_BTD, rope_TR, mask)
+        out: Tensor = h_BTD + self.moe(normed_BTD, valid_BT)
+        return out
+
+    def before_mixture(self, x_BTD: Tensor, rope_TR: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What the mixture's result is added to, and what the mixture gets."""
+        h_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope_TR, mask)
+        normed_BTD = self.ffn_norm(h_BTD)
+        if self.shared_experts is not None:
+            h_BTD = h_BTD + self.shared_experts(normed_BTD)
+        return h_BTD, normed_BTD

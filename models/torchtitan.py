@@ -24,6 +24,7 @@ _TO_OURS = tuple(
         (r"\.moe\.routed_experts\.inner_experts\.", ".moe.experts."),
         (r"\.moe\.experts\.(w[123])_E(?:FD|DF)(?=\.|$)", r".moe.experts.\1"),
         (r"\.moe\.expert_bias_E$", ".moe.expert_bias"),
+        (r"\.moe\.shared_experts\.", ".shared_experts."),
     )
 )
 _FROM_OURS = tuple(
@@ -34,6 +35,7 @@ _FROM_OURS = tuple(
         (r"\.moe\.experts\.(w[13])(?=\.|$)", r".moe.routed_experts.inner_experts.\1_EFD"),
         (r"\.moe\.experts\.w2(?=\.|$)", ".moe.routed_experts.inner_experts.w2_EDF"),
         (r"\.moe\.expert_bias$", ".moe.expert_bias_E"),
+        (r"(^|\.)(layers\.\d+)\.shared_experts\.", r"\1\2.moe.shared_experts."),
     )
 )
 _FUSED = re.compile(r"^(?P<attention>.*\.attention)\.(?:qkv_linear\.)?wqkv\.(?P<rest>weight(?:\..*)?)$")

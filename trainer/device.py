@@ -9,7 +9,7 @@ import torch
 
 from regrow.errors import ConfigError
 
-__all__ = ["memory_gib", "peak_flops", "pick_device_type", "pin_threads", "seed_everything"]
+__all__ = ["is_accelerator", "memory_gib", "peak_flops", "pick_device_type", "pin_threads", "seed_everything"]
 
 # Dense bfloat16 FLOP/s from the vendors' data sheets, without sparsity.
 _PEAK_BF16 = {
@@ -37,6 +37,14 @@ def pick_device_type(wanted: str) -> str:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError("launch.device must not be 'cuda' where torch finds no GPU, but is; use launch.device=auto")
     return wanted
+
+
+def is_accelerator(device: torch.device) -> bool:
+    """Whether what runs on the device runs beside the host, which must not wait for it.
+
+    The `meta` device counts as one, so that an accelerator's way of a step is taken where there is none.
+    """
+    return device.type != "cpu"
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -32,7 +32,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from regrow.trainer.data.loader import Prefetcher, StepBatch
+from regrow.trainer.data.loader import Batches, StepBatch
 from regrow.trainer.device import memory_gib, peak_flops, seed_everything
 from regrow.trainer.hook import Hook
 from regrow.trainer.optimizer import Optimizer
@@ -133,7 +133,7 @@ class Trainer:
         engine: Engine,
         optimizer: Optimizer,
         schedule: Schedule,
-        make_batches: Callable[[int], Prefetcher],
+        make_batches: Callable[[int], Batches],
         restorer: Restorer | None,
         hooks: Sequence[Hook],
         state: TrainState,
@@ -150,7 +150,7 @@ class Trainer:
         self.hooks = list(hooks)
         self.state = state
         self._begun: list[Hook] = []
-        self._batches: Prefetcher | None = None
+        self._batches: Batches | None = None
         self._stop: StopReason | None = None
         self._asked: StopReason | None = None
         self.batch: StepBatch | None = None
@@ -221,7 +221,7 @@ class Trainer:
         for hook in self.hooks:
             hook.after_fit(self)
 
-    def _wait_for_data(self, batches: Prefetcher) -> bool:
+    def _wait_for_data(self, batches: Batches) -> bool:
         """Waits until every rank has its batch; false when a stop was agreed on meanwhile.
 
         Ranks ask each other only where one of them had to wait at the last step known to all, or at the start.
@@ -237,7 +237,7 @@ class Trainer:
             if self._stop is not None:
                 return False
 
-    def _step(self, batches: Prefetcher, started: float) -> None:
+    def _step(self, batches: Batches, started: float) -> None:
         """One optimizer step, after which the row of the step before is complete.
 
         Args:

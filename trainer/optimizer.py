@@ -18,6 +18,7 @@ from regrow.errors import ConfigError
 from regrow.models.base import LanguageModel
 from regrow.torch_compat import StridedShard, foreach_divide, foreach_norm
 from regrow.trainer.config import AdamWConfig
+from regrow.trainer.device import is_accelerator
 from regrow.trainer.rounded_adamw import RoundedAdamW
 from regrow.trainer.shards import like_parameter as _like
 from regrow.trainer.shards import local_part as _local
@@ -184,8 +185,13 @@ def _sum_of_squares(tensors: list[Tensor]) -> Tensor:
     float32 sums of large matrices are off by parts in a thousand, and by others for other shards. No tensor is copied
     whole; on a GPU all of them take a few launches.
     """
-    if tensors[0].device.type != "cpu":
-        return torch.stack(foreach_norm(tensors, 2, dtype=torch.float64)).square().sum()
+    if is_accelerator(tensors[0].device):
+        # Tensors of one dtype together: a list of several takes a launch for each tensor.
+        alike: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            alike.setdefault(tensor.dtype, []).append(tensor)
+        norms = [norm for same in alike.values() for norm in foreach_norm(same, 2, dtype=torch.float64)]
+        return torch.stack(norms).square().sum()
     wide = torch.empty(_WIDE_ELEMENTS * torch.get_num_threads(), dtype=torch.float64)
     total = torch.zeros((), dtype=torch.float64)
     for tensor in tensors:

@@ -16,7 +16,8 @@ from regrow.models.base import LanguageModel
 from regrow.models.config import DecoderConfig
 from regrow.models.kernels import cases_of
 from regrow.trainer.config import PrecisionName
-from regrow.trainer.data.loader import Prefetcher
+from regrow.trainer.data.feed import feed, pinned
+from regrow.trainer.data.loader import Batches, Prefetcher
 from regrow.trainer.data.token_store import TokenStore
 from regrow.trainer.data.windows import Windows
 from regrow.trainer.device import seed_everything
@@ -128,12 +129,12 @@ def _windows(config: Config, store: TokenStore, *, validation: bool) -> Windows:
     return Windows(store, config.data.seq_len, config.data.validation_fraction, validation=validation)
 
 
-def _batches(config: Config, context: ParallelContext, windows: Windows) -> Callable[[int], Prefetcher]:
+def _batches(config: Config, context: ParallelContext, windows: Windows) -> Callable[[int], Batches]:
     """This rank's batches from any sample on."""
     data = config.data
 
-    def make(samples_consumed: int) -> Prefetcher:
-        return Prefetcher(
+    def make(samples_consumed: int) -> Batches:
+        batches = Prefetcher(
             windows,
             seed=config.seed,
             samples_consumed=samples_consumed,
@@ -143,6 +144,8 @@ def _batches(config: Config, context: ParallelContext, windows: Windows) -> Call
             micro_batch_size=data.micro_batch_size,
             document_mask=data.document_mask,
             depth=data.prefetch,
+            finish=pinned if context.device.type == "cuda" else None,
         )
+        return feed(batches, context.device)
 
     return make

@@ -1,27 +1,15 @@
 """Dimensions of the Qwen3 family, dense and with experts."""
 
 from dataclasses import dataclass
-from enum import Enum
 from typing import ClassVar
 
 from omegaconf import MISSING
 
 from regrow.errors import ConfigError
 from regrow.models.config import DecoderConfig
+from regrow.models.mixture_config import Balance, MixtureConfig, ScoreFunction
 
-__all__ = ["Balance", "Qwen3Config", "Qwen3MoeConfig"]
-
-
-class Balance(Enum):
-    """What keeps the experts evenly used.
-
-    `bias` raises the bias of experts with few tokens after each step (DeepSeek-V3, arXiv:2412.19437, 2.1.2);
-    `auxiliary` adds a loss over each sequence; `none` leaves them alone.
-    """
-
-    bias = "bias"
-    auxiliary = "auxiliary"
-    none = "none"
+__all__ = ["Balance", "Qwen3Config", "Qwen3MoeConfig", "ScoreFunction"]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -53,18 +41,11 @@ class Qwen3Config(DecoderConfig):
 
 
 @dataclass(kw_only=True, slots=True)
-class Qwen3MoeConfig(DecoderConfig):
-    """Qwen3 with a mixture of experts in every layer.
+class Qwen3MoeConfig(MixtureConfig):
+    """Qwen3 with a mixture of experts in every layer; its fields beside these are `MixtureConfig`'s.
 
     Attributes:
         head_dim: a head's width; `n_heads · head_dim` need not be `dim`.
-        n_experts: experts a layer.
-        experts_per_token: how many of them see a token.
-        expert_ffn_dim: an expert's width.
-        norm_topk_prob: a token's weights for its experts sum to 1.
-        balance: see `Balance`.
-        bias_update_speed: what `bias` adds or takes after a step.
-        auxiliary_coefficient: weight of the loss with `auxiliary`.
     """
 
     SCHEMA: ClassVar[tuple[str, str]] = ("model", "qwen3_moe_schema")
@@ -73,13 +54,6 @@ class Qwen3MoeConfig(DecoderConfig):
     norm_eps: float = 1e-6
     rope_theta: float = 1_000_000.0
     head_dim: int = MISSING
-    n_experts: int = MISSING
-    experts_per_token: int = MISSING
-    expert_ffn_dim: int = MISSING
-    norm_topk_prob: bool = True
-    balance: Balance = Balance.bias
-    bias_update_speed: float = 1e-3
-    auxiliary_coefficient: float = 1e-3
 
     @property
     def head_width(self) -> int:
@@ -90,14 +64,7 @@ class Qwen3MoeConfig(DecoderConfig):
         """Raises ConfigError where the dimensions contradict each other."""
         self.check_dimensions("head_dim", "n_experts", "experts_per_token", "expert_ffn_dim")
         _check_head(self.head_dim)
-        if self.experts_per_token > self.n_experts:
-            raise ConfigError(
-                f"model.experts_per_token must be at most model.n_experts ({self.n_experts}), but is "
-                f"{self.experts_per_token}; use {self.n_experts} or less"
-            )
-        for name in ("bias_update_speed", "auxiliary_coefficient"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"model.{name} must be at least 0, but is {getattr(self, name)}; use 1e-3")
+        self.check_experts()
 
 
 def _check_head(head_dim: int) -> None:

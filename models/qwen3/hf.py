@@ -6,6 +6,7 @@ transformers keeps experts fused in memory; on the disk each expert has keys of 
 from collections.abc import Mapping
 from typing import Any
 
+from regrow.errors import ConfigError
 from regrow.models.hf import MOST_LAYERS, HfFamily, HfKey, block_keys, end_keys, require, rope_fields, whole
 from regrow.models.hf_decoder import (
     FEED_FORWARD,
@@ -16,7 +17,7 @@ from regrow.models.hf_decoder import (
     describe_decoder,
     read_decoder,
 )
-from regrow.models.qwen3.config import Qwen3Config, Qwen3MoeConfig
+from regrow.models.qwen3.config import Qwen3Config, Qwen3MoeConfig, ScoreFunction
 
 __all__ = ["FAMILY"]
 
@@ -27,7 +28,29 @@ def _dense_keys(config: Qwen3Config) -> list[HfKey]:
     return end_keys(config, block_keys({**_ATTENTION, **FEED_FORWARD}, config.n_layers))
 
 
+# What Hugging Face's Qwen3-MoE has no fields for, and what it computes.
+_FIXED_THERE = {
+    "score_func": ScoreFunction.softmax,
+    "n_shared_experts": 0,
+    "n_expert_groups": 1,
+    "topk_groups": 1,
+    "route_scale": 1.0,
+}
+
+
+def _check_expressible(config: Qwen3MoeConfig) -> None:
+    for name, fixed in _FIXED_THERE.items():
+        value = getattr(config, name)
+        if value != fixed:
+            found, wanted = (v.value if isinstance(v, ScoreFunction) else v for v in (value, fixed))
+            raise ConfigError(
+                f"model.{name} must be {wanted} for Hugging Face's layout, whose Qwen3MoeForCausalLM has no field "
+                f"for it, but is {found}; export with --format torch or safetensors, or use {wanted}"
+            )
+
+
 def _moe_keys(config: Qwen3MoeConfig) -> list[HfKey]:
+    _check_expressible(config)
     blocks = block_keys({**_ATTENTION, "moe.router.gate.weight": "mlp.gate.weight"}, config.n_layers)
     experts = [
         HfKey(

@@ -8,11 +8,10 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from regrow.models.attention import Mask
-from regrow.models.layers import Attention, Decoder, DecoderBlock, RMSNorm
-from regrow.models.moe import MixtureOfExperts
+from regrow.models.layers import Decoder, DecoderBlock
+from regrow.models.moe import MixtureBlock, MixtureOfExperts
 from regrow.models.plan import ShardingPlan
-from regrow.models.qwen3.config import Balance, Qwen3Config, Qwen3MoeConfig
+from regrow.models.qwen3.config import Qwen3Config, Qwen3MoeConfig
 from regrow.models.qwen3.plan import QWEN3_PLAN
 from regrow.models.rope import apply_rope_halves, rope_frequencies
 
@@ -38,30 +37,6 @@ class Qwen3(Decoder):
         return QWEN3_PLAN
 
 
-class MoeBlock(nn.Module):
-    """One pre-norm layer whose feed-forward part is a mixture of experts."""
-
-    def __init__(self, config: Qwen3MoeConfig) -> None:
-        super().__init__()
-        self.attention = Attention(config, apply_rope_halves, qk_norm=True)
-        self.moe = MixtureOfExperts(
-            config.dim,
-            config.expert_ffn_dim,
-            config.n_experts,
-            config.experts_per_token,
-            normalise=config.norm_topk_prob,
-            bias_update_speed=config.bias_update_speed if config.balance is Balance.bias else 0.0,
-            auxiliary=config.auxiliary_coefficient if config.balance is Balance.auxiliary else 0.0,
-        )
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
-
-    def forward(self, x_BTD: Tensor, rope_TR2: Tensor, mask: Mask, valid_BT: Tensor | None) -> Tensor:
-        h_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope_TR2, mask)
-        out: Tensor = h_BTD + self.moe(self.ffn_norm(h_BTD), valid_BT)
-        return out
-
-
 @final
 class Qwen3Moe(Decoder):
     """Qwen3 with experts; see `Qwen3MoeConfig` for its dimensions."""
@@ -69,14 +44,14 @@ class Qwen3Moe(Decoder):
     config: Qwen3MoeConfig
 
     def make_block(self) -> nn.Module:
-        return MoeBlock(self.config)
+        return MixtureBlock(self.config, apply_rope_halves, qk_norm=True)
 
     def frequencies(self) -> Tensor:
         return rope_frequencies(self.config.head_dim, self.config.rope_theta)
 
     def layer_weights(self) -> float:
         c = self.config
-        return c.dim * (c.n_experts + 3.0 * c.experts_per_token * c.expert_ffn_dim)
+        return c.dim * (c.n_experts + 3.0 * (c.experts_per_token + c.n_shared_experts) * c.expert_ffn_dim)
 
     def init_buffers(self, device: torch.device, length: int) -> None:
         super().init_buffers(device, length)

@@ -34,6 +34,7 @@ __all__ = [
     "foreach_divide",
     "foreach_norm",
     "functional_collectives",
+    "grouped_product",
     "has_hooks",
     "is_in_backward",
     "onednn_linear",
@@ -41,6 +42,7 @@ __all__ = [
     "reduce_scatter",
     "scaled_product",
     "set_micro_batches",
+    "silu_gradient",
     "softmax_gradient",
     "splits_backward",
     "varlen_attention",
@@ -72,6 +74,9 @@ scaled_product: Any = _aten._scaled_mm
 # A view whose source nobody else has, so that autograd need not know it as one.
 view_of_nothing_else: Any = _aten._unsafe_view
 softmax_gradient: Any = torch._softmax_backward_data
+# What `grouped_mm` becomes.
+grouped_product: Any = _aten._grouped_mm.default
+silu_gradient: Any = _aten.silu_backward.default
 foreach_norm: Any = torch._foreach_norm
 foreach_divide: Any = torch._foreach_div_
 foreach_add: Any = torch._foreach_add_
@@ -125,8 +130,11 @@ def varlen_attention(
 
 
 def is_in_backward() -> bool:
-    """Whether a backward pass runs on this thread, for instance one that computes a block again."""
-    return bool(torch._C._current_graph_task_id() != -1)
+    """Whether a backward pass runs on this thread, for instance one that computes a block again.
+
+    What is compiled has no second pass: the compiler leaves what changes a buffer out of what is computed again.
+    """
+    return not torch.compiler.is_compiling() and bool(torch._C._current_graph_task_id() != -1)
 
 
 def has_hooks(module: torch.nn.Module) -> bool:

@@ -12,7 +12,8 @@ import torch
 
 from regrow.torch_compat import splits_backward
 from tests.layouts import Observed, observe, relative
-from tests.support import TINY_MODEL, tiny
+from tests.runs import train
+from tests.support import TINY_MODEL, metrics, tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -182,6 +183,14 @@ def test_batches_that_do_not_divide_and_the_auxiliary_loss(corpus: Path, tmp_pat
     compare(corpus, tmp_path, 4, "moe", layouts, LIMITS, *overrides)
 
 
+def test_shared_experts_and_groups_of_experts(corpus: Path, tmp_path: Path) -> None:
+    """As DeepSeek-V3 routes: scores by themselves, groups first, and experts that see every token."""
+    overrides = ["model.score_func=sigmoid", "model.n_shared_experts=2", "model.n_expert_groups=2",
+                 "model.topk_groups=1", "model.route_scale=2.5", "model.n_layers=2"]  # fmt: skip
+    layouts = ["tp=2", "tp=2 ep=2 sequence_parallel=false", "dp_shard=2 ep=2", "pp=2"]
+    compare(corpus, tmp_path, 2, "moe", layouts, LIMITS, *overrides)
+
+
 def test_a_large_vocabulary_and_wide_matrices(corpus: Path, tmp_path: Path) -> None:
     wide = ["model.vocab_size=32000", "model.dim=512", "model.n_layers=1", "model.ffn_dim=256", "data.seq_len=8",
             "model.tied_embeddings=true", "data.global_batch_size=2", "train.steps=2"]  # fmt: skip
@@ -199,3 +208,16 @@ def test_recomputation_and_compilation_change_nothing(corpus: Path, tmp_path: Pa
     options = ["train.compile=true", "train.compile_backend=aot_eager"]
     sharing_heads = ["tp=4"] if kind == "dense" else []
     compare(corpus, tmp_path, 4, kind, [*layouts[:3], *sharing_heads], LIMITS, small, *options)
+
+
+def test_blocks_with_experts_are_compiled_where_ranks_exchange_rows(corpus: Path, tmp_path: Path) -> None:
+    """Each of their pieces is one whole graph, or compiling it fails."""
+    settings = [*base(corpus, "moe", "model.n_layers=1", "train.steps=2", "parallel.dp_shard=2", "parallel.ep=2"),
+                "hooks=none", "checkpoint=disabled"]  # fmt: skip
+    compiled = ["train.compile=true", "train.compile_backend=aot_eager"]
+    for name, more in (("eager", []), ("compiled", compiled)):
+        assert train([*settings, *more], tmp_path / name, world_size=2).kind == "finished"
+    for found, expected in zip(metrics(tmp_path / "compiled"), metrics(tmp_path / "eager"), strict=True):
+        assert relative(found["loss"], expected["loss"]) <= LIMITS[0]
+        assert relative(found["grad_norm"], expected["grad_norm"]) <= LIMITS[1]
+        assert found["expert_load_max"] == expected["expert_load_max"]

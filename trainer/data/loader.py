@@ -7,6 +7,7 @@ over (`python -m benchmarks.prefetch`, docs/benchmarks.md).
 import contextlib
 import queue
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import final
@@ -19,7 +20,7 @@ from regrow.models.documents import Documents, describe_documents
 from regrow.trainer.data.order import rank_rows, window_ids
 from regrow.trainer.data.windows import Int64s, Windows
 
-__all__ = ["IGNORE", "MicroBatch", "Prefetcher", "StepBatch", "read_rows", "step_batch"]
+__all__ = ["IGNORE", "Batches", "MicroBatch", "Prefetcher", "StepBatch", "read_rows", "step_batch"]
 
 # Labels with this value take no part in the loss.
 IGNORE = -100
@@ -102,8 +103,27 @@ def step_batch(
     return StepBatch(micro_batches=micro_batches, ids=own, global_ids=ids)
 
 
+class Batches(ABC):
+    """A rank's batches, one a step."""
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        return self
+
+    @abstractmethod
+    def __next__(self) -> StepBatch:
+        """The next batch, waited for; raises what went wrong in reading it."""
+
+    @abstractmethod
+    def ready(self, timeout_s: float) -> bool:
+        """Whether the next batch is there, or comes within the time; an error counts as one."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Ends what reads ahead."""
+
+
 @final
-class Prefetcher:
+class Prefetcher(Batches):
     """Reads the global batches from `samples_consumed` on, `depth` ahead of the training thread.
 
     Args:
@@ -115,6 +135,7 @@ class Prefetcher:
         micro_batch_size: see `step_batch`.
         document_mask: see `step_batch`.
         depth: batches ahead, at least 1.
+        finish: what else the thread does to a batch; None for nothing.
     """
 
     def __init__(
@@ -129,10 +150,11 @@ class Prefetcher:
         micro_batch_size: int,
         document_mask: bool,
         depth: int,
+        finish: Callable[[StepBatch], StepBatch] | None = None,
     ) -> None:
         def read(first: int) -> StepBatch:
             ids = window_ids(first, global_batch_size, len(windows), seed)
-            return step_batch(
+            batch = step_batch(
                 windows,
                 ids,
                 rank=rank,
@@ -140,6 +162,7 @@ class Prefetcher:
                 micro_batch_size=micro_batch_size,
                 document_mask=document_mask,
             )
+            return batch if finish is None else finish(batch)
 
         self._queue: queue.Queue[StepBatch | BaseException] = queue.Queue(maxsize=max(1, depth))
         self._ahead: StepBatch | BaseException | None = None
@@ -165,11 +188,7 @@ class Prefetcher:
             except queue.Full:
                 continue
 
-    def __iter__(self) -> Iterator[StepBatch]:
-        return self
-
     def ready(self, timeout_s: float) -> bool:
-        """Whether the next batch is there, or comes within the time; an error counts as one."""
         if self._ahead is None and timeout_s > 0:
             with contextlib.suppress(queue.Empty):
                 self._ahead = self._queue.get(timeout=timeout_s)
@@ -183,6 +202,5 @@ class Prefetcher:
         return item
 
     def close(self) -> None:
-        """Ends the thread."""
         self._stopped.set()
         self._thread.join()

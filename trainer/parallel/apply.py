@@ -23,9 +23,10 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from regrow.models.base import LanguageModel
 from regrow.models.config import DecoderConfig
 from regrow.models.cpu import CPU_PRODUCTS
+from regrow.models.experts import EXPERT_PRODUCTS
 from regrow.models.init import fill_shard
 from regrow.models.layers import Attention
-from regrow.models.moe import MixtureOfExperts
+from regrow.models.moe import Experts, MixtureBlock, MixtureOfExperts
 from regrow.torch_compat import ATTENTION_OPERATORS, overlap_tensor_parallel, scaled_product
 from regrow.trainer.config import (
     ActivationCheckpoint,
@@ -37,7 +38,7 @@ from regrow.trainer.config import (
 )
 from regrow.trainer.parallel.attention import AttentionPlan, plan_attention
 from regrow.trainer.parallel.context import ParallelContext
-from regrow.trainer.parallel.expert import apply_expert_parallel, set_auxiliary_loss
+from regrow.trainer.parallel.expert import LocalExperts, apply_expert_parallel, set_auxiliary_loss
 from regrow.trainer.parallel.heads import kv_heads_per_rank
 from regrow.trainer.parallel.sequence import ContextGroup, apply_context_parallel
 from regrow.trainer.parallel.stages import StagePlan, plan_stages
@@ -117,9 +118,10 @@ def parallelise(
     if model_config.n_experts > 0:
         _apply_to_experts(model, context, sequences)
     if train.activation_checkpoint is not ActivationCheckpoint.none:
-        _checkpoint_activations(model, selective=train.activation_checkpoint is ActivationCheckpoint.selective)
+        selective = train.activation_checkpoint is ActivationCheckpoint.selective
+        _checkpoint_activations(model, selective=selective, whole=context.world_size == 1)
     if train.compile:
-        _compile(model, train.compile_backend, context if parallel.async_tp else None)
+        _compile(model, train.compile_backend, context if parallel.async_tp else None, whole=context.world_size == 1)
     if context.world_size > 1:
         for part in parts:
             _shard(part, context, precision)
@@ -180,14 +182,37 @@ def _apply_to_experts(model: LanguageModel, context: ParallelContext, sequences:
     set_auxiliary_loss(model, [data.get_group(a) for a in ("cp", "tp") if data[a].size() > 1], sequences)
 
 
-def _compile(model: LanguageModel, backend: str, overlap: ParallelContext | None) -> None:
-    """Compiles each block's forward alone: FSDP's hooks stay outside of the graph, and names stay as they are."""
+def _compile(model: LanguageModel, backend: str, overlap: ParallelContext | None, *, whole: bool) -> None:
+    """Compiles each block's forward alone: FSDP's hooks stay outside of the graph, and names stay as they are.
+
+    Args:
+        model: its blocks are compiled.
+        backend: torch.compile's.
+        overlap: the ranks over which tensor parallelism runs beside products; None where it does not.
+        whole: whether blocks with experts are one graph; otherwise FSDP gathers experts within the block, and expert
+            parallelism exchanges sizes there, so that such a block is four graphs with these between them.
+    """
     if overlap is not None:
         overlap_tensor_parallel(overlap.group_name("tp"))
     for block in model.blocks():
-        # How many rows each expert gets is known on the host alone: with experts the attention alone is compiled.
-        part = _attention_of_mixture(block) or block
-        part.forward = torch.compile(part.forward, backend=backend, fullgraph=True)
+        for owner, name in [(block, "forward")] if whole else pieces_of(block):
+            # Where rows are exchanged, a rank's experts get another number of them each time.
+            dynamic = True if isinstance(owner, LocalExperts) else None
+            compiled = torch.compile(getattr(owner, name), backend=backend, fullgraph=True, dynamic=dynamic)
+            setattr(owner, name, compiled)
+
+
+def pieces_of(block: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The methods of a block within which no rank waits for another but in collectives of its tensors."""
+    mixtures = [m for m in block.modules() if isinstance(m, MixtureOfExperts)]
+    if not mixtures:
+        return [(block, "forward")]
+    experts = [(m, name) for m in mixtures for name in ("route", "combine")] + [
+        (m.experts, "forward") for m in mixtures
+    ]
+    if isinstance(block, MixtureBlock):
+        return [(block, "before_mixture"), *experts]
+    return [*((m, "forward") for m in block.modules() if isinstance(m, Attention)), *experts]
 
 
 # The results that selective activation checkpointing keeps: those that are expensive to compute again.
@@ -198,6 +223,7 @@ _KEPT = {
     scaled_product.default,
     *ATTENTION_OPERATORS,
     *CPU_PRODUCTS,
+    *EXPERT_PRODUCTS,
 }
 
 
@@ -205,25 +231,29 @@ def _keep_products(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> Check
     return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _checkpoint_activations(model: LanguageModel, *, selective: bool) -> None:
-    """Recomputes each block in the backward pass; names of parameters stay as they are."""
+def _checkpoint_activations(model: LanguageModel, *, selective: bool, whole: bool) -> None:
+    """Recomputes each block in the backward pass; names of parameters stay as they are.
+
+    Args:
+        model: whose blocks.
+        selective: keeps products and attention.
+        whole: whether no rank takes part in another's block. FSDP gathers experts within the block, which must not
+            happen in a selective context: what lies before the experts is recomputed then, and they keep their
+            products, as they do in any case, and what these read.
+    """
     options: dict[str, Any] = {}
     if selective:
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_products)
     for block in model.blocks():
-        # FSDP gathers experts within the block, which must not happen in a selective context; the products of experts
-        # would be kept in any case.
-        part = (_attention_of_mixture(block) if selective else None) or block
-        part.forward = functools.partial(
-            torch.utils.checkpoint.checkpoint, part.forward, use_reentrant=False, **options
-        )
-
-
-def _attention_of_mixture(block: nn.Module) -> nn.Module | None:
-    """The attention of a block with experts, None for a dense block."""
-    if not any(isinstance(m, MixtureOfExperts) for m in block.modules()):
-        return None
-    return next((m for m in block.modules() if isinstance(m, Attention)), None)
+        pieces = [(block, "forward")]
+        if selective and not whole:
+            pieces = [(owner, name) for owner, name in pieces_of(block) if name in ("before_mixture", "forward")]
+            pieces = [(owner, name) for owner, name in pieces if not isinstance(owner, Experts)]
+        for owner, name in pieces:
+            recomputed = functools.partial(
+                torch.utils.checkpoint.checkpoint, getattr(owner, name), use_reentrant=False, **options
+            )
+            setattr(owner, name, recomputed)
 
 
 def _shard(part: LanguageModel, context: ParallelContext, precision: PrecisionConfig) -> None:

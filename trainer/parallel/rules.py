@@ -131,7 +131,8 @@ def _tensor(
     if layout.tp == 1:
         return
     yield from _divides("tp", layout.tp, model.n_heads, "model.n_heads")
-    yield from _divides("tp", layout.tp, model.ffn_dim, "model.ffn_dim")
+    width = "model.n_shared_experts · model.expert_ffn_dim" if model.n_experts else "model.ffn_dim"
+    yield from _divides("tp", layout.tp, model.ffn_dim, width)
     if model.vocab_size < layout.tp:
         yield f"parallel.tp must be at most model.vocab_size ({model.vocab_size}), but is {layout.tp}; use 1"
     if (parallel.sequence_parallel or model.n_experts) and batch.seq_len % (layout.tp * layout.cp):

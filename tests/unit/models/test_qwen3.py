@@ -115,7 +115,9 @@ def test_load_counts_beyond_what_float32_can() -> None:
 
 
 def test_the_auxiliary_loss_is_least_when_even_and_ignores_padding() -> None:
-    moe = MixtureOfExperts(4, 4, 4, 1, normalise=True, bias_update_speed=0.0, auxiliary=1.0)
+    overrides = ["model.n_experts=4", "model.experts_per_token=1", "model.auxiliary_coefficient=1.0"]
+    moe = tiny_moe("model.balance=auxiliary", *overrides).get_submodule("layers.0.moe")
+    assert isinstance(moe, MixtureOfExperts)
     even = torch.eye(4).repeat(1, 2).reshape(8, 4)[:4] * 1.0
     chosen = torch.arange(4)[:, None]
     shape = torch.Size((1, 4))
