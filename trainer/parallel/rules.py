@@ -15,12 +15,12 @@ from regrow.trainer.config import (
 )
 from regrow.trainer.parallel.heads import kv_heads_per_rank
 from regrow.trainer.parallel.layout import Layout, divisors_of
+from regrow.trainer.parallel.memory_rules import SPLIT_BACKWARD, memory_problems
 from regrow.trainer.parallel.stages import stages_per_rank
 
 __all__ = ["Batch", "check_layout"]
 
 _IN_ROUNDS = (PipelineSchedule.interleaved, PipelineSchedule.interleaved_zero_bubble)
-_SPLIT_BACKWARD = (PipelineSchedule.interleaved_zero_bubble, PipelineSchedule.zbv_zero_bubble)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +74,7 @@ def check_layout(
         *_context(layout, parallel, model, batch),
         *_pipeline(layout, parallel, model, batch, train, splits_backward=splits_backward),
         *_experts(layout, model),
+        *memory_problems(layout, parallel, train),
     )
     for problem in problems:
         raise ConfigError(problem)
@@ -87,7 +88,7 @@ def _divides(name: str, value: int, number: int, what: str) -> Iterator[str]:
 def _tensor(
     layout: Layout, parallel: ParallelConfig, model: DecoderConfig, batch: Batch, train: TrainConfig, device: str
 ) -> Iterator[str]:
-    if parallel.async_tp and (device != "cuda" or not train.compile or not parallel.sequence_parallel):
+    if parallel.async_tp and (device != "cuda" or train.compile is not True or not parallel.sequence_parallel):
         yield (
             "parallel.async_tp must be false without GPUs, train.compile and parallel.sequence_parallel, but is "
             "true; use parallel.async_tp=false"
@@ -166,7 +167,7 @@ def _pipeline(
             "parallel.pp_schedule must put the two ends of tied embeddings on different ranks, but is "
             "zbv_zero_bubble; use parallel.pp_schedule=interleaved_zero_bubble"
         )
-    if kind in _SPLIT_BACKWARD:
+    if kind in SPLIT_BACKWARD:
         yield from _split_backward(kind, train, splits_backward=splits_backward)
 
 
@@ -183,7 +184,7 @@ def _split_backward(kind: PipelineSchedule, train: TrainConfig, *, splits_backwa
             f"pass runs in two halves, but is {train.activation_checkpoint.name}; "
             "use parallel.pp_schedule=interleaved"
         )
-    if train.compile:
+    if train.compile is True:
         yield (
             f"train.compile must be false with parallel.pp_schedule={kind.name}, whose backward pass runs in two "
             "halves, but is true; use parallel.pp_schedule=interleaved"
