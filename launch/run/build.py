@@ -14,6 +14,7 @@ from regrow.checkpoint.policy.retention import KeepLatest, RetentionRule
 from regrow.checkpoint.policy.save import EveryNSteps, FirstStep, LastStep, OnStop, SavePolicy
 from regrow.checkpoint.storage.base import Storage
 from regrow.checkpoint.storage.opening import is_url, open_storage
+from regrow.errors import ConfigError
 from regrow.launch.config.resolve import checking, construct, resolve
 from regrow.launch.config.schema import Config
 from regrow.launch.run.hook_order import hook_order
@@ -98,6 +99,11 @@ def check_optimizer(config: Config) -> None:
         ConfigError: it does not.
     """
     kind = resolve(config.optimizer._target_, "optimizer", Optimizer)
+    if config.train.offload_optimizer and not kind.OFFLOADS:
+        raise ConfigError(
+            f"train.offload_optimizer must be false with {config.optimizer._target_}, whose state stays on the "
+            "device, but is true; use optimizer=adamw"
+        )
     with checking():
         kind.check(config.optimizer)
 
@@ -108,7 +114,8 @@ def build_optimizer(config: Config, model: LanguageModel) -> Optimizer:
     Raises:
         ConfigError: bad fields.
     """
-    return construct(config.optimizer._target_, "optimizer", Optimizer, config.optimizer, model)
+    options = {"offload": True} if config.train.offload_optimizer else {}
+    return construct(config.optimizer._target_, "optimizer", Optimizer, config.optimizer, model, **options)
 
 
 def build_hooks(config: Config) -> list[Hook]:
