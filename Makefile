@@ -13,11 +13,16 @@ SHARE ?= 1
 # Processes that share out the tests.
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 ONLY ?=
+# Of `make gpu`, which needs a Python with torch, and no network.
+BUDGET_S ?= 330
+GPU_WHEELS := .gpu-wheels
+GPU_SITE ?= /tmp/regrow-gpu-site
+GPU_JSON ?= gpu.json
 
-.PHONY: help demo test check lint fuzz attack clean install
+.PHONY: help demo test check lint fuzz attack clean install gpu gpu-wheels
 
 help:           ## this text
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
 
 install: $(STAMP)  ## the virtual environment with everything in it
 
@@ -52,6 +57,16 @@ fuzz: $(STAMP)  ## hostile input, seeded, for about a minute (SEED, COUNT)
 
 attack: $(STAMP)  ## every damage, error code and hostile document; SEED, SHARE and ONLY narrow it down
 	$(BIN)/python -m tests.attack --seed $(SEED) --share $(SHARE) $(if $(ONLY),--only $(ONLY))
+
+gpu-wheels: $(STAMP)  ## the packages that `make gpu` takes along, in .gpu-wheels, for CPython 3.12 on x86-64
+	$(BIN)/python -m benchmarks.gpu_wheels $(GPU_WHEELS)
+
+# Not in the virtual environment: a machine with a GPU has a torch that fits it, and often no network.
+gpu:            ## what the one GPU here does, by PYTHON's own torch, within BUDGET_S seconds (ONLY=part,…; GPU_JSON)
+	$(if $(wildcard $(GPU_WHEELS)/*.whl),$(PYTHON) -m pip install -q --no-index --no-deps --no-compile --no-cache-dir \
+	  --upgrade --target $(GPU_SITE) $(GPU_WHEELS)/*.whl)
+	PYTHONPATH=$(GPU_SITE):$(CURDIR)/src:$(CURDIR) $(PYTHON) -m benchmarks.gpu --budget $(BUDGET_S) --json $(GPU_JSON) \
+	  $(if $(ONLY),--only $(ONLY))
 
 clean:          ## remove what tools made; runs (outputs/) and the virtual environment stay
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

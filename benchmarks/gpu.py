@@ -1,278 +1,206 @@
 """What one GPU does, within a time budget: the tests that need it, the machine's limits, training, saving.
 
     python -m benchmarks.gpu --budget 330 --json FILE [--only part,…] [--tiny]
+    python -m benchmarks.gpu --into docs/benchmarks.md --from FILE
 
-Each part is a process of its own with a bound of its own; its result is kept whatever a later one does, and what does
-not fit into the budget is listed as not run. `--tiny` runs every part with tiny sizes on whatever device there is.
+Each part is a process of its own, with a bound of its own, out of a server that has loaded torch and Regrow already.
+What a part has found is kept whatever comes later, in it or in another one. Parts run in the order of their worth,
+and what does not fit into the budget is listed as not run. `--tiny` runs every part with tiny sizes on the CPU.
 """
 
 import argparse
+import contextlib
 import json
+import multiprocessing
 import os
-import re
-import statistics
-import subprocess
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import torch
+from benchmarks import gpu_limits, gpu_runs
+from benchmarks.gpu_runs import Job, Report, write_corpus
+from benchmarks.gpu_table import put_into, table
+from regrow.launch.run.allocator import use_expandable_segments
 
-REPO = Path(__file__).resolve().parent.parent
-_TINY_MODEL = ["model.dim=32", "model.n_layers=2", "model.n_heads=4", "model.n_kv_heads=2", "model.ffn_dim=64"]
+__all__ = ["PARTS", "Part", "main", "run_part"]
+
+_SERVER = multiprocessing.get_context("forkserver")
+# Neither Inductor, which starts processes of its own, nor anything that asks for a GPU.
+_LOADED = ["torch.distributed.fsdp", "torch.distributed.pipelining", "sympy", "networkx", "jinja2", "hydra",
+           "regrow.launch.app", "regrow.launch.run.start", "regrow.launch.run.rank", "regrow.trainer.hooks.begin",
+           "regrow.trainer.hooks.checkpoint", "regrow.trainer.data.text", "benchmarks.gpu_runs"]  # fmt: skip
+# What is left of the budget must be at least this for a part to be begun.
+_LEAST_S = 6.0
+_PATIENCE = 5
 
 
-class PartFailedError(RuntimeError):
-    """A part's command failed or took too long; the message is the end of what it printed."""
-
-
-@dataclass(kw_only=True, slots=True)
-class Bench:
-    """What the parts share.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """Something to measure.
 
     Attributes:
-        tiny: tiny sizes.
-        folder: for runs and corpora.
-        deadline: on the monotonic clock.
+        run: is given the job, and reports what it finds as it finds it.
+        bound_s: seconds after which it is ended.
     """
 
-    tiny: bool
-    folder: Path
-    deadline: float
-    logs: dict[str, str] = field(default_factory=dict)
-
-    def command(self, name: str, arguments: Sequence[str], bound_s: float) -> str:
-        """Runs a Python command; returns what it printed.
-
-        Raises:
-            PartFailedError: it failed, or ran past its bound or the budget.
-        """
-        environ = {**os.environ, "PYTHONPATH": f"{REPO / 'src'}:{os.environ.get('PYTHONPATH', '')}"}
-        limit = max(1.0, min(bound_s, self.deadline - time.monotonic()))
-        try:
-            done = subprocess.run(
-                [sys.executable, *arguments],
-                cwd=self.folder,
-                env=environ,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                timeout=limit,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as error:
-            out = (error.stdout or b"").decode(errors="replace")
-            self.logs[name] = out
-            raise PartFailedError(f"not done after {limit:.0f} s: …{out[-1500:]}") from error
-        self.logs[name] = done.stdout
-        if done.returncode:
-            raise PartFailedError(f"exit code {done.returncode}: …{done.stdout[-3000:]}")
-        return done.stdout
-
-    def train(self, name: str, overrides: Sequence[str], bound_s: float) -> list[dict[str, Any]]:
-        """Trains a run; returns its rows."""
-        corpus = self.folder / "text.jsonl"
-        if not corpus.exists():
-            write_corpus(corpus, documents=600 if self.tiny else 6000)
-        size = ["model=llama3_debug", *_TINY_MODEL, "model.vocab_size=320"] if self.tiny else []
-        self.command(
-            name,
-            [
-                "-P", "-m", "regrow.launch.train", *overrides, *size, "data=text", f"data.files=[{corpus}]",
-                "data.tokenizer_vocab_size=300", "hooks=none", "run.root=runs", f"run.name={name}",
-                "train.log_every=1",
-            ],
-            bound_s,
-        )  # fmt: skip
-        rows = (self.folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(row) for row in rows]
+    run: Callable[[Job, Report], None]
+    bound_s: float
 
 
-def write_corpus(path: Path, documents: int) -> None:
-    """Text of random words, the same each time."""
-    import random
-
-    rng = random.Random(7)
-    words = ["".join(rng.choices("abcdefghijklmnoprstuvw", k=rng.randint(2, 7))) for _ in range(400)]
-    with path.open("w") as out:
-        for _ in range(documents):
-            out.write(json.dumps({"text": " ".join(rng.choices(words, k=rng.randint(20, 400)))}) + "\n")
-
-
-def speed(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    """Medians over the second half of a run, in which nothing is compiled any more."""
-    steady = rows[len(rows) // 2 :]
-    mfu = [r["mfu"] for r in steady]
-    return {
-        "tokens_per_s": statistics.median(r["tokens_per_s"] for r in steady),
-        "step_time_s": statistics.median(r["step_time_s"] for r in steady),
-        "mfu_6n_12ldt": None if mfu[0] is None else statistics.median(mfu),
-        "memory_gib": rows[-1]["memory_gib"],
-        "first_step_s": rows[0]["step_time_s"],
-    }
-
-
-def tests(bench: Bench) -> dict[str, Any]:
-    """tests/gpu."""
-    out = bench.command("tests", ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(REPO / "tests/gpu")], 150)
-    return {"summary": out.strip().splitlines()[-1]}
-
-
-def limits(bench: Bench) -> dict[str, Any]:
-    """The card's rates for a bf16 product, a copy on it, and copies from it to pinned memory."""
-    if not torch.cuda.is_available():
-        return {"device": "cpu"}
-    n = 512 if bench.tiny else 8192
-    a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    product_s = _seconds(lambda: a @ b)
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    copy_s = _seconds(lambda: target.copy_(source))
-    pinned = torch.empty(1 << 30, dtype=torch.uint8, pin_memory=True)
-    to_host_s = _seconds(lambda: pinned.copy_(source, non_blocking=True))
-    return {
-        "device": torch.cuda.get_device_name(),
-        "torch": str(torch.__version__),
-        "bf16_tflops": 2 * n**3 / product_s / 1e12,
-        "copy_tb_per_s": 2 * source.numel() / copy_s / 1e12,
-        "to_pinned_gib_per_s": 1 / to_host_s,
-    }
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    """The median of ten timed calls."""
-    times = []
-    for _ in range(13):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begin.record()
-        work()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return float(statistics.median(times[3:]))
-
-
-_SIZE_1B = ["model=llama3_1b", "precision=bf16", "checkpoint=disabled"]
-
-
-def train_1b_compiled(bench: Bench) -> dict[str, Any]:
-    """1B at 2,048 tokens, compiled."""
-    sizes = _batch(bench, 2048, 8)
-    return speed(bench.train("1b-compiled", [*_SIZE_1B, *sizes, "train.compile=true", "train.steps=16"], 120))
-
-
-def train_1b(bench: Bench) -> dict[str, Any]:
-    """1B at 2,048 tokens, eager."""
-    return speed(bench.train("1b", [*_SIZE_1B, *_batch(bench, 2048, 8), "train.steps=10"], 60))
-
-
-def train_1b_documents(bench: Bench) -> dict[str, Any]:
-    """1B at 8,192 tokens, without and with attention that stays within documents, eager."""
-    found = {}
-    for masked in (False, True):
-        name = f"1b-8k-{'documents' if masked else 'whole'}"
-        more = [f"data.document_mask={str(masked).lower()}", "train.steps=8"]
-        found[name] = speed(bench.train(name, [*_SIZE_1B, *_batch(bench, 8192, 2), *more], 60))
-    return found
-
-
-def _batch(bench: Bench, seq_len: int, rows: int) -> list[str]:
-    if bench.tiny:
-        seq_len, rows = 32, 2
-    return [f"data.seq_len={seq_len}", f"data.micro_batch_size={rows}", f"data.global_batch_size={rows}"]
-
-
-def save_pinned(bench: Bench) -> dict[str, Any]:
-    """A save beside training, `async_with_pinned_mem`: the call, the time that training lost, and a resume."""
-    return _save(bench, "pinned")
-
-
-def save_async(bench: Bench) -> dict[str, Any]:
-    """A save beside training, `async`."""
-    return _save(bench, "async")
-
-
-def _save(bench: Bench, policy: str) -> dict[str, Any]:
-    """Trains past two saves; the second is made in warm memory."""
-    name = f"save-{policy}"
-    interval, steps = (4, 10) if bench.tiny else (30, 75)
-    arguments = [
-        "model=llama3_1b", "precision=bf16", f"checkpoint={policy}", f"checkpoint.interval={interval}",
-        "checkpoint.keep_latest_k=2", "checkpoint.last_save_model_only=true", *_batch(bench, 2048, 8),
-        f"train.steps={steps}", f"scheduler.total_steps={2 * steps}",
-    ]  # fmt: skip
-    rows = bench.train(name, arguments, 150)
-    out = bench.logs[name]
-    usual = statistics.median(r["step_time_s"] for r in rows[interval // 3 : interval])
-    second = rows[2 * interval :]
-    result: dict[str, Any] = {
-        "usual_step_s": usual,
-        "calls_ms": [float(ms) for ms in re.findall(r"saving step \d+ \(.*\): ([\d.]+) ms", out)],
-        "durable_s": [float(s) for s in re.findall(r"durable after ([\d.]+) s", out)],
-        # Meanwhile the snapshots' memory is made.
-        "first_step_s": rows[0]["step_time_s"],
-        "lost_s_before": sum(max(0.0, r["step_time_s"] - usual) for r in rows[1:interval]),
-        "lost_s_first": sum(max(0.0, r["step_time_s"] - usual) for r in rows[interval : 2 * interval]),
-        "lost_s_second": sum(max(0.0, r["step_time_s"] - usual) for r in second),
-        "slowest_step_s_second": max(r["step_time_s"] for r in second),
-        "memory_gib": rows[-1]["memory_gib"],
-        "start": re.findall(r"first step .*", out)[-1:],
-    }
-    return result
-
-
-PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
-    "limits": limits,
-    "tests": tests,
-    "1b_compiled": train_1b_compiled,
-    "save_pinned": save_pinned,
-    "1b": train_1b,
-    "1b_documents": train_1b_documents,
-    "save_async": save_async,
+# In the order of their worth.
+PARTS: dict[str, Part] = {
+    "limits": Part(run=gpu_limits.limits, bound_s=25),
+    "tests": Part(run=gpu_limits.tests, bound_s=110),
+    "1b": Part(run=gpu_runs.one_b, bound_s=110),
+    "1b_plain_pytorch": Part(run=gpu_runs.plain_peer, bound_s=75),
+    "8b_bf16_params": Part(run=gpu_runs.eight_b_bf16_params, bound_s=80),
+    "8b_bf16": Part(run=gpu_runs.eight_b_bf16, bound_s=70),
+    "8b_fp8": Part(run=gpu_runs.eight_b_fp8, bound_s=80),
+    "1b_8k_whole": Part(run=gpu_runs.whole_8k, bound_s=60),
+    "1b_8k_documents": Part(run=gpu_runs.documents_8k, bound_s=60),
+    "1b_transformers": Part(run=gpu_runs.transformers_peer, bound_s=90),
+    "moe": Part(run=gpu_runs.moe, bound_s=70),
+    "3b": Part(run=gpu_runs.three_b, bound_s=80),
+    "save_async": Part(run=gpu_runs.save_async, bound_s=90),
+    "1b_offload": Part(run=gpu_runs.offloaded, bound_s=60),
+    "1b_recomputed": Part(run=gpu_runs.budgets, bound_s=120),
+    "1b_eager": Part(run=gpu_runs.eager, bound_s=45),
 }
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Runs the parts; 0 when each that was run succeeded."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--budget", type=float, default=float(os.environ.get("BUDGET_S", "330")))
-    parser.add_argument("--only", default=os.environ.get("ONLY", ""), help="parts, with commas between")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--logs", type=Path, help="a folder for what the parts print")
-    parser.add_argument("--tiny", action="store_true")
-    arguments = parser.parse_args()
-    wanted = arguments.only.split(",") if arguments.only else list(PARTS)
-    unknown = sorted(set(wanted) - set(PARTS))
-    if unknown:
-        parser.error(f"--only must name parts out of {', '.join(PARTS)}, but names {', '.join(unknown)}")
-    results: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix="regrow-gpu-") as folder:
-        bench = Bench(tiny=arguments.tiny, folder=Path(folder), deadline=time.monotonic() + arguments.budget)
+    options = _options(arguments)
+    if options.into is not None:
+        put_into(options.into, json.loads(options.taken_from.read_text()))
+        return 0
+    use_expandable_segments(os.environ)
+    # Children make their own pool of compiler processes, when they first need it.
+    os.environ["TORCH_WARM_POOL"] = "0"
+    _SERVER.set_forkserver_preload(_LOADED)
+    wanted = options.only.split(",") if options.only else list(PARTS)
+    results: dict[str, Any] = {name: {"not_run": "not asked for"} for name in PARTS if name not in wanted}
+    deadline = time.monotonic() + options.budget
+    with tempfile.TemporaryDirectory(prefix="regrow-gpu-", ignore_cleanup_errors=True) as folder:
+        job = Job(tiny=options.tiny, folder=Path(folder))
+        write_corpus(job.folder / "text.jsonl", documents=200 if job.tiny else 6000)
+        _start_server()
         for name in wanted:
-            results[name] = _run(name, bench)
+            log = (options.logs or job.folder) / f"{name}.log"
+            results[name] = run_part(PARTS[name], job, deadline, log.absolute())
             print(f"{name}: {json.dumps(results[name])}", flush=True)
-            if arguments.json:
-                arguments.json.write_text(json.dumps(results, indent=1))
-        if arguments.logs:
-            arguments.logs.mkdir(parents=True, exist_ok=True)
-            (arguments.logs / "gpu.log").write_text("\n".join(f"== {n}\n{t}" for n, t in bench.logs.items()))
+            if options.json is not None:
+                ordered = {n: results[n] for n in PARTS if n in results}
+                options.json.write_text(json.dumps(ordered, indent=1))
+    print(table({n: results[n] for n in PARTS}))
     return int(any("failed" in r for r in results.values()))
 
 
-def _run(name: str, bench: Bench) -> dict[str, Any]:
-    left = bench.deadline - time.monotonic()
-    if left < 5:
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--budget", type=float, default=float(os.environ.get("BUDGET_S") or 330))
+    parser.add_argument("--only", default=os.environ.get("ONLY", ""), help="parts, with commas between")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--logs", type=Path, help="a folder for what the parts print")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes on the CPU")
+    parser.add_argument("--into", type=Path, help="a page that takes in a table of --from")
+    parser.add_argument("--from", type=Path, dest="taken_from", help="a file that --json wrote")
+    options = parser.parse_args(arguments)
+    unknown = sorted(set(options.only.split(",")) - {*PARTS, ""})
+    if unknown:
+        parser.error(f"--only must name parts out of {', '.join(PARTS)}, but names {', '.join(unknown)}")
+    if (options.into is None) != (options.taken_from is None):
+        parser.error("--into must come with --from FILE, which --json wrote")
+    return options
+
+
+def _start_server() -> None:
+    """Has the server load what all parts need, which is no part's own time."""
+    first = _SERVER.Process(target=_nothing)
+    first.start()
+    first.join()
+
+
+def _nothing() -> None:
+    return
+
+
+def run_part(part: Part, job: Job, deadline: float, log: Path) -> dict[str, Any]:
+    """A part's results, and why they are not all there where they are not.
+
+    Args:
+        part: to run in a process of its own.
+        job: what it is given.
+        deadline: of all parts, on the monotonic clock.
+        log: takes what it prints.
+    """
+    left = deadline - time.monotonic()
+    if left < _LEAST_S:
         return {"not_run": "the budget is used up"}
-    started = time.monotonic()
-    try:
-        found = PARTS[name](bench)
-    except Exception as error:  # the next part is run whatever happened in this one
-        found = {"failed": f"{type(error).__name__}: {error}"}
+    # A tiny run is to come to its end on a busy machine too.
+    started, bound = time.monotonic(), min(part.bound_s * (_PATIENCE if job.tiny else 1), left)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    receiver, sender = _SERVER.Pipe(duplex=False)
+    process = _SERVER.Process(target=_child, args=(part, job, sender, log))
+    process.start()
+    sender.close()
+    found: dict[str, Any] = {}
+    problem = _collect(receiver, found, started + bound)
+    if problem is not None:
+        found["failed"] = f"not done after {bound:.0f} s" if problem == "late" else problem
+        found["log"] = log.read_text(errors="replace")[-1500:] if log.exists() else ""
+    _end(process)
     return {**found, "part_s": round(time.monotonic() - started, 1)}
+
+
+def _collect(receiver: Connection, found: dict[str, Any], deadline: float) -> str | None:
+    """Takes in what a part reports until it is done; what went wrong, `late` where it takes too long."""
+    while True:
+        if not receiver.poll(max(0.0, deadline - time.monotonic())):
+            return "late"
+        try:
+            kind, value = receiver.recv()
+        except EOFError:
+            return "its process died"
+        if kind == "done":
+            return None
+        if kind == "failed":
+            return str(value)
+        found.update(value)
+
+
+def _end(process: Any) -> None:
+    """Ends a part's process, with what it has started."""
+    process.join(3.0)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+
+
+def _child(part: Part, job: Job, pipe: Connection, log: Path) -> None:
+    """A part, in its own process and session; what it prints goes into a file."""
+    os.setsid()
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.chdir(job.folder)
+    os.environ.pop("TORCH_WARM_POOL", None)
+    try:
+        part.run(job, lambda **values: pipe.send(("found", values)))
+        pipe.send(("done", None))
+    except BaseException as error:  # the next part is run whatever happened in this one
+        traceback.print_exc()
+        pipe.send(("failed", f"{type(error).__name__}: {error}"[:2000]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import os
 import sys
 
 from regrow.launch.exit_code import ExitCode
+from regrow.launch.run.allocator import use_expandable_segments
 from regrow.launch.run.signals import Interrupted, StopFlag, write_note
 from regrow.launch.run.versions import own_version
 from regrow.trainer.places import ensure_home
@@ -17,6 +18,7 @@ def main() -> None:
     flag = StopFlag()
     flag.install()
     ensure_home()
+    use_expandable_segments(os.environ)
     if PARENT_VARIABLE in os.environ:
         die_with_parent(int(os.environ.pop(PARENT_VARIABLE)))
     try:

@@ -8,6 +8,7 @@ starts from the same weights, at a cost that falls with the number of ranks.
 import hashlib
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -61,11 +62,22 @@ def fill_shard(
     rows_per_block = max(1, BLOCK_ELEMENTS // max(1, math.prod(row_shape)))
     columns = tuple(slice(o, o + n) for o, n in zip(offset[1:], local.shape[1:], strict=True))
     first, last = offset[0], offset[0] + local.shape[0]
-    generator = torch.Generator()
-    for block in range(first // rows_per_block, -(-last // rows_per_block)):
+
+    def fill(block: int) -> None:
         start = block * rows_per_block
         stop = min(start + rows_per_block, global_shape[0])
-        generator.manual_seed(block_seed(seed, name, block))
+        generator = torch.Generator().manual_seed(block_seed(seed, name, block))
         values = torch.empty((stop - start, *row_shape)).normal_(rule.mean, rule.std, generator=generator)
         low, high = max(start, first), min(stop, last)
-        local[low - first : high - first].copy_(values[(slice(low - start, high - start), *columns)])
+        with torch.no_grad():
+            local[low - first : high - first].copy_(values[(slice(low - start, high - start), *columns)])
+
+    blocks = range(first // rows_per_block, -(-last // rows_per_block))
+    # torch draws with one thread; a block's values are a function of its own seed, so blocks may be drawn at once.
+    threads = min(torch.get_num_threads(), len(blocks))
+    if threads == 1:
+        for block in blocks:
+            fill(block)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(fill, blocks))

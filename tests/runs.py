@@ -30,16 +30,18 @@ class Result:
     message: str
 
 
-def spec_of(overrides: Sequence[str], run_dir: Path, world_size: int) -> RankSpec:
+def spec_of(overrides: Sequence[str], run_dir: Path, world_size: int, device: str = "cpu") -> RankSpec:
     """What the launcher would tell its ranks."""
-    config = compose_config([*overrides, "launch.device=cpu"])
+    config = compose_config([*overrides, f"launch.device={device}"])
     return prepare_run(config, run_dir, overrides=overrides, world_size=world_size)
 
 
-def train(overrides: Sequence[str], run_dir: Path, world_size: int = 1, timeout_s: float = 90.0) -> Result:
+def train(
+    overrides: Sequence[str], run_dir: Path, world_size: int = 1, device: str = "cpu", timeout_s: float = 90.0
+) -> Result:
     """Opens the run and trains it on pool ranks, as `regrow` would."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    spec = spec_of(overrides, run_dir, world_size)
+    spec = spec_of(overrides, run_dir, world_size, device)
     opened = open_spec(spec)
     if opened.reached is not None:
         return Result("finished", spec.config.train.steps, "")

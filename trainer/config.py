@@ -26,11 +26,12 @@ __all__ = [
 
 
 class ActivationCheckpoint(Enum):
-    """What the backward pass recomputes."""
+    """What the backward pass recomputes: nothing, all but matrix products, whole blocks, or what a budget says."""
 
     none = "none"
     selective = "selective"
     full = "full"
+    budget = "budget"
 
 
 class PrecisionName(Enum):
@@ -106,6 +107,9 @@ class ParallelConfig:
         pp_layers: layers of each stage, in order; empty spreads them evenly.
         pp_input_weight: what the embedding counts, in layers, when they are spread.
         pp_output_weight: what the output layer and the loss count.
+        reshard_after_forward: whether ranks that share parameters give up what they gathered between the forward and
+            the backward pass: `auto` does so in all blocks without a pipeline, and nowhere with one; `true` and
+            `false` everywhere and nowhere; a number of ranks keeps the parameters shared among so many meanwhile.
     """
 
     SCHEMA: ClassVar[tuple[str, str]] = ("parallel", "parallel_schema")
@@ -125,6 +129,7 @@ class ParallelConfig:
     pp_layers: list[int] = field(default_factory=list)
     pp_input_weight: int = 1
     pp_output_weight: int = 1
+    reshard_after_forward: bool | int | str = "auto"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -134,8 +139,11 @@ class TrainConfig:
     Attributes:
         steps: optimizer steps in total, over all restarts.
         grad_clip: largest global gradient norm; 0 leaves gradients alone.
-        activation_checkpoint: `none`, `selective` (keep matrix products), `full` (recompute blocks).
-        compile: torch.compile each block.
+        activation_checkpoint: `none`, `selective` (keep matrix products), `full` (recompute blocks), `budget`.
+        activation_memory_budget: with `budget`, the part of the activations that is kept, from 0 (as `full`) to 1 (as
+            `none`). Compiled blocks recompute what is cheapest; without compilation so many blocks are kept whole.
+        offload_optimizer: keep the optimizer's state in the host's memory, and bring it to the device in each step.
+        compile: torch.compile each block: `true`, `false`, or `auto`, which compiles on GPUs.
         compile_backend: for `compile`.
         deterministic: torch's deterministic algorithms; on a GPU, training then repeats bit for bit.
         log_every: steps between lines of progress where there is no terminal.
@@ -148,7 +156,9 @@ class TrainConfig:
     steps: int = 1000
     grad_clip: float = 1.0
     activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint.none
-    compile: bool = False
+    activation_memory_budget: float = 0.5
+    offload_optimizer: bool = False
+    compile: bool | str = "auto"
     compile_backend: str = "inductor"
     deterministic: bool = False
     log_every: int = 10

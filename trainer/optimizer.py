@@ -5,8 +5,8 @@ of different meshes can share one fused call. State is named by parameter, never
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, ClassVar, final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, final
 
 import torch
 import torch.distributed as dist
@@ -16,9 +16,10 @@ from torch.optim.adamw import adamw
 
 from regrow.errors import ConfigError
 from regrow.models.base import LanguageModel
-from regrow.torch_compat import StridedShard, foreach_divide, foreach_norm
+from regrow.torch_compat import StridedShard, foreach_divide, foreach_norm, hosted_like
 from regrow.trainer.config import AdamWConfig
 from regrow.trainer.device import is_accelerator
+from regrow.trainer.offload import HostState, Piece
 from regrow.trainer.rounded_adamw import RoundedAdamW
 from regrow.trainer.shards import like_parameter as _like
 from regrow.trainer.shards import local_part as _local
@@ -32,9 +33,11 @@ class Optimizer(ABC):
     Attributes:
         ROUNDS_STOCHASTICALLY: whether it can update bfloat16 parameters without losing what is small, for
             `precision=bf16_params`: then it has `round_stochastically`.
+        OFFLOADS: whether the class takes `offload=True` too, which keeps its state in the host's memory.
     """
 
     ROUNDS_STOCHASTICALLY: ClassVar[bool] = False
+    OFFLOADS: ClassVar[bool] = False
 
     @staticmethod  # noqa: B027 (an optimizer may have nothing to check)
     def check(config: Any) -> None:
@@ -75,6 +78,22 @@ class Optimizer(ABC):
         """The state to save and load in place, by `state.<parameter>.<part>`."""
 
 
+def _rows(tensor: Tensor, piece: Piece) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])[piece.rows]
+
+
+class _Update(NamedTuple):
+    """What a step changes: a parameter of this rank's, or rows of it."""
+
+    name: str
+    rows: slice
+    parameter: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor
+
+
 @final
 class AdamW(Optimizer):
     """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with torch's fused kernel, or rounding stochastically.
@@ -82,19 +101,26 @@ class AdamW(Optimizer):
     Args:
         config: see `AdamWConfig`.
         model: its parameters must have their memory already.
+        offload: keep the moments in the host's memory.
     """
 
     ROUNDS_STOCHASTICALLY = True
+    OFFLOADS = True
 
-    def __init__(self, config: AdamWConfig, model: LanguageModel) -> None:
+    def __init__(self, config: AdamWConfig, model: LanguageModel, *, offload: bool = False) -> None:
         self.check(config)
         self.config = config
         self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._decayed = {n: model.decays(n) for n in self._parameters}
         self._rounded: RoundedAdamW | None = None
         with torch.no_grad():
-            self._exp_avg = {n: torch.zeros_like(_local(p)) for n, p in self._parameters.items()}
-            self._exp_avg_sq = {n: torch.zeros_like(_local(p)) for n, p in self._parameters.items()}
+            local = {n: _local(p.detach()) for n, p in self._parameters.items()}
+            self._host = HostState(local, ("exp_avg", "exp_avg_sq")) if offload else None
+            self._exp_avg, self._exp_avg_sq = (
+                ({n: torch.zeros_like(p) for n, p in local.items()} for _ in range(2))
+                if self._host is None
+                else (self._host.tensors["exp_avg"], self._host.tensors["exp_avg_sq"])
+            )
             self._steps = {
                 n: torch.zeros((), dtype=torch.float32, device=p.device) for n, p in self._parameters.items()
             }
@@ -118,32 +144,67 @@ class AdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, lr: float, grad_scale: Tensor, skip: Tensor) -> None:
-        for decayed in (True, False):
-            names = [n for n, p in self._parameters.items() if self._decayed[n] is decayed and p.grad is not None]
-            if names:
-                self._step_group(names, lr, self.config.weight_decay if decayed else 0.0, grad_scale, skip)
-
-    def _step_group(self, names: list[str], lr: float, weight_decay: float, grad_scale: Tensor, skip: Tensor) -> None:
-        grads = [p.grad for p in (self._parameters[n] for n in names) if p.grad is not None]
-        if self._rounded is not None:
-            own = [
-                (_local(self._parameters[n]), self._exp_avg[n], self._exp_avg_sq[n], _local(g))
-                for n, g in zip(names, grads, strict=True)
+        local = {n: (_local(p), _local(p.grad)) for n, p in self._parameters.items() if p.grad is not None}
+        if self._host is None:
+            whole = slice(None)
+            updates = [
+                _Update(n, whole, p, g, self._exp_avg[n], self._exp_avg_sq[n], self._steps[n])
+                for n, (p, g) in local.items()
             ]
-            steps = [self._steps[n] for n in names]
-            self._rounded.step(names, own, steps, lr=lr, weight_decay=weight_decay, grad_scale=grad_scale, skip=skip)
+            self._step_all(updates, lr, grad_scale, skip)
             return
-        if grads[0].dtype == torch.float64:
+
+        def update(pieces: Sequence[Piece], moments: Mapping[str, Mapping[str, Tensor]]) -> None:
+            group = [
+                _Update(
+                    piece.name,
+                    piece.rows,
+                    _rows(local[piece.name][0], piece),
+                    _rows(local[piece.name][1], piece),
+                    moments["exp_avg"][piece.name],
+                    moments["exp_avg_sq"][piece.name],
+                    # Counted once, with the parameter's last rows.
+                    self._steps[piece.name] if piece.last else self._steps[piece.name].clone(),
+                )
+                for piece in pieces
+                if piece.name in local and piece.size
+            ]
+            self._step_all(group, lr, grad_scale, skip)
+
+        self._host.update(update)
+
+    def _step_all(self, updates: list[_Update], lr: float, grad_scale: Tensor, skip: Tensor) -> None:
+        for decayed in (True, False):
+            group = [u for u in updates if self._decayed[u.name] is decayed]
+            if group:
+                self._step_group(group, lr, self.config.weight_decay if decayed else 0.0, grad_scale, skip)
+
+    def _step_group(
+        self, group: list[_Update], lr: float, weight_decay: float, grad_scale: Tensor, skip: Tensor
+    ) -> None:
+        if self._rounded is not None:
+            own = [(u.parameter, u.exp_avg, u.exp_avg_sq, u.grad) for u in group]
+            self._rounded.step(
+                [u.name for u in group],
+                own,
+                [u.step for u in group],
+                lr=lr,
+                weight_decay=weight_decay,
+                grad_scale=grad_scale,
+                skip=skip,
+            )
+            return
+        if group[0].grad.dtype == torch.float64:
             # The fused kernel's scale is float32, which float64 gradients would notice.
-            foreach_divide([_local(g) for g in grads], grad_scale)
+            foreach_divide([u.grad for u in group], grad_scale)
             grad_scale = torch.ones_like(grad_scale)
         adamw(
-            [_local(self._parameters[n]) for n in names],
-            [_local(g) for g in grads],
-            [self._exp_avg[n] for n in names],
-            [self._exp_avg_sq[n] for n in names],
+            [u.parameter for u in group],
+            [u.grad for u in group],
+            [u.exp_avg for u in group],
+            [u.exp_avg_sq for u in group],
             [],
-            [self._steps[n] for n in names],
+            [u.step for u in group],
             fused=True,
             grad_scale=grad_scale.to(torch.float32),
             found_inf=skip,
@@ -162,15 +223,21 @@ class AdamW(Optimizer):
 
     @torch.no_grad()
     def reset(self) -> None:
+        if self._host is not None:
+            self._host.wait()
         for tensors in (self._exp_avg, self._exp_avg_sq, self._steps):
             for tensor in tensors.values():
                 tensor.zero_()
 
     def state_tensors(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
+        like: Callable[[Tensor, nn.Parameter], Tensor] = _like
+        if self._host is not None:
+            self._host.wait()
+            like = hosted_like
         for name, parameter in self._parameters.items():
-            tensors[f"state.{name}.exp_avg"] = _like(self._exp_avg[name], parameter)
-            tensors[f"state.{name}.exp_avg_sq"] = _like(self._exp_avg_sq[name], parameter)
+            tensors[f"state.{name}.exp_avg"] = like(self._exp_avg[name], parameter)
+            tensors[f"state.{name}.exp_avg_sq"] = like(self._exp_avg_sq[name], parameter)
             tensors[f"state.{name}.step"] = self._steps[name]
         return tensors
 

@@ -1,5 +1,6 @@
 """`regrow.train`: a run from a script or a notebook, as the command would do it."""
 
+import os
 import signal
 import sys
 import threading
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from regrow.errors import ConfigError
 from regrow.launch.config.schema import Config
 from regrow.launch.exit_code import ExitCode
+from regrow.launch.run.allocator import use_expandable_segments
 from regrow.launch.run.failures import RankFailed, first_failure
 from regrow.launch.run.logs import log_to_console
 from regrow.launch.run.prepare import prepare_run
@@ -95,6 +97,7 @@ def train(config: Config) -> TrainResult:
             "torch.distributed.destroy_process_group() first"
         )
     ensure_home()
+    use_expandable_segments(os.environ)
     log_to_console()
     begin()
     run_dir, flag = Path(config.run.root, config.run.name).absolute(), StopFlag(exits=False)

@@ -70,7 +70,7 @@ def _import(target: str, field: str) -> object:
     return found
 
 
-def construct(target: str, field: str, base: type[T], *arguments: object) -> T:
+def construct(target: str, field: str, base: type[T], *arguments: object, **options: object) -> T:
     """An object of the class named by `field`'s `_target_`.
 
     Args:
@@ -78,13 +78,14 @@ def construct(target: str, field: str, base: type[T], *arguments: object) -> T:
         field: the section of the config that names it.
         base: what the field asks for.
         arguments: the class is called with these, which for most kinds is the section alone.
+        options: and with these, by name.
 
     Raises:
         ConfigError: the class cannot be used, or refuses its config.
     """
     kind: Callable[..., T] = resolve(target, field, base)
     with checking():
-        return kind(*arguments)
+        return kind(*arguments, **options)
 
 
 @contextmanager

@@ -108,6 +108,16 @@ def check_optimizer(config: Config) -> None:
             "optimizer must round stochastically with precision.name=bf16_params, where it would lose small updates, "
             f"but {config.optimizer._target_} does not; use optimizer=adamw or precision=bf16"
         )
+    if config.train.offload_optimizer and config.precision.name is PrecisionName.bf16_params:
+        raise ConfigError(
+            "train.offload_optimizer must be false with precision.name=bf16_params, whose moments are half as large "
+            "and are rounded where they lie, but is true; use precision=bf16 with it"
+        )
+    if config.train.offload_optimizer and not kind.OFFLOADS:
+        raise ConfigError(
+            f"train.offload_optimizer must be false with {config.optimizer._target_}, whose state stays on the "
+            "device, but is true; use optimizer=adamw"
+        )
     with checking():
         kind.check(config.optimizer)
 
@@ -118,7 +128,8 @@ def build_optimizer(config: Config, model: LanguageModel) -> Optimizer:
     Raises:
         ConfigError: bad fields.
     """
-    optimizer = construct(config.optimizer._target_, "optimizer", Optimizer, config.optimizer, model)
+    options = {"offload": True} if config.train.offload_optimizer else {}
+    optimizer = construct(config.optimizer._target_, "optimizer", Optimizer, config.optimizer, model, **options)
     if config.precision.name is PrecisionName.bf16_params:
         optimizer.round_stochastically(config.seed)
     return optimizer

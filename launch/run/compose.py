@@ -15,6 +15,7 @@ from regrow.launch.run.stop_request import StopRequest
 from regrow.models.base import LanguageModel
 from regrow.models.config import DecoderConfig
 from regrow.models.kernels import cases_of
+from regrow.torch_compat import make_compiler_repeatable
 from regrow.trainer.config import PrecisionName
 from regrow.trainer.data.feed import feed, pinned
 from regrow.trainer.data.loader import Batches, Prefetcher
@@ -63,7 +64,7 @@ def compose_trainer(spec: RankSpec, context: ParallelContext, flag: StopFlag, th
         restorer=compose_restorer(spec) if config.checkpoint.enable else None,
         hooks=compose_hooks(config, context),
         state=TrainState(schedule_total=config.scheduler.total_steps or config.train.steps),
-        stop_requested=StopRequest(flag, compiles=config.train.compile),
+        stop_requested=StopRequest(flag, compiles=config.train.compile is True),
     )
 
 
@@ -74,6 +75,8 @@ def _make_repeatable(config: Config) -> None:
         # cuBLAS is deterministic only with a fixed workspace, set before it starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        if config.train.compile is True:
+            make_compiler_repeatable()
 
 
 def _decoder(config: Config) -> DecoderConfig:
@@ -105,7 +108,7 @@ def _choose_kernels(spec: RankSpec, whole: LanguageModel, context: ParallelConte
     config, layout = spec.config, context.layout
     cut, name = layout.tp * layout.cp > 1, config.precision.name
     measured = name in (PrecisionName.fp32, PrecisionName.bf16)
-    plain = config.launch.kernels is Kernels.plain or config.train.compile or not measured
+    plain = config.launch.kernels is Kernels.plain or config.train.compile is True or not measured
     if plain or cut or context.device.type != "cpu":
         use_plain_operators()
         return

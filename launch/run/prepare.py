@@ -30,9 +30,11 @@ from regrow.launch.run.rank_spec import RankSpec
 from regrow.launch.run.ranks import Ranks, detect_ranks, export_ranks, forget_ranks
 from regrow.launch.run.threads import threads_per_rank
 from regrow.launch.run.weights import as_stored
+from regrow.torch_compat import can_compile
 from regrow.trainer.config import ParallelConfig
 from regrow.trainer.device import pick_device_type
 from regrow.trainer.parallel.layout import Layout, resolve_layout
+from regrow.trainer.parallel.memory_rules import compiles
 
 __all__ = ["convert_config", "prepare_run"]
 
@@ -110,6 +112,7 @@ def _prepare(
         config = dataclasses.replace(config, parallel=ParallelConfig(), launch=launch)
     ranks = None if seeding or world_size is not None else detect_ranks(os.environ, _degrees(config))
     device_type = pick_device_type(config.launch.device.value)
+    config = _decide_compilation(config, device_type)
     layout = _resolve_layout(config, device_type, ranks.world_size if ranks is not None else world_size)
     threads = threads_per_rank(
         config.launch.threads_per_rank, os.environ, local_ranks=1 if ranks is None else ranks.local_world_size
@@ -131,6 +134,14 @@ def _prepare(
         overrides=overrides,
         given_ranks=ranks is not None,
     )
+
+
+def _decide_compilation(config: Config, device_type: str) -> Config:
+    """The config with `true` or `false` in place of `train.compile=auto`."""
+    compiled = compiles(config.train, config.parallel, config.precision.name, device_type, can_compile=can_compile())
+    # What is neither is refused with the layout.
+    known = isinstance(config.train.compile, bool) or config.train.compile == "auto"
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, compile=compiled)) if known else config
 
 
 def _resolve_layout(config: Config, device_type: str, given: int | None) -> Layout:

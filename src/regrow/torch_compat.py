@@ -4,15 +4,21 @@ It lies beside the rooms and below all of them, so that models, checkpoint and t
 importing each other; it imports torch alone. Whoever moves to another torch reads this file first.
 """
 
+import importlib.util
 import inspect
+import os
+import shutil
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch
 import torch.distributed._functional_collectives as functional_collectives
 import torch.distributed.tensor.debug as _tensor_debug
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 from torch.nn.attention.varlen import varlen_attn
 
@@ -22,6 +28,7 @@ __all__ = [
     "StorageInfo",
     "StridedShard",
     "all_gather",
+    "can_compile",
     "clear_sharding_cache",
     "cpu_attention",
     "cpu_attention_backward",
@@ -36,11 +43,14 @@ __all__ = [
     "functional_collectives",
     "grouped_product",
     "has_hooks",
+    "hosted_like",
     "is_in_backward",
+    "make_compiler_repeatable",
     "onednn_linear",
     "overlap_tensor_parallel",
     "reduce_scatter",
     "scaled_product",
+    "set_activation_budget",
     "set_micro_batches",
     "silu_gradient",
     "softmax_gradient",
@@ -149,6 +159,44 @@ def splits_backward() -> bool:
     Before torch 2.13 they do not. Names and signatures are the same in both, so the version is all there is to ask.
     """
     return tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13)
+
+
+def can_compile() -> bool:
+    """Whether torch.compile finds here what it needs for GPUs: Triton, and a C compiler for Triton's launchers."""
+    compilers = (os.environ.get("CC"), "gcc", "clang", "cc")
+    return importlib.util.find_spec("triton") is not None and any(c and shutil.which(c) for c in compilers)
+
+
+def make_compiler_repeatable() -> None:
+    """Has the compiler choose nothing by time that changes roundings."""
+    # The compiler is needed here alone, and importing it takes a second.
+    from torch._inductor import config as inductor
+
+    inductor.deterministic = True
+
+
+def set_activation_budget(budget: float) -> None:
+    """The part of a compiled region's activations that is kept for its backward pass; 1 keeps all."""
+    functorch.activation_memory_budget = budget
+
+
+def hosted_like(local: Tensor, like: Tensor) -> Tensor:
+    """`local` as the same kind of shard as `like`, and where it is; `DTensor.from_local` would move it to the device
+    of the mesh.
+
+    Args:
+        local: of the local shape of `like`, on a CPU.
+        like: a parameter; plain ones give `local` itself.
+    """
+    if not isinstance(like, DTensor):
+        return local
+    spec = DTensorSpec(
+        like.device_mesh,
+        tuple(like.placements),
+        tensor_meta=TensorMeta(shape=like.shape, stride=like.stride(), dtype=local.dtype),
+    )
+    made: Tensor = DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+    return made
 
 
 def set_micro_batches(schedule: Any, arguments: list[tuple[Tensor, ...]], options: list[dict[str, Any]]) -> None:

@@ -40,6 +40,8 @@ from regrow.trainer.parallel.attention import AttentionPlan, plan_attention
 from regrow.trainer.parallel.context import ParallelContext
 from regrow.trainer.parallel.expert import LocalExperts, apply_expert_parallel, set_auxiliary_loss
 from regrow.trainer.parallel.heads import kv_heads_per_rank
+from regrow.trainer.parallel.memory_rules import reshard_choice
+from regrow.trainer.parallel.recompute import apply_budget
 from regrow.trainer.parallel.sequence import ContextGroup, apply_context_parallel
 from regrow.trainer.parallel.stages import StagePlan, plan_stages
 from regrow.trainer.parallel.tensor import TensorGroup, apply_tensor_parallel, shared_parameters, tie
@@ -117,14 +119,15 @@ def parallelise(
         apply_context_parallel(model, *attention.sequence)
     if model_config.n_experts > 0:
         _apply_to_experts(model, context, sequences)
-    if train.activation_checkpoint is not ActivationCheckpoint.none:
+    apply_budget(model, train)
+    if train.activation_checkpoint in (ActivationCheckpoint.selective, ActivationCheckpoint.full):
         selective = train.activation_checkpoint is ActivationCheckpoint.selective
         _checkpoint_activations(model, selective=selective, whole=context.world_size == 1)
-    if train.compile:
+    if train.compile is True:
         _compile(model, train.compile_backend, context if parallel.async_tp else None, whole=context.world_size == 1)
     if context.world_size > 1:
         for part in parts:
-            _shard(part, context, precision)
+            _shard(part, context, precision, parallel)
     elif compute_dtype(precision.name) is torch.bfloat16:
         # As FSDP's mixed precision does it among several ranks, without its copies.
         model.compute_dtype = torch.bfloat16
@@ -256,15 +259,17 @@ def _checkpoint_activations(model: LanguageModel, *, selective: bool, whole: boo
             setattr(owner, name, recomputed)
 
 
-def _shard(part: LanguageModel, context: ParallelContext, precision: PrecisionConfig) -> None:
+def _shard(
+    part: LanguageModel, context: ParallelContext, precision: PrecisionConfig, parallel: ParallelConfig
+) -> None:
     """FSDP2 with a unit per block and one for its experts; HSDP with replicas, DDP where nothing is sharded."""
     compute = torch.bfloat16 if compute_dtype(precision.name) is torch.bfloat16 else None
     reduce = None if precision.name is PrecisionName.fp64 else torch.float32
     # Tables of positions go into the blocks in float32 and must stay so.
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce, cast_forward_inputs=False)
-    # Under a pipeline many micro-batches pass a stage one after the other; what is gathered stays for all of them.
+    layout = context.layout
     # (Schedules that split the backward pass find a stage's weights in the gathered tensors alone.)
-    reshard_after = None if context.layout.pp == 1 else False
+    reshard_after = reshard_choice(parallel, layout.pp, layout.dp_shard * layout.cp)
     mesh = _data_mesh(context.meshes.dense, "fsdp")
     for block in part.blocks():
         gather_small(block, precision, context.meshes.dense["fsdp"].size())
@@ -272,14 +277,14 @@ def _shard(part: LanguageModel, context: ParallelContext, precision: PrecisionCo
             if isinstance(module, MixtureOfExperts):
                 experts = _data_mesh(context.meshes.experts, "efsdp")
                 ranks = context.meshes.experts["efsdp"].size()
-                held = module.n_experts // context.layout.ep
+                held = module.n_experts // layout.ep
                 placement = functools.partial(_expert_placement, held=held, ranks=ranks)
                 fully_shard(
                     module.experts,
                     mesh=experts,
                     mp_policy=policy,
                     shard_placement_fn=placement,
-                    reshard_after_forward=reshard_after,
+                    reshard_after_forward=reshard_choice(parallel, layout.pp, ranks),
                 )
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after)
     fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after)

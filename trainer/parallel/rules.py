@@ -16,6 +16,7 @@ from regrow.trainer.config import (
 )
 from regrow.trainer.parallel.heads import kv_heads_per_rank
 from regrow.trainer.parallel.layout import Layout, divisors_of
+from regrow.trainer.parallel.memory_rules import memory_problems
 from regrow.trainer.parallel.stages import SPLIT_BACKWARD, stages_per_rank
 
 __all__ = ["Batch", "check_attention", "check_layout"]
@@ -74,6 +75,7 @@ def check_layout(
         *_context(layout, parallel, model, batch),
         *_pipeline(layout, parallel, model, batch, train, splits_backward=splits_backward),
         *_experts(layout, model),
+        *memory_problems(layout, parallel, train),
     )
     for problem in problems:
         raise ConfigError(problem)
@@ -123,7 +125,7 @@ def _divides(name: str, value: int, number: int, what: str) -> Iterator[str]:
 def _tensor(
     layout: Layout, parallel: ParallelConfig, model: DecoderConfig, batch: Batch, train: TrainConfig, device: str
 ) -> Iterator[str]:
-    if parallel.async_tp and (device != "cuda" or not train.compile or not parallel.sequence_parallel):
+    if parallel.async_tp and (device != "cuda" or train.compile is not True or not parallel.sequence_parallel):
         yield (
             "parallel.async_tp must be false without GPUs, train.compile and parallel.sequence_parallel, but is "
             "true; use parallel.async_tp=false"
@@ -220,7 +222,7 @@ def _split_backward(kind: PipelineSchedule, train: TrainConfig, *, splits_backwa
             f"pass runs in two halves, but is {train.activation_checkpoint.name}; "
             "use parallel.pp_schedule=interleaved"
         )
-    if train.compile:
+    if train.compile is True:
         yield (
             f"train.compile must be false with parallel.pp_schedule={kind.name}, whose backward pass runs in two "
             "halves, but is true; use parallel.pp_schedule=interleaved"
