@@ -20,8 +20,8 @@ from benchmarks.plain_llama import PlainLlama, Shape, make_step
 from regrow.checkpoint.save.saver import StepSaver
 from regrow.launch.config.composition import compose_config
 from regrow.launch.run.compose import compose_trainer
+from regrow.launch.run.ownership import own_run
 from regrow.launch.run.prepare import prepare_run
-from regrow.launch.run.run_dir import own_run
 from regrow.launch.run.signals import StopFlag
 from regrow.launch.run.start import open_spec
 from regrow.trainer.device import pin_threads

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from regrow.models.attention import Mask
 from regrow.models.dispatch import Order, order_by_expert, sum_rows, take_choices, take_rows
 from regrow.models.experts import Experts
 from regrow.models.layers import Attention, FeedForward, RMSNorm, Rotation
@@ -247,14 +248,14 @@ class MixtureBlock(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x_BTD: Tensor, rope_TR: Tensor, mask: Tensor | None, valid_BT: Tensor | None) -> Tensor:
-        h_BTD, normed_BTD = self.before_mixture(x_BTD, rope_TR, mask)
+    def forward(self, x_BTD: Tensor, rope_TR2: Tensor, mask: Mask, valid_BT: Tensor | None) -> Tensor:
+        h_BTD, normed_BTD = self.before_mixture(x_BTD, rope_TR2, mask)
         out: Tensor = h_BTD + self.moe(normed_BTD, valid_BT)
         return out
 
-    def before_mixture(self, x_BTD: Tensor, rope_TR: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def before_mixture(self, x_BTD: Tensor, rope_TR2: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
         """What the mixture's result is added to, and what the mixture gets."""
-        h_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope_TR, mask)
+        h_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope_TR2, mask)
         normed_BTD = self.ffn_norm(h_BTD)
         if self.shared_experts is not None:
             h_BTD = h_BTD + self.shared_experts(normed_BTD)

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from regrow.models.layers import Decoder
 from regrow.models.llama3.config import Llama3Config
 from regrow.models.llama3.model import Llama3
-from regrow.trainer.config import ParallelConfig, PipelineSchedule, PrecisionName, TrainConfig
+from regrow.trainer.config import ParallelConfig, PipelineSchedule, PrecisionConfig, PrecisionName, TrainConfig
 from regrow.trainer.data.loader import MicroBatch
 from regrow.trainer.parallel.apply import initialise, parallelise
 from regrow.trainer.parallel.context import ParallelContext
@@ -57,7 +57,7 @@ def make_engine(
         model_config=config,
         parallel=parallel or ParallelConfig(pp_schedule=schedule),
         train=TrainConfig(),
-        precision=precision,
+        precision=PrecisionConfig(name=precision),
         sequences=8,
     )
     initialise(made, context.device, 0, length)

@@ -5,7 +5,7 @@ page out, so that neither the host nor the device waits for it. On a CPU there i
 """
 
 import dataclasses
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -35,21 +35,16 @@ def pinned(batch: StepBatch) -> StepBatch:
 
 
 def _tensors(micro_batch: MicroBatch) -> list[Tensor]:
-    documents: Any = micro_batch.documents
-    held = documents if isinstance(documents, tuple) else [documents]
-    return [micro_batch.tokens, micro_batch.labels, *(x for x in held if isinstance(x, Tensor))]
+    documents = micro_batch.documents
+    described = [] if documents is None else [documents.starts, documents.boundaries]
+    return [micro_batch.tokens, micro_batch.labels, *described]
 
 
 def _on(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
-    documents: Any = micro_batch.documents
-    if isinstance(documents, Tensor):
-        documents = documents.to(device, non_blocking=True)
-    elif documents is not None:
-        documents = documents.to(device)
     return MicroBatch(
         tokens=micro_batch.tokens.to(device, non_blocking=True),
         labels=micro_batch.labels.to(device, non_blocking=True),
-        documents=documents,
+        documents=None if micro_batch.documents is None else micro_batch.documents.to(device),
     )
 
 

@@ -2,13 +2,11 @@
 
 from collections.abc import Iterator
 
-from regrow.trainer.config import ParallelConfig, PipelineSchedule, PrecisionName, TrainConfig
+from regrow.trainer.config import ParallelConfig, PrecisionName, TrainConfig
 from regrow.trainer.parallel.layout import Layout, divisors_of
+from regrow.trainer.parallel.stages import SPLIT_BACKWARD
 
-__all__ = ["SPLIT_BACKWARD", "chosen_blocks", "compiles", "memory_problems", "reshard_choice"]
-
-# Their backward pass runs in two halves.
-SPLIT_BACKWARD = (PipelineSchedule.interleaved_zero_bubble, PipelineSchedule.zbv_zero_bubble)
+__all__ = ["chosen_blocks", "compiles", "memory_problems", "reshard_choice"]
 
 
 def compiles(

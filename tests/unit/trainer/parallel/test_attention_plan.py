@@ -55,7 +55,7 @@ def test_selective_recomputation_keeps_what_segments_gave(selective: bool, times
     documents = describe_documents(torch.arange(64).expand(2, -1) // 10)
     tokens = torch.zeros(2, 64, dtype=torch.long, device=META)
     mask = plan(model).mask(documents, tokens)
-    _checkpoint_activations(model, selective=selective)
+    _checkpoint_activations(model, selective=selective, whole=True)
     with _Count() as count:
         model(tokens, mask).sum().backward()
     layers = len(model.blocks())
