@@ -15,6 +15,7 @@ from regrow.launch.config.schema import register_schemas
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Says what several processes (`pytest -n`) may share out: slow tests one by one, the others by file.
 
