@@ -46,11 +46,11 @@ lint: $(STAMP)  ## ruff and mypy --strict
 	$(BIN)/mypy
 
 check: lint     ## lint and the fast tests
-	$(BIN)/pytest -q -m 'not slow and not gpu' -n $(WORKERS) --dist loadgroup
+	$(BIN)/pytest -q -m 'not slow and not gpu' -n $(WORKERS)
 
 test: $(STAMP) $(TORCHTUNE)/.installed  ## every test; installs Debian's Slurm for tests/slurm where it is missing
 	tests/slurm/setup.sh
-	$(BIN)/pytest -n $(WORKERS) --dist loadgroup
+	$(BIN)/pytest -n $(WORKERS)
 
 fuzz: $(STAMP)  ## hostile input, seeded, for about a minute (SEED, COUNT)
 	$(BIN)/python -m tests.attack.fuzz --seed $(SEED) --count $(COUNT)

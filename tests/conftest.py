@@ -5,6 +5,7 @@ import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,22 +16,18 @@ from regrow.launch.config.schema import register_schemas
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Says what several processes (`pytest -n`) may share out: slow tests one by one, the others by file.
+    """What takes longest comes first, and Slurm's before all, which mostly waits."""
+    items.sort(key=lambda item: 0 if "slurm" in item.keywords else 1 if "slow" in item.keywords else 2)
 
-    There is one Slurm on a machine; its tests come first, because they mostly wait.
-    """
 
-    def order(item: pytest.Item) -> int:
-        return 0 if "slurm" in item.keywords else 1 if "slow" in item.keywords else 2
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """How several processes (`pytest -n`) share the tests out; see `tests/sharing.py`."""
+    # Where tests run in one process, and on GPU machines, there need be no xdist.
+    from tests.sharing import Sharing
 
-    items.sort(key=order)
-    for item in items:
-        if order(item) == 0:
-            item.add_marker(pytest.mark.xdist_group("slurm"))
-        elif order(item) == 2:
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
+    return Sharing(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
