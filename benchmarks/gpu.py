@@ -57,7 +57,7 @@ class Part:
 # In the order of their worth.
 PARTS: dict[str, Part] = {
     "limits": Part(run=gpu_limits.limits, bound_s=25),
-    "tests": Part(run=gpu_limits.tests, bound_s=110),
+    "tests": Part(run=gpu_limits.tests, bound_s=180),
     "1b": Part(run=gpu_runs.one_b, bound_s=110),
     "1b_plain_pytorch": Part(run=gpu_runs.plain_peer, bound_s=75),
     "8b_bf16_params": Part(run=gpu_runs.eight_b_bf16_params, bound_s=80),

@@ -74,12 +74,22 @@ def tests(_job: Job, report: Report) -> None:
     """tests/gpu; without a GPU each of them is skipped, which the summary says."""
     # Other plugins that a machine may have are of no use here, and some raise warnings.
     environ = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "pytest_timeout", "tests/gpu"]
-    done = subprocess.run(
-        command, cwd=REPO, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-    )
-    lines = done.stdout.strip().splitlines()
-    print(done.stdout)
-    report(summary=lines[-1] if lines else "no output", failures=[x for x in lines if x.startswith("FAILED")])
-    if done.returncode:
-        raise RuntimeError(f"pytest ended with exit code {done.returncode}: {lines[-1] if lines else 'no output'}")
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "pytest_timeout"]
+    # Most of them start runs, which wait for compilers and for each other.
+    command += ["-p", "xdist.plugin", "-n", "4"] if torch.cuda.is_available() else []
+    passed, failures, last = 0, list[str](), "no output"
+    with subprocess.Popen(
+        [*command, "tests/gpu"], cwd=REPO, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            last = line.strip() or last
+            passed += " PASSED" in line
+            if line.startswith(("FAILED", "ERROR")):
+                failures.append(last)
+            # What is known when the time is up.
+            report(summary=f"{passed} passed so far", failures=failures)
+    report(summary=last, failures=failures)
+    if process.returncode:
+        raise RuntimeError(f"pytest ended with exit code {process.returncode}: {last}")

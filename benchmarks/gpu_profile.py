@@ -28,6 +28,9 @@ OTHER = "other"
 def class_of(kernel: str) -> str:
     """The class of a kernel, by its name."""
     name = kernel.lower()
+    # The compiler's kernels are named after all that was fused; products and attention are left to others.
+    if name.startswith(("triton_poi", "triton_red", "triton_per")):
+        return "elementwise"
     return next((kind for kind, words in CLASSES.items() if any(word in name for word in words)), OTHER)
 
 
@@ -88,7 +91,9 @@ def _summary(profiler: profile) -> dict[str, Any]:
     kernels: Sequence[tuple[str, float]]
     if torch.cuda.is_available():
         found: Any = profiler.events()  # type: ignore[no-untyped-call]
-        events = [e for e in found or [] if e.device_type == torch.autograd.DeviceType.CUDA]
+        events = [
+            e for e in found or [] if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation
+        ]
         kernels = [(e.name, float(e.self_device_time_total)) for e in events]
     else:
         kernels = [(e.key, float(e.self_cpu_time_total)) for e in profiler.key_averages()]

@@ -17,8 +17,8 @@ __all__ = ["LARGEST_MIB", "MADE_HERE", "WHEELS", "check", "main"]
 REPO = Path(__file__).resolve().parent.parent
 LARGEST_MIB = 20
 WHEELS = ("hydra-core", "omegaconf", "PyYAML", "packaging", "msgspec", "psutil", "rich", "Pygments", "markdown-it-py",
-          "mdurl", "tokenizers", "xxhash", "zstandard", "pytest", "pytest-timeout", "iniconfig", "pluggy",
-          "torchao")  # fmt: skip
+          "mdurl", "tokenizers", "xxhash", "zstandard", "pytest", "pytest-timeout", "pytest-xdist", "execnet",
+          "iniconfig", "pluggy", "torchao")  # fmt: skip
 # It has no wheel of its own; made of its sources it runs everywhere.
 MADE_HERE = ("antlr4-python3-runtime",)
 _ABIS = ("cp312", "abi3", "none")

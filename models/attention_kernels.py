@@ -33,7 +33,7 @@ class Segments(NamedTuple):
     Attributes:
         queries: int32 `(N + 1,)`, where segments begin and end among the queries.
         keys: likewise among the keys; every key is in a segment, whether or not a query sees it.
-        most_queries: that a segment has; the same for every batch.
+        most_queries: that a segment has, or more.
         most_keys: likewise.
     """
 
@@ -88,7 +88,7 @@ class Blocks(NamedTuple):
 
 def segments_of(documents: Documents) -> Segments:
     """A batch's documents."""
-    return Segments(documents.boundaries, documents.boundaries, documents.longest, documents.longest)
+    return Segments(documents.boundaries, documents.boundaries, documents.most, documents.most)
 
 
 def segments_of_chunk(documents: Documents, start: int, stop: int) -> Segments:
@@ -102,7 +102,7 @@ def segments_of_chunk(documents: Documents, start: int, stop: int) -> Segments:
     def cut(first: int) -> Tensor:
         return rows_N * (stop - first) + (within_N - first).clamp(0, stop - first)
 
-    return Segments(cut(start), cut(0), stop - start, stop)
+    return Segments(cut(start), cut(0), min(documents.most, stop - start), min(documents.most, stop))
 
 
 def make_blocks(first_BT: Tensor, last_T: Tensor, keys: int) -> Blocks:

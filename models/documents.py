@@ -22,7 +22,8 @@ class Documents(NamedTuple):
         boundaries: int32 `(N + 1,)`, where segments begin and end in the rows laid end to end: 0, …, B · S (the
             `cu_seqlens` of kernels for sequences of several lengths). The end is repeated, so that most batches have
             the same N.
-        longest: S, which bounds a segment's length and is the same for every batch.
+        longest: S, the same for every batch.
+        most: bounds a segment's length: a power of two, so that few numbers ever occur, or S.
         prepared: by the window of the layers that use it (0 is none), what their kernel takes: made once a batch by
             `models/attention.py`, on the device.
     """
@@ -30,6 +31,7 @@ class Documents(NamedTuple):
     starts: Tensor
     boundaries: Tensor
     longest: int
+    most: int
     prepared: dict[int, Any] = {}  # noqa: RUF012 - never changed: `_replace` gives another.
 
     def to(self, device: torch.device) -> "Documents":
@@ -57,14 +59,15 @@ def describe_documents(numbers_BS: Tensor) -> Documents:
     begins_N = begins_BS.flatten().nonzero().flatten()
     boundaries = torch.full((_room(rows, length, len(begins_N)) + 1,), rows * length, dtype=torch.int32)
     boundaries[: len(begins_N)] = begins_N
-    return Documents(starts_BS, boundaries, length)
+    most = min(length, 1 << (int(boundaries.diff().max()) - 1).bit_length())
+    return Documents(starts_BS, boundaries, length, most)
 
 
 def whole_sequences(rows: int, length: int, device: torch.device) -> Documents:
     """Rows of one document each, on a device."""
     starts_BS = torch.zeros((rows, length), dtype=torch.int32, device=device)
     boundaries = torch.arange(0, (rows + 1) * length, length, dtype=torch.int32, device=device)
-    return Documents(starts_BS, boundaries, length)
+    return Documents(starts_BS, boundaries, length, length)
 
 
 def _room(rows: int, length: int, needed: int) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from regrow.trainer.data.loader import IGNORE
 from regrow.trainer.parallel.vocabulary import VocabularyShard
 
-__all__ = ["row_losses", "summed_cross_entropy"]
+__all__ = ["in_wide_type", "row_losses", "summed_cross_entropy"]
 
 # Elements of logits that are float32 at a time: on a CPU they stay in its cache.
 _CPU_ELEMENTS, _ELEMENTS = 1 << 18, 1 << 26
@@ -51,7 +51,8 @@ def _block_losses(
     logits_RV: Tensor, labels_R1: Tensor, counts_R1: Tensor, grad_RV: Tensor | None, z_loss: float
 ) -> Tensor:
     highest_R1 = logits_RV.amax(-1, keepdim=True)
-    weights_RV = _exact(logits_RV) - highest_R1
+    # In one pass: a copy in the wider type would be a second block.
+    weights_RV = torch.sub(logits_RV, _exact(highest_R1))
     targets_R1 = weights_RV.gather(1, labels_R1)
     # Summed by pairs, which `log_softmax` does not: over a large vocabulary it is off by parts in a million.
     sums_R1 = weights_RV.exp_().sum(-1, keepdim=True)
@@ -112,7 +113,7 @@ def _blocks(logits_RV: Tensor) -> Iterator[slice]:
 
 def _exponents(logits_RV: Tensor, highest_R1: Tensor, part: slice, out_RV: Tensor | None) -> Tensor:
     out = None if out_RV is None else out_RV[part]
-    return torch.sub(_exact(logits_RV[part]), highest_R1[part], out=out).exp_()
+    return torch.sub(logits_RV[part], highest_R1[part], out=out).exp_()
 
 
 def _write_gradient(
@@ -131,6 +132,11 @@ def _write_gradient(
     torch.mul(weights_RV, counts_R1 / totals_R1, out=out_RV)
 
 
+def in_wide_type(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of a sum as a factor of gradients of a type: a scalar would be rounded to theirs, bfloat16 say."""
+    return grad.to(torch.promote_types(dtype, torch.float32)).view(1)
+
+
 class _SummedCrossEntropy(torch.autograd.Function):
     """Makes the gradient in the forward pass, in the logits' dtype, and keeps it alone."""
 
@@ -147,7 +153,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
         (grad_SV,) = ctx.saved_tensors
         # In place: a second backward pass is then refused by autograd, as it is where a graph is gone.
-        return grad_SV.mul_(grad), None, None, None
+        return grad_SV.mul_(in_wide_type(grad, grad_SV.dtype)), None, None, None
 
 
 def summed_cross_entropy(

@@ -177,7 +177,10 @@ def make_compiler_repeatable() -> None:
 
 def set_activation_budget(budget: float) -> None:
     """The part of a compiled region's activations that is kept for its backward pass; 1 keeps all."""
-    functorch.activation_memory_budget = budget
+    if functorch.activation_memory_budget != budget:
+        # What was compiled in this process under another budget would be used again.
+        torch.compiler.reset()
+        functorch.activation_memory_budget = budget
 
 
 def hosted_like(local: Tensor, like: Tensor) -> Tensor:

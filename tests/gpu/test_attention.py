@@ -127,8 +127,8 @@ def test_documents_are_described_to_the_device_without_waiting() -> None:
     numbers = (torch.rand(2, 1024) < 0.01).long().cumsum(1)
     documents = describe_documents(numbers).pin_memory()
     for kernel in (AttentionKernel.varlen, AttentionKernel.flex):
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            torch.cuda.set_sync_debug_mode("error")
             prepare_documents(documents.to(DEVICE), [0, 64], kernel, None)
         finally:
             torch.cuda.set_sync_debug_mode("default")

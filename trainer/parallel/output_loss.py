@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from regrow.models.cpu import Kind, is_used, outer, product
 from regrow.models.linear import Linear
 from regrow.torch_compat import has_hooks
-from regrow.trainer.loss import row_losses, summed_cross_entropy
+from regrow.trainer.loss import in_wide_type, row_losses, summed_cross_entropy
 from regrow.trainer.parallel.tensor import SplitOutput
 from regrow.trainer.parallel.vocabulary import VocabularyShard
 
@@ -112,6 +112,11 @@ def _multiply_add(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     return product_of_both.to(exact) if total is None else total.add_(product_of_both)
 
 
+def _scaled(x: Tensor, factor: Tensor, *, in_place: bool) -> Tensor:
+    wide = in_wide_type(factor, x.dtype)
+    return x.mul_(wide) if in_place else torch.mul(x, wide).to(x.dtype)
+
+
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_SD: Tensor, weight_VD: Tensor, labels_S: Tensor, options: _Options) -> Tensor:
@@ -140,13 +145,11 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         if ctx.grads is None:
             raise RuntimeError("the loss was gone through backward a second time; its gradients are made once")
-        grad_SD, grad_VD = ctx.grads
-        if ctx.twice:
-            # Each half of the backward pass asks for both.
-            grad_SD, grad_VD = (None if g is None else g * grad for g in (grad_SD, grad_VD))
-        else:
+        grads = ctx.grads
+        if not ctx.twice:
             ctx.grads = None
-            grad_SD, grad_VD = (None if g is None else g.mul_(grad) for g in (grad_SD, grad_VD))
+        # Each half of a backward pass in two asks for both.
+        grad_SD, grad_VD = (None if g is None else _scaled(g, grad, in_place=not ctx.twice) for g in grads)
         return grad_SD, None if grad_VD is None else grad_VD.to(ctx.dtype), None, None
 
 

@@ -23,6 +23,8 @@ def test_starts_and_boundaries_say_what_the_numbers_say(rows: int, length: int, 
     assert found == [*begins, *[rows * length] * (len(found) - len(begins))]
     assert len(found) > len(begins)
     assert documents.longest == length
+    lengths = documents.boundaries.diff().tolist()
+    assert max(lengths) <= documents.most <= min(length, 2 * max(lengths))
     assert documents.starts.dtype == documents.boundaries.dtype == torch.int32
 
 
