@@ -63,7 +63,7 @@ def _rank(
     os._exit(0)
 
 
-def run_distributed(body: Callable[..., Any], *args: Any, world_size: int, timeout_s: float = 90.0) -> list[Any]:
+def run_distributed(body: Callable[..., Any], *args: Any, world_size: int, timeout_s: float = 240.0) -> list[Any]:
     """Runs `body(*args)` on every rank, with torchrun's variables set; returns the ranks' results.
 
     Raises:

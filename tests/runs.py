@@ -37,7 +37,7 @@ def spec_of(overrides: Sequence[str], run_dir: Path, world_size: int, device: st
 
 
 def train(
-    overrides: Sequence[str], run_dir: Path, world_size: int = 1, device: str = "cpu", timeout_s: float = 90.0
+    overrides: Sequence[str], run_dir: Path, world_size: int = 1, device: str = "cpu", timeout_s: float = 240.0
 ) -> Result:
     """Opens the run and trains it on pool ranks, as `regrow` would."""
     run_dir.mkdir(parents=True, exist_ok=True)

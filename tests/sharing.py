@@ -8,21 +8,22 @@ from xdist.scheduler import LoadScopeScheduling
 
 __all__ = ["Sharing"]
 
-# There is one Slurm on a machine.
-_TOGETHER = "tests/slurm/"
+# There is one Slurm on a machine, and cores for one set of ranks that compute.
+_TOGETHER = ("tests/slurm/", "tests/distributed/")
 # Short ones, whose fixtures of a module are made once.
 _BY_FILE = ("tests/unit/", "tests/configs/")
 
 
 @final
 class Sharing(LoadScopeScheduling):
-    """Slurm's tests stay together, those of a file of unit tests too; the others go one by one, in their order."""
+    """What needs the machine stays together, and the tests of a file of unit tests; the others go one by one, in order."""
 
     def __init__(self, config: pytest.Config, log: Producer) -> None:
         super().__init__(config, log)
         config.option.loadscopereorder = False
 
     def _split_scope(self, nodeid: str) -> str:
-        if nodeid.startswith(_TOGETHER):
-            return _TOGETHER
+        for folder in _TOGETHER:
+            if nodeid.startswith(folder):
+                return folder
         return nodeid.partition("::")[0] if nodeid.startswith(_BY_FILE) else nodeid
