@@ -148,6 +148,7 @@ def note_pending(run_dir: Path, environ: Mapping[str, str]) -> None:
 
 
 def is_pending(run_dir: Path, environ: Mapping[str, str]) -> bool:
+    """Whether this launch has chosen a lineage before, and none of its ranks has loaded since."""
     try:
         noted = parse_json(read_regular(run_dir / _PENDING, 1 << 16))
     except (OSError, DocumentError):
