@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from regrow.launch.config.composition import compose_config
 from regrow.launch.run.compose import compose_trainer
 from regrow.launch.run.prepare import prepare_run
 from regrow.launch.run.rank import run_rank
@@ -18,6 +17,7 @@ from regrow.launch.run.rank_spec import RankSpec
 from regrow.launch.run.signals import StopFlag
 from regrow.launch.run.start import open_spec
 from regrow.trainer.parallel.context import close_parallel, open_parallel
+from tests.composing import compose_config
 from tests.pool import run_distributed
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from regrow.launch.config.composition import compose_config as compose_config
 from regrow.launch.config.schema import Config
 from regrow.launch.config.typed import to_config, to_dict
 from regrow.trainer.jsonlines import read_rows
+from tests.composing import compose_config as compose_config
 
 REPO = Path(__file__).resolve().parent.parent
 

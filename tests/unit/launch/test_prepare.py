@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from regrow.launch.config.composition import compose_config
 from regrow.launch.config.identity import config_hash
 from regrow.launch.config.later_fields import later_defaults
 from regrow.launch.config.refusals import Refused
@@ -20,7 +19,7 @@ from regrow.launch.run.signals import StopFlag
 from regrow.launch.run.start import run_spec
 from regrow.trainer.config import ParallelConfig
 from tests.pool import run_distributed
-from tests.support import REPO, tiny
+from tests.support import REPO, compose_config, tiny
 
 CHOICES = [
     [],

@@ -7,11 +7,11 @@ import pytest
 from regrow.checkpoint.documents import DocumentError
 from regrow.checkpoint.errors import CheckpointError, StepNotFoundError
 from regrow.errors import ConfigError
-from regrow.launch.config.composition import compose_config
 from regrow.launch.config.errors import UserError, describe, naming_fields
 from regrow.launch.config.refusals import Refused, refusing
 from regrow.trainer.data.source import DataError
 from regrow.trainer.run_record import RunRecordError
+from tests.support import compose_config
 
 SENTENCE = "a.b must be 1, but is 2; use 1"
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from regrow.launch.config.composition import compose_config
 from regrow.launch.config.errors import UserError
 from regrow.launch.run.ownership import own_run
 from regrow.launch.run.prepare import prepare_run
@@ -16,7 +15,7 @@ from regrow.launch.run.run_documents import begin_run
 from regrow.launch.run.start import open_spec
 from regrow.trainer.data.token_store import TokenStore
 from regrow.trainer.run_record import Attempt, RunRecord
-from tests.support import tiny
+from tests.support import compose_config, tiny
 
 Open = Callable[..., OpenedRun]
 BASE = ("hooks=none", "train.steps=10", "scheduler.total_steps=10", "launch.device=cpu")

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from regrow.launch.config.composition import compose_config
 from regrow.launch.config.typed import to_config
 from regrow.launch.run.build import check_optimizer
 from regrow.models.llama3.model import Llama3
@@ -18,7 +17,7 @@ from regrow.trainer.config import AdamWConfig
 from regrow.trainer.offload import HostState, parts_of
 from regrow.trainer.optimizer import AdamW
 from tests.runs import train
-from tests.support import assert_same_tensors, curve, tiny, typed_config
+from tests.support import assert_same_tensors, compose_config, curve, tiny, typed_config
 
 OFFLOADED = "train.offload_optimizer=true"
 
