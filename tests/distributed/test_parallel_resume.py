@@ -17,7 +17,7 @@ from tests.support import assert_same_tensors, curve, metrics, samples, start, s
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-SAVING = ["checkpoint=debug", "checkpoint.interval=3", "hooks=none", "data.log_samples=true"]
+SAVING = ["checkpoint=debug", "checkpoint.interval=2", "hooks=none", "data.log_samples=true"]
 
 
 @pytest.mark.parametrize(
@@ -35,12 +35,12 @@ SAVING = ["checkpoint=debug", "checkpoint.interval=3", "hooks=none", "data.log_s
 def test_resuming_is_bitwise(corpus: Path, tmp_path: Path, kind: str, world: int, layout: str) -> None:
     # As few forward passes as gradient accumulation needs, and a pipeline.
     micro = 1 if "pp=" in layout else 4
-    own = [*SAVING, "scheduler.total_steps=6", f"data.micro_batch_size={micro}", *degrees(layout)]
-    train([*base(corpus, kind), *own, "train.steps=6"], tmp_path / "whole", world)
-    train([*base(corpus, kind), *own, "train.steps=3"], tmp_path / "cut", world)
-    assert train([*base(corpus, kind), *own, "train.steps=6"], tmp_path / "cut", world).step == 6
+    own = [*SAVING, "scheduler.total_steps=4", f"data.micro_batch_size={micro}", *degrees(layout)]
+    train([*base(corpus, kind), *own, "train.steps=4"], tmp_path / "whole", world)
+    train([*base(corpus, kind), *own, "train.steps=2"], tmp_path / "cut", world)
+    assert train([*base(corpus, kind), *own, "train.steps=4"], tmp_path / "cut", world).step == 4
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
-    assert_same_tensors(tmp_path / "cut/checkpoint/step-6", tmp_path / "whole/checkpoint/step-6")
+    assert_same_tensors(tmp_path / "cut/checkpoint/step-4", tmp_path / "whole/checkpoint/step-4")
 
 
 CHAINS: dict[str, list[tuple[int, str]]] = {
@@ -52,17 +52,17 @@ CHAINS: dict[str, list[tuple[int, str]]] = {
 
 @pytest.mark.parametrize("kind", list(CHAINS))
 def test_one_run_through_many_layouts(corpus: Path, tmp_path: Path, kind: str) -> None:
-    settings = base(corpus, "moe" if kind == "moe" else "dense", *SAVING, "scheduler.total_steps=15")
+    settings = base(corpus, "moe" if kind == "moe" else "dense", *SAVING, "scheduler.total_steps=10")
     settings += ["model.tied_embeddings=true"] if kind == "tied" else []
-    train([*settings, "train.steps=15"], tmp_path / "whole")
+    train([*settings, "train.steps=10"], tmp_path / "whole")
     for number, (world, layout) in enumerate(CHAINS[kind], 1):
-        steps = f"train.steps={3 * number}"
-        assert train([*settings, steps, *degrees(layout)], tmp_path / "chain", world).step == 3 * number
+        steps = f"train.steps={2 * number}"
+        assert train([*settings, steps, *degrees(layout)], tmp_path / "chain", world).step == 2 * number
     assert samples(tmp_path / "chain") == samples(tmp_path / "whole")
     rows, expected = metrics(tmp_path / "chain"), metrics(tmp_path / "whole")
-    assert len(rows) == 15
+    assert len(rows) == 10
     assert max(relative(a["loss"], b["loss"]) for a, b in zip(rows, expected, strict=True)) <= 1e-5
-    left, right = (stored_tensors(tmp_path / run / "checkpoint/step-15") for run in ("chain", "whole"))
+    left, right = (stored_tensors(tmp_path / run / "checkpoint/step-10") for run in ("chain", "whole"))
     assert left.keys() == right.keys()
     assert ("output.weight" in left) == (kind != "tied")
 
@@ -94,7 +94,7 @@ def test_a_checkpoint_keeps_every_bit_through_other_layouts(corpus: Path, tmp_pa
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_sixteen_ranks_with_everything(corpus: Path, tmp_path: Path, kind: str) -> None:
     """dp_shard 2 × tp 2 × pp 2 × cp 2, and ep 2 with experts."""
-    settings = base(corpus, kind, "train.steps=3")
+    settings = base(corpus, kind, "train.steps=2")
     recipe = ["parallel=all", *(["parallel.ep=2"] if kind == "moe" else [])]
     (reference,) = observe([settings], tmp_path, 1)
     (seen,) = observe([[*settings, *recipe]], tmp_path, 16)
