@@ -24,19 +24,16 @@ from regrow.trainer.rounded_adamw import RoundedAdamW
 from regrow.trainer.shards import like_parameter as _like
 from regrow.trainer.shards import local_part as _local
 
-__all__ = ["AdamW", "Optimizer", "global_grad_norm"]
+__all__ = ["AdamW", "Optimizer", "RoundingOptimizer", "global_grad_norm"]
 
 
 class Optimizer(ABC):
     """Updates a model's parameters in place from their gradients. Made from its config and the model.
 
     Attributes:
-        ROUNDS_STOCHASTICALLY: whether it can update bfloat16 parameters without losing what is small, for
-            `precision=bf16_params`: then it has `round_stochastically`.
         OFFLOADS: whether the class takes `offload=True` too, which keeps its state in the host's memory.
     """
 
-    ROUNDS_STOCHASTICALLY: ClassVar[bool] = False
     OFFLOADS: ClassVar[bool] = False
 
     @staticmethod  # noqa: B027 (an optimizer may have nothing to check)
@@ -46,14 +43,6 @@ class Optimizer(ABC):
         Args:
             config: the section `optimizer`.
         """
-
-    def round_stochastically(self, seed: int) -> None:
-        """Called before the first step with `precision=bf16_params`, of those with `ROUNDS_STOCHASTICALLY` alone.
-
-        Args:
-            seed: the run's, of which every random bit must be a function, with the step and the element's place.
-        """
-        raise NotImplementedError(f"{type(self).__name__} must define round_stochastically")
 
     @abstractmethod
     def step(self, lr: float, grad_scale: Tensor, skip: Tensor) -> None:
@@ -78,6 +67,18 @@ class Optimizer(ABC):
         """The state to save and load in place, by `state.<parameter>.<part>`."""
 
 
+class RoundingOptimizer(Optimizer):
+    """Updates bfloat16 parameters without losing what is small, as `precision=bf16_params` asks."""
+
+    @abstractmethod
+    def round_stochastically(self, seed: int) -> None:
+        """Called before the first step with `precision=bf16_params`, and not otherwise.
+
+        Args:
+            seed: the run's, of which every random bit must be a function, with the step and the element's place.
+        """
+
+
 def _rows(tensor: Tensor, piece: Piece) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])[piece.rows]
 
@@ -95,7 +96,7 @@ class _Update(NamedTuple):
 
 
 @final
-class AdamW(Optimizer):
+class AdamW(RoundingOptimizer):
     """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with torch's fused kernel, or rounding stochastically.
 
     Args:
@@ -104,7 +105,6 @@ class AdamW(Optimizer):
         offload: keep the moments in the host's memory.
     """
 
-    ROUNDS_STOCHASTICALLY = True
     OFFLOADS = True
 
     def __init__(self, config: AdamWConfig, model: LanguageModel, *, offload: bool = False) -> None:

@@ -25,7 +25,7 @@ from regrow.trainer.config import PrecisionName
 from regrow.trainer.data.source import Source
 from regrow.trainer.hf_folder import HfExport
 from regrow.trainer.hook import Hook
-from regrow.trainer.optimizer import Optimizer
+from regrow.trainer.optimizer import Optimizer, RoundingOptimizer
 from regrow.trainer.schedules.base import Schedule
 
 __all__ = [
@@ -103,7 +103,7 @@ def check_optimizer(config: Config) -> None:
         ConfigError: it does not.
     """
     kind = resolve(config.optimizer._target_, "optimizer", Optimizer)
-    if config.precision.name is PrecisionName.bf16_params and not kind.ROUNDS_STOCHASTICALLY:
+    if config.precision.name is PrecisionName.bf16_params and not issubclass(kind, RoundingOptimizer):
         raise ConfigError(
             "optimizer must round stochastically with precision.name=bf16_params, where it would lose small updates, "
             f"but {config.optimizer._target_} does not; use optimizer=adamw or precision=bf16"
@@ -130,7 +130,7 @@ def build_optimizer(config: Config, model: LanguageModel) -> Optimizer:
     """
     options = {"offload": True} if config.train.offload_optimizer else {}
     optimizer = construct(config.optimizer._target_, "optimizer", Optimizer, config.optimizer, model, **options)
-    if config.precision.name is PrecisionName.bf16_params:
+    if config.precision.name is PrecisionName.bf16_params and isinstance(optimizer, RoundingOptimizer):
         optimizer.round_stochastically(config.seed)
     return optimizer
 

@@ -20,22 +20,27 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SAVING = ["checkpoint=debug", "checkpoint.interval=2", "hooks=none", "data.log_samples=true"]
 
 
+DOCUMENTS = ["data.document_mask=true", "model.window=12"]
+SIGMOID = ["model.score_func=sigmoid", "model.n_shared_experts=1", "model.n_expert_groups=2", "model.topk_groups=1"]
+
+
 @pytest.mark.parametrize(
-    ("kind", "world", "layout"),
+    ("kind", "layout", "options"),
     [
-        ("dense", 4, "dp_shard=2 tp=2"),
-        ("dense", 4, f"pp=2 dp_shard=2 pp_schedule={SCHEDULES[-1]}"),
-        ("dense", 4, "tp=2 cp=2"),
-        ("dense", 4, "tp=4"),
-        ("dense", 4, "dp_replicate=2 cp=2"),
-        ("moe", 4, "dp_shard=2 tp=2 ep=4"),
-        ("moe", 4, "pp=2 dp_shard=2 ep=2"),
+        ("dense", "dp_shard=2 tp=2", ["train.z_loss=1e-4"]),
+        ("dense", f"pp=2 dp_shard=2 pp_schedule={SCHEDULES[-1]}", []),
+        ("dense", "tp=2 cp=2", DOCUMENTS),
+        ("dense", "tp=4", []),
+        ("dense", "dp_replicate=2 cp=2", ["data.document_mask=true", "train.z_loss=1e-4"]),
+        ("moe", "dp_shard=2 tp=2 ep=4", SIGMOID),
+        ("moe", "pp=2 dp_shard=2 ep=2", DOCUMENTS),
     ],
 )
-def test_resuming_is_bitwise(corpus: Path, tmp_path: Path, kind: str, world: int, layout: str) -> None:
+def test_resuming_is_bitwise(corpus: Path, tmp_path: Path, kind: str, layout: str, options: list[str]) -> None:
+    world = 4
     # As few forward passes as gradient accumulation needs, and a pipeline.
     micro = 1 if "pp=" in layout else 4
-    own = [*SAVING, "scheduler.total_steps=4", f"data.micro_batch_size={micro}", *degrees(layout)]
+    own = [*SAVING, "scheduler.total_steps=4", f"data.micro_batch_size={micro}", *degrees(layout), *options]
     train([*base(corpus, kind), *own, "train.steps=4"], tmp_path / "whole", world)
     train([*base(corpus, kind), *own, "train.steps=2"], tmp_path / "cut", world)
     assert train([*base(corpus, kind), *own, "train.steps=4"], tmp_path / "cut", world).step == 4

@@ -13,7 +13,13 @@ from tests.composing import compose_config
     [
         [],
         ["model=qwen3_moe_debug", "parallel=fsdp_tp", "model.dim=48", "train.steps=3", "model.n_heads=6"],
-        ["hooks=none", "+hook@hooks.mine=validation", "hooks.mine.max_batches=7", "data=text", "data.files=[a,'b c']"],
+        [
+            "hooks=none",
+            "+hook@hooks.mine=validation",
+            "hooks.mine.max_batches=7",
+            "data=text",
+            "data.files=[a,'b c']",
+        ],
         ["checkpoint=debug", "++train.steps=2", "+run.allow_change=[seed]", "experiment=demo"],
         ["hydra/launcher=basic", "hydra.verbose=true", "optimizer.lr=1e-3"],
     ],

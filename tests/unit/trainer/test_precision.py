@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchao.float8.float8_linear import Float8Linear
 
 from regrow.errors import ConfigError
@@ -15,7 +15,7 @@ from regrow.models.base import LanguageModel
 from regrow.models.moe import Router
 from regrow.trainer.config import Float8Recipe, PrecisionConfig, PrecisionName
 from regrow.trainer.gradient_sum import GradientSum
-from regrow.trainer.optimizer import AdamW
+from regrow.trainer.optimizer import AdamW, Optimizer
 from regrow.trainer.precision import change_precision, check_precision
 from tests.support import TINY_MODEL, typed_config
 
@@ -139,10 +139,24 @@ def test_what_cannot_be_is_refused(case: str, monkeypatch: pytest.MonkeyPatch) -
         check_precision(typed_config(overrides).precision, device_type)
 
 
+class RoundsToNearest(Optimizer):
+    """What one's own optimizer is unless it says otherwise."""
+
+    def step(self, lr: float, grad_scale: Tensor, skip: Tensor) -> None: ...
+
+    def zero_grad(self) -> None: ...
+
+    def reset(self) -> None: ...
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return {}
+
+
 def test_an_optimizer_that_would_lose_updates_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     config = typed_config([*TINY_MODEL, "precision=bf16_params"])
     check_optimizer(config)
-    monkeypatch.setattr(AdamW, "ROUNDS_STOCHASTICALLY", False)
+    monkeypatch.setattr("regrow.trainer.optimizer.RoundsToNearest", RoundsToNearest, raising=False)
+    config.optimizer._target_ = "regrow.trainer.optimizer.RoundsToNearest"
     with pytest.raises(
         ConfigError, match=r"optimizer must round stochastically .* use optimizer=adamw or precision=bf16"
     ):
