@@ -50,11 +50,12 @@ def test_every_experiment_composes_and_converts(path: Path) -> None:
     assert typed_config([f"experiment={path.stem}"]).run.name
 
 
-@pytest.mark.parametrize("path", sorted((REPO / "conf" / "hook").glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_hook_can_be_added(path: Path) -> None:
-    config = typed_config(["hooks=none", f"+hook@hooks.mine={path.stem}"])
-    hook = construct(config.hooks["mine"]._target_, "hooks.mine", Hook, config.hooks["mine"])
-    assert type(hook).__name__.endswith("Hook")
+def test_every_hook_can_be_added() -> None:
+    names = [p.stem for p in sorted((REPO / "conf" / "hook").glob("*.yaml"))]
+    config = typed_config(["hooks=none", *(f"+hook@hooks.my_{name}={name}" for name in names)])
+    for name in names:
+        own = config.hooks[f"my_{name}"]
+        assert type(construct(own._target_, f"hooks.my_{name}", Hook, own)).__name__.endswith("Hook")
 
 
 @pytest.mark.parametrize(
@@ -62,10 +63,12 @@ def test_every_hook_can_be_added(path: Path) -> None:
 )
 def test_every_policy_and_rule_can_be_added(group: str) -> None:
     folder, section = group.split("@")
-    for path in (REPO / "conf" / folder).glob("*.yaml"):
-        config = typed_config([f"+{group}.mine={path.stem}"])
-        (item,) = getattr(config.checkpoint, section.split(".")[1]).values()
-        base: type[SavePolicy] | type[RetentionRule] = SavePolicy if folder == "save_policy" else RetentionRule
+    names = [p.stem for p in (REPO / "conf" / folder).glob("*.yaml")]
+    config = typed_config([f"+{group}.my_{name}={name}" for name in names])
+    items = getattr(config.checkpoint, section.split(".")[1])
+    assert set(items) >= {f"my_{name}" for name in names}
+    base: type[SavePolicy] | type[RetentionRule] = SavePolicy if folder == "save_policy" else RetentionRule
+    for item in items.values():
         construct(item._target_, section, base, item)
 
 
