@@ -43,6 +43,7 @@ from regrow.trainer.data.prepare import cache_folder, prepare
 from regrow.trainer.data.token_store import TokenStore
 from regrow.trainer.data.windows import Windows
 from regrow.trainer.parallel.layout import Layout
+from regrow.trainer.parallel.plan_rules import check_plan
 from regrow.trainer.parallel.rules import Batch, check_attention, check_layout
 from regrow.trainer.precision import change_parameters, check_precision
 
@@ -172,6 +173,9 @@ def check_parallel(config: Config, layout: Layout, device_type: str) -> None:
         device_type=device_type,
         splits_backward=splits_backward(),
     )
+    if layout.tp > 1 and isinstance(config.model, DecoderConfig):
+        with torch.device("meta"):
+            check_plan(build_model(config), config.model, layout.tp)
     check_attention(config.model, config.precision.name, device_type)
     check_precision(config.precision, device_type)
 

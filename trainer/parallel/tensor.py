@@ -5,7 +5,6 @@ computation is on local tensors with explicit collectives. With sequence paralle
 arXiv:2205.05198) activations between blocks are split along the sequence, too.
 """
 
-import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +29,7 @@ from regrow.trainer.parallel.collectives import (
     shard,
 )
 from regrow.trainer.parallel.heads import KvHeads, kv_heads_of_rank
+from regrow.trainer.parallel.plan_rules import planned_modules
 
 __all__ = [
     "SplitOutput",
@@ -258,13 +258,11 @@ def apply_tensor_parallel(
     )
     kv_heads = kv_heads_of_rank(config.n_kv_heads, member.ranks, member.rank)
     shared = shared_parameters(model)
-    for pattern, style in model.plan().items():
-        for name, module in model.named_modules():
-            if fnmatch.fnmatchcase(name, pattern) and name.count(".") == pattern.count("."):
-                if style is Style.kv_heads and kv_heads.shared:
-                    _share_kv_heads(module, config.head_width, kv_heads, mesh, member)
-                else:
-                    _apply_style(module, style, mesh, member)
+    for _, module, style in planned_modules(model):
+        if style is Style.kv_heads and kv_heads.shared:
+            _share_kv_heads(module, config.head_width, kv_heads, mesh, member)
+        else:
+            _apply_style(module, style, mesh, member)
     # Each name got a DTensor of its own.
     tie(model, shared)
     return member
