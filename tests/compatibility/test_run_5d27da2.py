@@ -64,6 +64,7 @@ def test_its_tensors_are_read_bitwise() -> None:
     assert digests(stored_tensors(step)) == RECORDED["tensors"]
 
 
+@pytest.mark.slow
 def test_it_continues_with_the_same_samples_and_losses(run_dir: Path) -> None:
     assert train(command(run_dir, "train.steps=11"), run_dir).kind == "finished"
     new = metrics(run_dir)[8:]

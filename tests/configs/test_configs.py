@@ -213,6 +213,7 @@ def test_ranks_come_from_torchrun_or_a_fitting_srun() -> None:
     assert detect_ranks(slurm, 1) is None
 
 
+@pytest.mark.slow
 def test_config_and_help_are_readable() -> None:
     import sys
 

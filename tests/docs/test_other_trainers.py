@@ -88,6 +88,7 @@ def assert_same(a: Any, b: Any, where: str = "state") -> None:
         assert a == b, where
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "callback"])
 def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path: Path, name: str) -> None:
     undisturbed = script_in(tmp_path / "undisturbed", f"{name}.py")

@@ -102,6 +102,7 @@ def load(step: Path, expected: dict[str, torch.Tensor] | None = None) -> dict[st
     return tensors
 
 
+@pytest.mark.slow
 def test_a_thousand_faults_and_none_loads_silently(run_dir: Path, tmp_path: Path) -> None:
     sound, older = run_dir / "checkpoint/step-10", run_dir / "checkpoint/step-5"
     expected = load(sound)
@@ -179,6 +180,7 @@ def test_nothing_sound_is_an_error_not_a_fresh_start(corpus: Path, run_dir: Path
     assert (target / "checkpoint/step-10").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["sync", "async", "pinned"])
 def test_every_mode_trains_the_same(corpus: Path, run_dir: Path, tmp_path: Path, mode: str) -> None:
     arguments = [*overrides(corpus), f"checkpoint={mode}", "checkpoint.interval=2", "parallel.dp_shard=2"]

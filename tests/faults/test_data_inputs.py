@@ -12,6 +12,8 @@ from regrow.trainer.data.tokenizer import train_bpe
 from tests.faults.test_inputs import one_sentence, run_here
 from tests.support import tiny
 
+pytestmark = pytest.mark.slow
+
 GOOD = '{"text": "a text of some words, and some more words"}\n'
 
 

@@ -16,6 +16,8 @@ from regrow.trainer.schedules.shapes import Cosine
 from tests.runs import spec_of, train
 from tests.support import metrics, record, tiny
 
+pytestmark = pytest.mark.slow
+
 SCHEDULE = ["scheduler=cosine", "scheduler.warmup_steps=2", "hooks=none", "checkpoint.interval=3"]
 
 

@@ -13,6 +13,8 @@ from regrow.launch.train import _run
 from tests.runs import train
 from tests.support import REPO, metrics, tiny
 
+pytestmark = pytest.mark.slow
+
 HF_FOLDER = REPO / "tests/interop/qwen3_folder"
 FIELD, RULE, VALUE = "names the field", "the rule", "the value"
 
@@ -208,14 +210,12 @@ def mounted(options: str, corpus: Path, folder: Path, *more: str) -> subprocess.
     return subprocess.run([*namespace, "bash", "-c", script], cwd=folder, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.slow
 def test_a_read_only_folder_is_refused(corpus: Path, tmp_path: Path) -> None:
     done = mounted("ro", corpus, tmp_path, f"run.root={tmp_path}/m")
     assert done.returncode == 2, done.stderr
     assert "run.root must be a folder that can be written" in one_sentence(done.stderr)
 
 
-@pytest.mark.slow
 def test_a_disk_too_small_for_one_checkpoint_is_refused(corpus: Path, tmp_path: Path) -> None:
     big = ["model.dim=256", "model.ffn_dim=1024"]
     done = mounted("size=4m", corpus, tmp_path, f"run.root={tmp_path}/m", *big)

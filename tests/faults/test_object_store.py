@@ -31,6 +31,8 @@ from tests.runs import train
 from tests.s3_server import BreakingProxy, s3_server
 from tests.support import curve, record, regrow, tiny
 
+pytestmark = pytest.mark.slow
+
 LINE = [Lineage(id="a")]
 
 
@@ -276,7 +278,6 @@ def _arguments(corpus: Path, port: int, *more: str) -> list[str]:
     )  # fmt: skip
 
 
-@pytest.mark.slow
 def test_a_run_resumes_from_the_store_on_other_ranks(corpus: Path, tmp_path: Path, proxy: BreakingProxy) -> None:
     two = ["parallel.dp_shard=2", "run.name=grown"]
     train(_arguments(corpus, proxy.port, "train.steps=10", *two), tmp_path / "run", 2)
@@ -290,7 +291,6 @@ def test_a_run_resumes_from_the_store_on_other_ranks(corpus: Path, tmp_path: Pat
     assert record(tmp_path / "run")["attempts"][-1]["from_step"] == 20
 
 
-@pytest.mark.slow
 def test_the_command_itself(corpus: Path, tmp_path: Path, proxy: BreakingProxy) -> None:
     arguments = _arguments(corpus, proxy.port, "train.steps=6", "run.name=command")
     code, out = regrow(arguments, tmp_path)

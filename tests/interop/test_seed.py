@@ -60,6 +60,7 @@ def test_any_layout_starts_bitwise_from_it(layout: str, seed_run: Path, corpus: 
     assert len(record(run)["lineages"]) == 1
 
 
+@pytest.mark.slow
 def test_it_is_the_same_as_starting_without(seed_run: Path, corpus: Path, tmp_path: Path) -> None:
     train(tiny(corpus, "hooks=none", "seed=3", "train.steps=1", "optimizer.lr=0.0"), tmp_path / "run")
     stored = stored_tensors(tmp_path / "run/checkpoint/step-1")
@@ -67,6 +68,7 @@ def test_it_is_the_same_as_starting_without(seed_run: Path, corpus: Path, tmp_pa
     assert all(torch.equal(stored[name], tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.slow
 def test_several_processes_and_steps_are_refused(seed_run: Path, corpus: Path, tmp_path: Path) -> None:
     arguments = tiny(corpus, "hooks=none", "seed=3", "checkpoint=seed", "run.name=a", "run.root=.")
     code, out = regrow(arguments, tmp_path, RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29999")

@@ -130,6 +130,7 @@ def titan(
     return step, titan_side.in_our_names(model, optimizer), config
 
 
+@pytest.mark.slow
 def test_every_tensor_is_found_by_itself(titan: tuple[Path, dict[str, Tensor], Llama3Config]) -> None:
     folder, expected, config = titan
     opened = open_weights(as_storage(folder), config)
@@ -171,6 +172,7 @@ def test_a_run_goes_on_with_its_optimizer(
         train([*overrides, "train.steps=7"], tmp_path / "short", world_size=ranks)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("tied", [False, True])
 def test_out_and_back_bitwise(tied: bool, corpus: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:

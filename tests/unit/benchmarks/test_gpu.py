@@ -159,6 +159,7 @@ def test_what_a_part_has_found_is_kept_however_it_ends(tmp_path: Path) -> None:
     assert (died["first"], died["failed"]) == (1, "its process died")
 
 
+@pytest.mark.slow
 def test_a_part_that_hangs_is_ended_with_what_it_started(tmp_path: Path) -> None:
     late = run(Part(run=hangs, bound_s=4), tmp_path)
     assert (late["first"], late["failed"]) == (1, "not done after 20 s")

@@ -147,6 +147,7 @@ def test_retention_keeps_the_newest_pinned_and_protected(tmp_path: Path) -> None
         assert checkpointer.steps() == [2, 4, 7, 8]
 
 
+@pytest.mark.slow
 def test_one_process_writes_at_a_time(tmp_path: Path) -> None:
     script = (
         "import sys, time, torch\n"
@@ -431,6 +432,7 @@ def end_beside_a_killed_rank(folder: Path) -> None:
     assert time.monotonic() - began < 45, "the ranks' time-out is 600 s"
 
 
+@pytest.mark.slow
 def test_an_error_does_not_wait_for_a_killed_rank(tmp_path: Path) -> None:
     with pytest.raises(AssertionError) as caught:
         run_distributed(end_beside_a_killed_rank, tmp_path, world_size=2)

@@ -93,6 +93,7 @@ def victim(run_dir: Path) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
+@pytest.mark.slow
 def test_what_a_killed_launcher_leaves_goes_and_what_a_living_one_has_stays(
     tmp_path: Path, temporary: Path, config: Config
 ) -> None:

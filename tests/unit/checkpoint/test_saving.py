@@ -104,6 +104,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path, group: dist.ProcessGroup) -> No
     assert list((tmp_path / "c").iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_stock_readers_open_ours(tmp_path: Path, group: dist.ProcessGroup) -> None:
     tensors = state()
     path = save(tmp_path / "c", group, tensors)

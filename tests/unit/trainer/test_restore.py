@@ -34,6 +34,7 @@ def _count_reads(spec: Any) -> Any:
     return outcome
 
 
+@pytest.mark.slow
 def test_a_resume_reads_each_manifest_once(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     overrides = tiny(
         corpus, "checkpoint=sync", "checkpoint.interval=2", "parallel.dp_shard=2", "scheduler.total_steps=9"

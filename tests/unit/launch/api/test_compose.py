@@ -68,6 +68,7 @@ def test_what_cannot_be_used_is_one_sentence(overrides: list[str], sentence: str
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_importing_it_loads_nothing_heavy(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-P", "-c", LAZY], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -41,6 +41,7 @@ def run_of(corpus: Path, folder: Path, *more: str) -> list[str]:
     return tiny(corpus, f"run.root={folder}", "run.name=r", "train.steps=3", "hooks.sample.enabled=false", *more)
 
 
+@pytest.mark.slow
 def test_it_trains_continues_and_says_that_it_is_finished(corpus: Path, tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     config = regrow.compose(run_of(corpus, tmp_path, "train.deterministic=true"))
@@ -64,6 +65,7 @@ def test_it_trains_continues_and_says_that_it_is_finished(corpus: Path, tmp_path
     assert regrow.runs(tmp_path)[0].config["train"]["steps"] == 6
 
 
+@pytest.mark.slow
 def test_it_computes_what_the_command_computes(corpus: Path, tmp_path: Path) -> None:
     code, out = command(run_of(corpus, tmp_path / "a"), tmp_path)
     assert code == 0, out
