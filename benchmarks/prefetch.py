@@ -15,33 +15,32 @@ import torch.multiprocessing as mp
 from benchmarks.pairs import Seconds, machine, ratios, seconds
 from regrow.trainer.data.config import StdlibConfig
 from regrow.trainer.data.loader import step_batch
-from regrow.trainer.data.order import window_ids
 from regrow.trainer.data.prepare import prepare
+from regrow.trainer.data.samples import Samples
 from regrow.trainer.data.stdlib import StdlibSource
 from regrow.trainer.data.token_store import TokenStore
-from regrow.trainer.data.windows import Windows
+from regrow.trainer.data.windows import ConcatWindows
 
 __all__ = ["main"]
 
 
-def read(windows: Windows, index: int) -> Any:
+def read(samples: Samples, index: int) -> Any:
     """One batch."""
-    ids = window_ids(index * 16, 16, len(windows), 0)
-    return step_batch(windows, ids, rank=0, ranks=1, micro_batch_size=16, document_mask=False)
+    return step_batch(samples, samples.ids(index * 16, 16), rank=0, ranks=1, micro_batch_size=16, document_mask=False)
 
 
 def serve(folder: Any, requests: Any, answers: Any) -> None:
     """The other process."""
-    windows = Windows(TokenStore(folder), 256, 0.05, validation=False)
+    samples = Samples([""], [ConcatWindows(TokenStore(folder), 256, 0.05, validation=False)], [0])
     while (index := requests.get()) is not None:
-        batch = read(windows, index)
+        batch = read(samples, index)
         answers.put((batch.micro_batches[0].tokens, batch.micro_batches[0].labels))
 
 
 def main() -> None:
     """Prints the medians."""
     folder = prepare(StdlibSource(StdlibConfig(seq_len=256)))
-    windows = Windows(TokenStore(folder), 256, 0.05, validation=False)
+    samples = Samples([""], [ConcatWindows(TokenStore(folder), 256, 0.05, validation=False)], [0])
     context = mp.get_context("spawn")
     requests, answers = context.Queue(), context.Queue()
     process = context.Process(target=serve, args=(folder, requests, answers), daemon=True)
@@ -50,7 +49,7 @@ def main() -> None:
     answers.get(timeout=60.0)
     rounds: list[dict[str, Seconds]] = []
     for index in range(200):
-        here = seconds(functools.partial(read, windows, index))
+        here = seconds(functools.partial(read, samples, index))
         requests.put(index)
         # Without an end the benchmark would wait for a process that has died.
         there = seconds(lambda: answers.get(timeout=60.0))

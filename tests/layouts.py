@@ -120,7 +120,7 @@ class Recorder(Hook):
 
     def after_step(self, trainer: Trainer) -> None:
         assert trainer.batch is not None
-        own = trainer.batch.ids.tolist() if trainer.context.reads_first else []
+        own = trainer.batch.ids.windows.tolist() if trainer.context.reads_first else []
         every: list[Any] = [None] * trainer.context.world_size
         dist.all_gather_object(every, own, group=trainer.context.cpu_group)
         self.seen.ids.append([i for part in every for i in part])

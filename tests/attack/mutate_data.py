@@ -35,7 +35,7 @@ from regrow.trainer.data.tokenizer import (
     train_bpe,
     vocabulary_size,
 )
-from regrow.trainer.data.windows import Windows
+from regrow.trainer.data.windows import ConcatWindows
 
 __all__ = ["corpus_mutations", "make_samples", "mutations", "store_mutations", "tokenizer_mutations"]
 
@@ -215,10 +215,10 @@ def store_mutations(rng: random.Random, samples: Path, work: Path) -> Iterator[C
                 source = TokensSource(TokensConfig(path=str(folder)))
                 source.check()
                 store = TokenStore(source.prepared())
-                windows = Windows(store, 16, 0.0, validation=False)
-                out = np.zeros(17, dtype=np.int64)
+                windows = ConcatWindows(store, 16, 0.0, validation=False)
+                out, labels = np.zeros((2, 16), dtype=np.int64)
                 for window in range(len(windows)):
-                    windows.read(window, out)
+                    windows.read(window, out, labels, None)
                     assert 0 <= int(out.min()) <= int(out.max()) < store.index.vocab_size
                 return f"{len(windows)} windows"
 

@@ -2,11 +2,36 @@
 
 import dataclasses
 from dataclasses import dataclass
+from enum import Enum
 from typing import ClassVar
 
 from omegaconf import MISSING
 
-__all__ = ["DataConfig", "StdlibConfig", "TextConfig", "TokensConfig"]
+__all__ = ["DataConfig", "Packing", "StdlibConfig", "TextConfig", "TokensConfig", "TooLong"]
+
+
+class Packing(Enum):
+    """How documents become sequences.
+
+    `concat` lays them end to end and cuts that into sequences, wherever documents begin and end. `best_fit` puts
+    whole documents together so that they fill sequences as well as may be; attention then keeps within documents.
+    """
+
+    concat = "concat"
+    best_fit = "best_fit"
+
+
+class TooLong(Enum):
+    """What becomes of a document with more labels than a sequence has positions, where documents are packed.
+
+    `drop` leaves it out. `cut` keeps its first labels, as many as fill a sequence. `split` makes pieces that fill a
+    sequence each, and one of what is left; a piece begins with the token that the one before ends with, its last
+    label, so that every label is in one piece.
+    """
+
+    drop = "drop"
+    cut = "cut"
+    split = "split"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -17,7 +42,9 @@ class DataConfig:
         seq_len: tokens a sequence.
         global_batch_size: sequences an optimizer step, over all ranks.
         micro_batch_size: sequences a forward pass on a rank; the rest is accumulated.
-        document_mask: attention does not cross document boundaries.
+        document_mask: attention does not cross document boundaries; with `packing=best_fit` it never does.
+        packing: how documents become sequences.
+        too_long: with `packing=best_fit`, what becomes of documents longer than a sequence.
         validation_fraction: part of the documents held out, chosen by their hash.
         tokenizer: a Hugging Face `tokenizer.json` or a folder that holds one; null trains a byte-level BPE
             on the corpus.
@@ -34,6 +61,8 @@ class DataConfig:
     global_batch_size: int = MISSING
     micro_batch_size: int = MISSING
     document_mask: bool = False
+    packing: Packing = dataclasses.field(default=Packing.concat, metadata={"since": "0.2.0"})
+    too_long: TooLong = dataclasses.field(default=TooLong.split, metadata={"since": "0.2.0"})
     validation_fraction: float = 0.05
     tokenizer: str | None = None
     tokenizer_vocab_size: int = 4096

@@ -44,18 +44,16 @@ def permute(positions: Ids, n: int, seed: int, epoch: int) -> Ids:
     return x.astype(np.int64)
 
 
-def window_ids(first: int, count: int, n: int, seed: int) -> Ids:
-    """The windows at positions [first, first + count), int64 `(count,)`; epochs may be straddled.
+def window_ids(positions: Ids, n: int, seed: int) -> Ids:
+    """The windows at these positions of the endless sequence, int64 of the same length.
 
     Args:
-        first: samples consumed before.
-        count: how many.
+        positions: from 0 on; epochs may be straddled.
         n: windows in the split, at least 1.
-        seed: the run's seed.
+        seed: of the order.
     """
-    positions = np.arange(first, first + count, dtype=np.int64)
     epochs = positions // n
-    out = np.empty(count, dtype=np.int64)
+    out = np.empty(len(positions), dtype=np.int64)
     for epoch in np.unique(epochs):
         chosen = epochs == epoch
         out[chosen] = permute(positions[chosen] - epoch * n, n, seed, int(epoch))

@@ -15,18 +15,18 @@ import numpy.typing as npt
 import xxhash
 
 from regrow.checkpoint.files import fsync_folder, naming, open_regular, temporary_path
-from regrow.trainer.data.packing import Packed, TooLong, pack, tally
+from regrow.trainer.data.config import TooLong
+from regrow.trainer.data.packing import Packed, pack, tally
 from regrow.trainer.data.source import DataError, digest
 from regrow.trainer.data.token_store import TokenStore
+from regrow.trainer.data.windows import IGNORE, Windows, documents_of_split
 
-__all__ = ["IGNORE", "ArrayMask", "LabelMask", "PackedWindows", "packed_once"]
+__all__ = ["ArrayMask", "LabelMask", "PackedWindows", "packed_once"]
 
 log = logging.getLogger(__name__)
 
 Int64s = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
-# Labels with this value take no part in the loss.
-IGNORE = -100
 # Raised whenever the same documents are packed in another way.
 _PACKING = "1"
 _VALUE = np.dtype("<i8")
@@ -42,31 +42,50 @@ class LabelMask(Protocol):
     def read(self, start: int, out: Bools) -> None:
         """Says of the tokens from global offset `start` on whether they are labels, bool `(count,)`."""
 
+    def count(self, starts: Int64s, stops: Int64s) -> Int64s:
+        """How many of the tokens [start, stop) are labels, for each of these ranges, which do not overlap."""
+
 
 @final
 class ArrayMask:
-    """A label mask in an array, which may be mapped.
+    """A label mask in arrays, which may be mapped.
 
     Args:
-        values: what is not 0 is a label; `(tokens,)` of the whole store.
+        parts: one behind the other; what is not 0 is a label. No range that is asked for lies in two of them.
     """
 
-    def __init__(self, values: npt.NDArray[np.bool_] | npt.NDArray[np.uint8]) -> None:
-        self._values = values
+    def __init__(self, *parts: npt.NDArray[np.bool_] | npt.NDArray[np.uint8]) -> None:
+        self._parts = [part.view(np.uint8) for part in parts]
+        self._starts = np.cumsum([0, *(len(part) for part in parts)])
 
     def __len__(self) -> int:
-        return len(self._values)
+        return int(self._starts[-1])
 
     def read(self, start: int, out: Bools) -> None:
         """See `LabelMask`."""
-        np.not_equal(self._values[start : start + len(out)], 0, out=out)
+        part = int(np.searchsorted(self._starts, start, side="right")) - 1
+        offset = start - int(self._starts[part])
+        np.not_equal(self._parts[part][offset : offset + len(out)], 0, out=out)
+
+    def count(self, starts: Int64s, stops: Int64s) -> Int64s:
+        """See `LabelMask`."""
+        out = np.zeros(len(starts), dtype=np.int64)
+        owners = np.searchsorted(self._starts, starts, side="right") - 1
+        order = np.argsort(starts, kind="stable")
+        for part in np.unique(owners).tolist():
+            chosen = order[owners[order] == part]
+            # What lies between two ranges is summed too, and left out.
+            bounds = np.stack([starts[chosen], stops[chosen]], axis=1).ravel() - self._starts[part]
+            values = np.concatenate([self._parts[part][: bounds[-1]] != 0, [False]])
+            out[chosen] = np.add.reduceat(values, bounds, dtype=np.int64)[::2]
+        return np.where(stops > starts, out, 0)
 
 
 @final
-class PackedWindows:
+class PackedWindows(Windows):
     """The split's documents, packed by best fit into windows of `seq_len` positions; see `packing`.
 
-    A document is in the validation split by its hash, as in `Windows`.
+    A document is in the validation split by its hash, see `documents_of_split`.
 
     Attributes:
         seq_len: positions of a window.
@@ -75,7 +94,7 @@ class PackedWindows:
     Args:
         store: the corpus.
         seq_len: see above.
-        validation_fraction: see `Windows`.
+        validation_fraction: see `documents_of_split`.
         validation: which split.
         too_long: what becomes of a document that no window holds.
         cache: a folder that remembers packings; None packs anew.
@@ -101,9 +120,7 @@ class PackedWindows:
                 f"the label mask of {store.folder} must have a value for each of its {store.index.tokens} tokens, "
                 f"but has {len(mask)}; make it again"
             )
-        threshold = min(int(validation_fraction * 2.0**64), 2**64 - 1)
-        held_out = store.hashes < np.uint64(threshold)
-        chosen = np.flatnonzero(held_out if validation else ~held_out)
+        chosen = documents_of_split(store, validation_fraction, validation=validation)
         self._store, self._mask, self.seq_len = store, mask, seq_len
         self._starts = (np.cumsum(store.lengths) - store.lengths)[chosen]
         lengths = store.lengths[chosen]
@@ -112,6 +129,7 @@ class PackedWindows:
         else:
             split = f"{'validation' if validation else 'training'} at {validation_fraction!r}"
             self.packed = packed_once(lengths, seq_len, too_long, cache, f"{store.index.fingerprint}, {split}")
+        self._labels = self._count_labels()
         log.info(
             "%s split of %s: %s", "validation" if validation else "training", store.folder, _sentence(self.packed)
         )
@@ -119,19 +137,23 @@ class PackedWindows:
     def __len__(self) -> int:
         return len(self.packed)
 
-    def read(self, window: int, tokens_out: Int64s, labels_out: Int64s, documents_out: Int64s) -> None:
-        """Reads a window.
+    def labels(self, windows: Int64s) -> Int64s:
+        return self._labels[windows]
 
-        Args:
-            window: its number, below `len(self)`.
-            tokens_out: becomes the tokens, int64 `(seq_len,)`; 0 where nothing is.
-            labels_out: becomes the token that follows each within its document, int64 `(seq_len,)`; `IGNORE` where
-                nothing is, and where the mask says that it is no label.
-            documents_out: becomes the number of each position's piece within the window, int64 `(seq_len,)`; where
-                nothing is, one more than the last.
+    def _count_labels(self) -> Int64s:
+        """The labels of each window."""
+        packed = self.packed
+        if not len(packed):
+            return np.zeros(0, dtype=np.int64)
+        counts = packed.positions
+        if self._mask is not None:
+            starts = self._starts[packed.documents] + packed.firsts + 1
+            counts = self._mask.count(starts, starts + packed.positions)
+        return np.add.reduceat(counts, packed.window_starts[:-1])
 
-        Raises:
-            StoreDamagedError: an id is beyond the vocabulary.
+    def read(self, window: int, tokens: Int64s, labels: Int64s, documents: Int64s | None) -> None:
+        """See `Windows`: where no piece is, the token is 0 and there is no label and no document; a mask may take
+        further labels away.
         """
         begin, end = self.packed.window_starts[window : window + 2].tolist()
         positions = self.packed.positions[begin:end]
@@ -140,17 +162,18 @@ class PackedWindows:
         at = 0
         for start, count in zip(starts.tolist(), positions.tolist(), strict=True):
             self._store.read(start, both[: count + 1])
-            tokens_out[at : at + count] = both[:count]
-            labels_out[at : at + count] = both[1 : count + 1]
+            tokens[at : at + count] = both[:count]
+            labels[at : at + count] = both[1 : count + 1]
             if self._mask is not None:
                 self._mask.read(start + 1, masked[at : at + count])
             at += count
         if self._mask is not None:
-            labels_out[:at][~masked[:at]] = IGNORE
-        tokens_out[at:] = 0
-        labels_out[at:] = IGNORE
-        documents_out[:at] = np.repeat(np.arange(end - begin), positions)
-        documents_out[at:] = end - begin
+            labels[:at][~masked[:at]] = IGNORE
+        tokens[at:] = 0
+        labels[at:] = IGNORE
+        if documents is not None:
+            documents[:at] = np.repeat(np.arange(end - begin), positions)
+            documents[at:] = end - begin
 
 
 def _sentence(packed: Packed) -> str:

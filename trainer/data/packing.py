@@ -11,31 +11,18 @@ as each other the earlier in the corpus comes first; of windows with as much roo
 
 from bisect import bisect_left, insort
 from dataclasses import dataclass
-from enum import Enum
 from itertools import pairwise
 from typing import final
 
 import numpy as np
 import numpy.typing as npt
 
+from regrow.trainer.data.config import TooLong
 from regrow.trainer.data.source import DataError
 
-__all__ = ["Packed", "Tally", "TooLong", "pack", "tally"]
+__all__ = ["Packed", "Tally", "pack", "tally"]
 
 Int64s = npt.NDArray[np.int64]
-
-
-class TooLong(Enum):
-    """What becomes of a document with more labels than a window has positions.
-
-    `drop` leaves it out. `cut` keeps its first labels, as many as fill a window. `split` makes pieces that fill a
-    window each, and one of what is left; a piece begins with the token that the one before ends with, its last label,
-    so that every label is in one piece.
-    """
-
-    drop = "drop"
-    cut = "cut"
-    split = "split"
 
 
 @final

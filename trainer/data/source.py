@@ -66,6 +66,10 @@ class Source(ABC):
     def check(self) -> None:
         """Raises DataError or FileNotFoundError, in one sentence, for what can be told without reading."""
 
+    def children(self) -> dict[str, DataConfig]:
+        """The configs of the sources that this one is made of, by name; empty where it has documents of its own."""
+        return {}
+
     def prepared(self) -> Path | None:
         """A token store that exists already; None: a `CorpusSource` has to be tokenised."""
         return None

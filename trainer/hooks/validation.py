@@ -3,13 +3,12 @@
 import logging
 from typing import final
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from regrow.errors import ConfigError
 from regrow.trainer.data.loader import step_batch
-from regrow.trainer.data.windows import Windows
+from regrow.trainer.data.samples import Samples
 from regrow.trainer.hook import Hook
 from regrow.trainer.hooks.config import ValidationConfig
 from regrow.trainer.jsonlines import read_rows, rewrite_rows
@@ -69,17 +68,15 @@ class ValidationHook(Hook):
             rows[-1]["val_loss"] = loss
             rewrite_rows(path, rows)
 
-    def _measure(self, trainer: Trainer, windows: Windows) -> float | None:
+    def _measure(self, trainer: Trainer, samples: Samples) -> float | None:
         """The mean loss; None when a rank wants to stop, which all look at after each batch."""
         size = trainer.options.global_batch_size
-        limit = self._config.max_batches * size or len(windows)
-        count = min(len(windows), limit)
         # Spread over the split, so that a few long documents do not stand for all of it.
-        chosen = np.arange(count) * len(windows) // count
+        chosen = samples.spread(self._config.max_batches * size or len(samples))
         total = torch.zeros((), dtype=torch.float64, device=trainer.context.device)
-        for start in range(0, count, size):
+        for start in range(0, len(chosen), size):
             batch = step_batch(
-                windows,
+                samples,
                 chosen[start : start + size],
                 rank=trainer.context.data_rank,
                 ranks=trainer.context.layout.data_ranks,
@@ -91,4 +88,4 @@ class ValidationHook(Hook):
                 return None
         if trainer.context.world_size > 1:
             dist.all_reduce(total)
-        return float(total.item()) / (count * trainer.options.seq_len)
+        return float(total.item()) / max(1, int(samples.labels(chosen).sum()))

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from regrow.trainer.data import loader
-from regrow.trainer.data.packed_windows import IGNORE, ArrayMask, LabelMask, PackedWindows, packed_once
-from regrow.trainer.data.packing import Packed, TooLong, pack
+from regrow.trainer.data.config import TooLong
+from regrow.trainer.data.packed_windows import ArrayMask, LabelMask, PackedWindows, packed_once
+from regrow.trainer.data.packing import Packed, pack
 from regrow.trainer.data.source import DataError
 from regrow.trainer.data.token_store import TOKENIZER, StoreDamagedError, TokenStore, write_index, write_shard
 from regrow.trainer.data.tokenizer import tokenizer_hash
-from regrow.trainer.data.windows import Windows
+from regrow.trainer.data.windows import IGNORE, ConcatWindows
 
 Int64s = npt.NDArray[np.int64]
 END = 0
@@ -98,10 +98,6 @@ def test_a_window_is_its_documents_one_after_another(tmp_path: Path) -> None:
     assert read(windows, 0) == ([11, 12, 31, 0, 0], [12, END, END, IGNORE, IGNORE], [0, 0, 1, 2, 2])
 
 
-def test_labels_that_are_ignored_are_those_of_the_loss() -> None:
-    assert IGNORE == loader.IGNORE
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     shards=st.lists(st.lists(st.integers(1, 40), max_size=12), max_size=3),
@@ -150,13 +146,13 @@ def test_pieces_are_told_apart_and_what_is_empty_is_one_of_its_own(store: TokenS
 def test_splits_are_those_of_other_windows(store: TokenStore) -> None:
     for validation in (False, True):
         windows, packed = (
-            Windows(store, 1, 0.3, validation=validation),
+            ConcatWindows(store, 1, 0.3, validation=validation),
             PackedWindows(store, 16, 0.3, validation=validation, too_long=TooLong.split),
         )
-        ids, out = set(), np.empty(2, dtype=np.int64)
+        ids, out = set(), np.empty((2, 1), dtype=np.int64)
         for window in range(len(windows)):
-            windows.read(window, out)
-            ids.update(out.tolist())
+            windows.read(window, out[0], out[1], None)
+            ids.update(out.flatten().tolist())
         assert ids >= {token for pair in pairs_of(packed) for token in pair}
         assert {token for pair in pairs_of(packed) for token in pair} >= ids - {END}
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from regrow.trainer.data.packing import Packed, TooLong, pack, tally
+from regrow.trainer.data.config import TooLong
+from regrow.trainer.data.packing import Packed, pack, tally
 from regrow.trainer.data.source import DataError
 
 Int64s = npt.NDArray[np.int64]

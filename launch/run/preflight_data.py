@@ -1,0 +1,126 @@
+"""The data of a run before a rank starts: checked, tokenised, and refused in one sentence where it does not fit."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import numpy as np
+
+from regrow.errors import ConfigError
+from regrow.launch.config.errors import check_no_hub_name, naming_fields
+from regrow.launch.config.resolve import checking
+from regrow.launch.config.schema import Config
+from regrow.launch.run.build import build_source
+from regrow.launch.run.compose_data import compose_windows
+from regrow.trainer.data.config import DataConfig, TextConfig, TokensConfig
+from regrow.trainer.data.corpus import Corpus
+from regrow.trainer.data.mixture_config import MixtureConfig
+from regrow.trainer.data.mixture_source import continue_mixture
+from regrow.trainer.data.prepare import cache_folder, prepare
+from regrow.trainer.data.source import Source
+
+__all__ = ["check_data", "prepare_data"]
+
+
+def prepare_data(config: Config, *, fresh: bool) -> dict[str, Path]:
+    """Checks the sources and tokenises what was not tokenised before; returns token stores by their sources' names.
+
+    Args:
+        config: of the run.
+        fresh: whether the run begins. Of one that goes on, its ranks know what it has read.
+
+    Raises:
+        ConfigError: the corpus or the tokenizer does not fit.
+        FileNotFoundError: a file is missing.
+    """
+    if getattr(config.data, "tokenizer", None):
+        check_no_hub_name("data.tokenizer", str(config.data.tokenizer))
+    source = build_source(config.data)
+    with checking():
+        source.check()
+    children = source.children()
+    if not children:
+        folders = {"": _prepare_source(config, source, config.data)}
+    else:
+        folders = {name: _prepare_part(config, name, data) for name, data in children.items()}
+    check_data(config, Corpus(folders), fresh=fresh)
+    return folders
+
+
+def _prepare_part(config: Config, name: str, data: DataConfig) -> Path:
+    """A source of a mixture: what is wrong with it is said by the fields that it has there.
+
+    Raises:
+        ConfigError: see `prepare_data`.
+        FileNotFoundError: likewise.
+    """
+    section = f"data.sources.{name}"
+    own = {f.name for f in dataclasses.fields(type(data))} - {f.name for f in dataclasses.fields(DataConfig)}
+    try:
+        source = build_source(data, section)
+        with checking():
+            source.check()
+        return _prepare_source(config, source, data)
+    except (ConfigError, FileNotFoundError) as error:
+        fields = "|".join(sorted(own))
+        sentence = re.sub(rf"\bdata\.({fields})\b", rf"{section}.\1", str(error)) if own else str(error)
+        raise type(error)(sentence) from error
+
+
+def _prepare_source(config: Config, source: Source, data: DataConfig) -> Path:
+    with naming_fields(("data.cache", cache_folder(data)), *_data_places(data)):
+        return prepare(source, lambda size: _check_vocabulary(config, size))
+
+
+def _data_places(data: DataConfig) -> list[tuple[str, str | Path | None]]:
+    """Where the data's fields say that something is read."""
+    places: list[tuple[str, str | Path | None]] = [("data.tokenizer", getattr(data, "tokenizer", None))]
+    if isinstance(data, TokensConfig):
+        places.append(("data.path", data.path))
+    if isinstance(data, TextConfig):
+        # The folder in which a pattern begins to match.
+        places += [("data.files", re.split(r"[^/]*[*?[]", pattern, maxsplit=1)[0] or ".") for pattern in data.files]
+    return places
+
+
+def check_data(config: Config, corpus: Corpus, *, fresh: bool) -> None:
+    """Whether model and corpus fit together.
+
+    Args:
+        config: of the run.
+        corpus: what it reads.
+        fresh: see `prepare_data`.
+
+    Raises:
+        ConfigError: naming field, rule, value and remedy.
+    """
+    _check_vocabulary(config, corpus.vocab_size)
+    windows = compose_windows(config, corpus, validation=False)
+    for name, of_source in windows.items():
+        if not len(of_source):
+            raise ConfigError(
+                f"{f'data.sources.{name}' if name else 'data'} must hold at least one sequence of data.seq_len + 1 "
+                f"tokens outside the validation split, but the corpus has {corpus.stores[name].index.tokens} tokens "
+                f"in all and data.seq_len is {config.data.seq_len}; add text or lower data.seq_len"
+            )
+        if not of_source.labels(np.arange(len(of_source))).any():
+            raise ConfigError(
+                f"{f'data.sources.{name}' if name else 'data'} must hold a token that counts as a label outside the "
+                "validation split, but has none; see which turns count (data.labels)"
+            )
+    if fresh and isinstance(config.data, MixtureConfig):
+        counts = {name: len(w) for name, w in windows.items()}
+        continue_mixture(config.data, counts, steps=config.train.steps, before=None, at_sample=0)
+
+
+def _check_vocabulary(config: Config, size: int) -> None:
+    """Whether the model has a row for every id below `size`.
+
+    Raises:
+        ConfigError: it has fewer.
+    """
+    if size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size must be at least the tokenizer's ({size}), but is {config.model.vocab_size}; "
+            f"use model.vocab_size={size} or another data.tokenizer"
+        )

@@ -1,0 +1,119 @@
+"""Schemas of mixtures: several sources by weight, in stages."""
+
+import dataclasses
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, ClassVar
+
+from omegaconf import MISSING
+
+from regrow.trainer.data.config import DataConfig, Packing, StdlibConfig, TextConfig, TokensConfig
+
+__all__ = ["MixtureConfig", "OnExhausted", "SourcePart", "StageConfig", "StdlibPart", "TextPart", "TokensPart"]
+
+
+class OnExhausted(Enum):
+    """What happens where a source would be read more than its `max_epochs`.
+
+    `refuse` says so before the run starts. `reweight` leaves the source out from there on; the others keep their
+    ratios.
+    """
+
+    refuse = "refuse"
+    reweight = "reweight"
+
+
+@dataclass(kw_only=True, slots=True)
+class SourcePart:
+    """A source of a mixture. What it does not say (tokenizer, `seq_len`, …) is the mixture's.
+
+    Attributes:
+        weight: its share of the samples, relative to the others'; 0 leaves it out until a stage names it.
+        max_epochs: how often its windows may be read, whole or in part; null is without end.
+        seed: of its order; null makes one of the run's seed and its name.
+        packing: how its documents become sequences; null is as the mixture says.
+    """
+
+    CONFIG: ClassVar[type[DataConfig]] = DataConfig
+    weight: float = 1.0
+    max_epochs: float | None = None
+    seed: int | None = None
+    packing: Packing | None = None
+
+    def alone(self, shared: DataConfig) -> DataConfig:
+        """The config of this source by itself.
+
+        Args:
+            shared: the mixture's, whose fields it has where it has none of its own.
+        """
+        own = {f.name for f in dataclasses.fields(self)}
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(self.CONFIG):
+            if field.name == "_target_":
+                continue
+            if field.name in own and (value := getattr(self, field.name)) is not None:
+                values[field.name] = value
+            elif hasattr(shared, field.name):
+                values[field.name] = getattr(shared, field.name)
+        return self.CONFIG(**values)
+
+
+@dataclass(kw_only=True, slots=True)
+class TextPart(SourcePart):
+    """See `TextConfig`."""
+
+    SCHEMA: ClassVar[tuple[str, str]] = ("data_source", "text_schema")
+    CONFIG: ClassVar[type[DataConfig]] = TextConfig
+    files: list[str] = dataclasses.field(default_factory=list)
+    field: str = "text"
+    txt_document_bytes: int = 16384
+
+
+@dataclass(kw_only=True, slots=True)
+class TokensPart(SourcePart):
+    """See `TokensConfig`."""
+
+    SCHEMA: ClassVar[tuple[str, str]] = ("data_source", "tokens_schema")
+    CONFIG: ClassVar[type[DataConfig]] = TokensConfig
+    path: str = MISSING
+
+
+@dataclass(kw_only=True, slots=True)
+class StdlibPart(SourcePart):
+    """See `StdlibConfig`."""
+
+    SCHEMA: ClassVar[tuple[str, str]] = ("data_source", "stdlib_schema")
+    CONFIG: ClassVar[type[DataConfig]] = StdlibConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class StageConfig:
+    """Other weights from a place of the run on.
+
+    Attributes:
+        from_step: steps before it; or
+        from_tokens: tokens before it.
+        weights: by source; those that are not named are left out.
+    """
+
+    from_step: int | None = None
+    from_tokens: int | None = None
+    weights: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(kw_only=True, slots=True)
+class MixtureConfig(DataConfig):
+    """Several sources. Which sample is of which is arithmetic: every stretch of a stage that begins where the stage
+    does is within one sample of its weights.
+
+    Attributes:
+        sources: by a name of your choice.
+        stages: other weights later on, in ascending order.
+        on_exhausted: what happens where a source's `max_epochs` end.
+    """
+
+    SCHEMA: ClassVar[tuple[str, str]] = ("data", "mixture_schema")
+    _target_: str = "regrow.trainer.data.mixture_source.MixtureSource"
+    sources: dict[str, SourcePart] = dataclasses.field(default_factory=dict)
+    stages: list[StageConfig] = dataclasses.field(default_factory=list)
+    on_exhausted: OnExhausted = OnExhausted.refuse
