@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from regrow.launch.config.run_name import register_resolver
 from regrow.launch.config.schema import register_schemas
 
 # One thread here and in every child: results then repeat, and ranks do not fight for cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Several processes share the cores, so that a clock says nothing of an example.
+settings.register_profile("shared cores", deadline=None)
+settings.load_profile("shared cores")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

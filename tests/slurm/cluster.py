@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -78,6 +78,7 @@ class Job:
     state: str
     reason: str
     nodes: str
+    started: str
     name: str
 
 
@@ -189,8 +190,10 @@ class Cluster:
 
     def jobs(self) -> list[Job]:
         """Pending, running and completing jobs, a row per array task."""
-        rows = self.command("squeue", "-h", "-r", "-o", "%i|%T|%r|%N|%j").splitlines()
-        return [Job(*row.split("|", 4)) for row in rows]
+        rows = self.command("squeue", "-h", "-r", "-o", "%i|%T|%r|%N|%S|%j").splitlines()
+        jobs = [Job(*row.split("|", 5)) for row in rows]
+        # Of one that waits it would be a guess, which changes.
+        return [j if j.state == "RUNNING" else replace(j, started="") for j in jobs]
 
     def state(self, job: str) -> str:
         """Of one job, `GONE` when it is no longer queued."""

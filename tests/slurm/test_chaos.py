@@ -127,10 +127,10 @@ class Storm:
 
 def compare_status(cluster: Cluster, storm: Storm, folder: Path) -> None:
     """What `status` says was true at some moment between two looks at the queue and the directories."""
-    before = {j.id: j.state for j in cluster.jobs()}
+    before = {j.id: (j.state, j.started) for j in cluster.jobs()}
     steps = {job: last_step(d) for job, d in storm.dirs.items()}
     rows = {s["job"]: s for s in status(cluster, folder)}
-    after = {j.id: j.state for j in cluster.jobs()}
+    after = {j.id: (j.state, j.started) for j in cluster.jobs()}
     allowed = {
         "PENDING": ("waiting", "requeued"),
         "RUNNING": ("running", "finished"),
@@ -139,8 +139,9 @@ def compare_status(cluster: Cluster, storm: Storm, folder: Path) -> None:
     assert rows.keys() == storm.dirs.keys()
     for job, row in rows.items():
         run_dir = storm.dirs[job]
-        if before.get(job) == after.get(job) and before.get(job) in allowed:
-            assert row["state"] in allowed[before[job]], (row, before[job])
+        # One that was requeued and started again in between has another start.
+        if before.get(job) == after.get(job) and before.get(job, ("", ""))[0] in allowed:
+            assert row["state"] in allowed[before[job][0]], (row, before[job])
         if row["state"] == "finished":
             assert is_finished(run_dir, STEPS)
         folder_steps = {
