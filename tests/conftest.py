@@ -21,8 +21,16 @@ settings.load_profile("shared cores")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slurm's tests come first, beside short ones: they mostly wait, for so long as a machine with time to spare takes."""
-    items.sort(key=lambda item: 0 if "slurm" in item.keywords else 2 if "slow" in item.keywords else 1)
+    """Slurm's tests come first and those with ranks of the pool next, one after another; beside them, where several
+    processes share tests out, whatever else there is, and the longest of that first.
+    """
+
+    def place(item: pytest.Item) -> int:
+        if "slurm" in item.keywords:
+            return 0
+        return 1 if "/distributed/" in item.nodeid else 2 if "slow" in item.keywords else 3
+
+    items.sort(key=place)
 
 
 @pytest.hookimpl(optionalhook=True)

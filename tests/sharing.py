@@ -8,22 +8,21 @@ from xdist.scheduler import LoadScopeScheduling
 
 __all__ = ["Sharing"]
 
-# There is one Slurm on a machine, and cores for one set of ranks that compute.
-_TOGETHER = ("tests/slurm/", "tests/distributed/")
+# There is one Slurm on a machine, and cores for one set of ranks that compute: its jobs' or those of the pool.
+_WITH_RANKS = ("tests/slurm/", "tests/distributed/")
 # Short ones, whose fixtures of a module are made once.
 _BY_FILE = ("tests/unit/", "tests/configs/")
 
 
 @final
 class Sharing(LoadScopeScheduling):
-    """What needs the machine stays together, and the tests of a file of unit tests; the others go one by one, in order."""
+    """What needs many ranks stays together, and the tests of a file of unit tests; others go one by one, in order."""
 
     def __init__(self, config: pytest.Config, log: Producer) -> None:
         super().__init__(config, log)
         config.option.loadscopereorder = False
 
     def _split_scope(self, nodeid: str) -> str:
-        for folder in _TOGETHER:
-            if nodeid.startswith(folder):
-                return folder
+        if nodeid.startswith(_WITH_RANKS):
+            return "ranks"
         return nodeid.partition("::")[0] if nodeid.startswith(_BY_FILE) else nodeid
