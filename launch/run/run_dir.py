@@ -21,7 +21,7 @@ from regrow.checkpoint.policy.lineage import (
 )
 from regrow.checkpoint.run.catalog import Catalog
 from regrow.launch.config.errors import UserError
-from regrow.launch.config.identity import Difference, compare
+from regrow.launch.config.identity import Difference, compare, is_allowed
 from regrow.launch.config.later_fields import later_defaults
 from regrow.launch.config.schema import Config
 from regrow.launch.run.build import checkpoint_folder, export_folder
@@ -252,7 +252,7 @@ def _check_same(
             f"{corpus.fingerprint} and the run's is {record.data_fingerprint}; restore the files or choose "
             "another run.name"
         )
-    refused = [d for d in hyperparameters if d.name not in config.run.allow_change]
+    refused = [d for d in hyperparameters if not is_allowed(d.name, config.run.allow_change)]
     if refused:
         names = ",".join(d.name for d in refused)
         raise UserError(
