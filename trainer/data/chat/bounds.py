@@ -35,7 +35,7 @@ _STEPS = 1_000_000
 _SECONDS = 20.0
 # Characters; an item of a list counts as `_ITEM` of them.
 _LONGEST = 1 << 25
-_ITEM = 16
+_ITEM = 32
 _SIZE_PER_STEP = 1024
 # Of a width, a count or an indent that is given to a method or filter.
 _LARGEST_ARGUMENT = 1 << 16
@@ -50,7 +50,17 @@ _NUMBER = re.compile(r"\d+")
 _WHOLE = frozenset(("join", "pprint", "replace", "string", "sum", "tojson", "xmlattr"))
 _COUNTED = frozenset(("batch", "expandtabs", "indent", "slice", "translate", "wordwrap"))
 _SLOW = frozenset(("int", "striptags", "urlize"))
-_LISTS = (list, tuple, dict, range, set, frozenset, type({}.keys()), type({}.values()), type({}.items()))
+_LISTS: tuple[type, ...] = (
+    list,
+    tuple,
+    dict,
+    range,
+    set,
+    frozenset,
+    type({}.keys()),
+    type({}.values()),
+    type({}.items()),
+)
 
 
 @dataclass(slots=True)

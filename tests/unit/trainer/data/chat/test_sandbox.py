@@ -33,15 +33,16 @@ ESCAPES = {
     "a message, emptied": "{{ messages[0].clear() }}",
 }
 
+# The longer a template, the more each of its steps counts.
+LONG = "{#" + "x" * 9999 + "#}"
+
 LARGE = {
     "a large range": "{% for i in range(10**7) %}{% endfor %}",
-    "loops in loops": "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}",
-    "loops over texts": "{% for i in 'x' * 9999 %}{% for j in 'x' * 9999 %}{% endfor %}{% endfor %}",
+    "loops in loops": "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}" + LONG,
+    "loops over texts": "{% for i in 'x' * 9999 %}{% for j in 'x' * 9999 %}{% endfor %}{% endfor %}" + LONG,
     "macros that call themselves": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
     "macros that call themselves twice": "{% macro m(n) %}{% if n %}{{ m(n-1) }}{{ m(n-1) }}{% endif %}{% endmacro %}{{ m(60) }}"
-    + "{#"
-    + "x" * 9999
-    + "#}",
+    + LONG,
     "a recursive loop": "{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}",
     "a text many times": "{{ 'x' * 10**12 }}",
     "a text many times, from the left": "{{ 10**12 * 'x' }}",
@@ -152,7 +153,7 @@ def test_looking_at_long_texts_is_limited_by_time(monkeypatch: pytest.MonkeyPatc
         ("{{ messages | map(attribute='role') | join(', ') }}", "user, assistant"),
         ("{{ [[1], [2]] | sum(start=[]) }}", "[1, 2]"),
         ("{{ '{:>6}|{:.2f}|{}'.format('ab', 1, {'a': 2}) }}", "    ab|1.00|{'a': 2}"),
-        ("{{ '%-6s|%.2f|%%|%(a)s'[:11] % ('ab', 1) }}|{{ '%(a)s' % {'a': 2} }}", "ab    |1.00|%|2"),
+        ("{{ '%-6s|%.2f|%%|%(a)s'[:12] % ('ab', 1) }}|{{ '%(a)s' % {'a': 2} }}", "ab    |1.00|%|2"),
         ("{{ '7' | int + '1f' | int(base=16) }} {{ 2 ** 10 }} {{ 'ab' * 2 }} {{ [1] * 2 }}", "38 1024 abab [1, 1]"),
         ("{{ 'a-b-'.replace('-', '+') }}{{ 'a-b' | replace('-', '+') }}{{ 'a\nb' | indent(2) }}", "a+b+a+ba\n  b"),
         (
