@@ -50,17 +50,10 @@ _NUMBER = re.compile(r"\d+")
 _WHOLE = frozenset(("join", "pprint", "replace", "string", "sum", "tojson", "xmlattr"))
 _COUNTED = frozenset(("batch", "expandtabs", "indent", "slice", "translate", "wordwrap"))
 _SLOW = frozenset(("int", "striptags", "urlize"))
-_LISTS: tuple[type, ...] = (
-    list,
-    tuple,
-    dict,
-    range,
-    set,
-    frozenset,
-    type({}.keys()),
-    type({}.values()),
-    type({}.items()),
-)
+_VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
+# mypy takes what is one of several types for an `object`.
+_LISTS: Any = (list, tuple, dict, range, set, frozenset, *_VIEWS)
+_TEXT_OR_LISTS: Any = (str, *_LISTS)
 
 
 @dataclass(slots=True)
@@ -112,13 +105,13 @@ def spend(size: int) -> None:
         raise TemplateRuntimeError(f"it takes more than {_SECONDS:g} s")
 
 
-def _size(value: object) -> int:
+def _size(value: Any) -> int:
     if isinstance(value, str | bytes):
         return len(value)
     return _ITEM * len(value) if isinstance(value, _LISTS) else 0
 
 
-def _weight(value: object) -> int:
+def _weight(value: Any) -> int:
     """About the length of a value's text; stops counting where it is too long."""
     if not isinstance(value, _LISTS) or isinstance(value, range):
         return _size(value)
@@ -235,7 +228,7 @@ def _grown(name: str, value: Any, args: tuple[Any, ...]) -> int:
     if name == "join":
         # A method's text stands between the items; a filter's argument does.
         between, items = (value, args[0]) if isinstance(value, str | bytes) and args else ((*args, "")[0], value)
-        return _size(between) * (len(items) if isinstance(items, (str, *_LISTS)) else 0) + _weight(items)
+        return _size(between) * (len(items) if isinstance(items, _TEXT_OR_LISTS) else 0) + _weight(items)
     if name == "tojson":
         return _weight(value) * width
     return max(length, 1) * max(width, largest)
