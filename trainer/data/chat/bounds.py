@@ -50,7 +50,7 @@ _NUMBER = re.compile(r"\d+")
 _WHOLE = frozenset(("join", "pprint", "replace", "string", "sum", "tojson", "xmlattr"))
 _COUNTED = frozenset(("batch", "expandtabs", "indent", "slice", "translate", "wordwrap"))
 _SLOW = frozenset(("int", "striptags", "urlize"))
-_VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
+_VIEWS: Any = (type({}.keys()), type({}.values()), type({}.items()))
 # mypy takes what is one of several types for an `object`.
 _LISTS: Any = (list, tuple, dict, range, set, frozenset, *_VIEWS)
 _TEXT_OR_LISTS: Any = (str, *_LISTS)
