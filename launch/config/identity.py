@@ -9,7 +9,16 @@ from typing import Any
 
 from regrow.launch.config.target_names import first_target
 
-__all__ = ["Difference", "compare", "config_hash", "flatten", "former_sweep_name", "is_allowed", "is_free", "sweep_name"]
+__all__ = [
+    "Difference",
+    "compare",
+    "config_hash",
+    "flatten",
+    "former_sweep_name",
+    "is_allowed",
+    "is_free",
+    "sweep_name",
+]
 
 # Fields by prefix. Identity may never change; hyperparameters only when allowed by name; the rest is free.
 _HYPERPARAMETERS = (

@@ -4,7 +4,6 @@ Runs before any rank starts, so nothing here imports torch.
 """
 
 import fcntl
-import hashlib
 import logging
 import multiprocessing
 import os
@@ -18,10 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tokenizers import Tokenizer
 
 from regrow.checkpoint.scratch import tag_semaphores
 from regrow.trainer.data.cache import cache_folder, writing_to
@@ -48,7 +45,6 @@ from regrow.trainer.data.tokenizer import (
     read_tokenizer_files,
     renumbered_tokens,
     stored_options,
-    tokenizer_errors,
     tokenizer_file,
     tokenizer_hash,
     train_bpe,
@@ -56,11 +52,9 @@ from regrow.trainer.data.tokenizer import (
 )
 from regrow.trainer.process import die_with_parent
 
-__all__ = ["cache_folder", "complete_store", "encode_documents", "only_one", "prepare", "store_folder", "tokenize"]
+__all__ = ["cache_folder", "complete_store", "only_one", "prepare", "store_folder", "tokenize"]
 
 log = logging.getLogger(__name__)
-_BATCH = 64
-_BATCH_CHARACTERS = 1 << 20
 _LARGEST_BPE = 1 << 24
 
 
@@ -239,7 +233,14 @@ def tokenize(
     if source.key().items() - recipe.items():
         _discard(folder)
         raise DataError("data.files must not change while they are tokenised, but did; give the command again")
-    index = write_index(folder, len(units), encoding.vocab_size, encoding.tokenizer_hash, encoding.end_of_text)
+    index = write_index(
+        folder,
+        len(units),
+        encoding.vocab_size,
+        encoding.tokenizer_hash,
+        encoding.end_of_text,
+        labels=source.HAS_LABELS,
+    )
     if index.documents == 0:
         (folder / INDEX).unlink()
         raise DataError(empty)
@@ -254,7 +255,9 @@ def _report(source: CorpusSource, index: Index) -> None:
 
 def _write_shards(source: CorpusSource, units: list[CorpusPart], encoding: Encoding, folder: Path) -> None:
     """Tokenises the parts that are not there yet, several at a time."""
-    todo = [i for i in range(len(units)) if not shard_is_complete(folder, i, encoding.dtype)]
+    todo = [
+        i for i in range(len(units)) if not shard_is_complete(folder, i, encoding.dtype, labels=source.HAS_LABELS)
+    ]
     workers = min(source.config.workers or os.cpu_count() or 1, max(1, len(todo)))
     log.info("tokenising %d parts of the corpus with %d processes", len(todo), workers)
     with _progress(len(units)) as bar:
@@ -301,36 +304,5 @@ def tokenize_unit(
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = load_tokenizer(folder / TOKENIZER)
     source = kind(config)
-    write_shard(folder, shard, encode_documents(source.read(unit), tokenizer, encoding.end_of_text), encoding.dtype)
+    write_shard(folder, shard, source.encode(unit, tokenizer, encoding.end_of_text), encoding.dtype)
     return source.notes.counts
-
-
-def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
-    """Documents as they are encoded together: a number of them, fewer where they are long."""
-    batch: list[str] = []
-    length = 0
-    for text in documents:
-        batch.append(text)
-        length += len(text)
-        if len(batch) == _BATCH or length >= _BATCH_CHARACTERS:
-            yield batch
-            batch, length = [], 0
-    if batch:
-        yield batch
-
-
-def encode_documents(
-    documents: Iterator[str], tokenizer: Tokenizer, end: int
-) -> Iterator[tuple[npt.NDArray[Any], int]]:
-    """The ids of each document that has some, with the end of text, and the hash of its content.
-
-    Raises:
-        DataError: the tokenizer fails.
-    """
-    for batch in _batches(documents):
-        with tokenizer_errors("data.tokenizer must encode the corpus, but fails"):
-            encodings = tokenizer.encode_batch(batch, add_special_tokens=False)
-        for text, encoding in zip(batch, encodings, strict=True):
-            if encoding.ids:
-                content = hashlib.blake2b(text.encode(), digest_size=8).digest()
-                yield np.array([*encoding.ids, end]), int.from_bytes(content, "little")

@@ -17,6 +17,7 @@ import zstandard
 from hypothesis import given, settings
 
 from regrow.trainer.data.config import StdlibConfig, TextConfig
+from regrow.trainer.data.encoding import Encoded
 from regrow.trainer.data.loader import Prefetcher, step_batch
 from regrow.trainer.data.order import permute, rank_rows, window_ids
 from regrow.trainer.data.prepare import prepare, tokenize
@@ -77,7 +78,7 @@ def make_store(folder: Path, documents: list[list[int]], shards: int = 1) -> Tok
     bounds = [i * len(documents) // shards for i in range(shards + 1)]
     rng = np.random.default_rng(0)
     for shard, (a, b) in enumerate(itertools.pairwise(bounds)):
-        rows = [(np.array(d), int(rng.integers(2**63)) * 2) for d in documents[a:b]]
+        rows = [Encoded(np.array(d), int(rng.integers(2**63)) * 2) for d in documents[a:b]]
         write_shard(folder, shard, rows, np.dtype("<u2"))
     write_index(folder, shards, 65536, tokenizer_hash((folder / TOKENIZER).read_bytes()), 0)
     return TokenStore(folder)

@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from regrow.trainer.data.config import TooLong
-from regrow.trainer.data.packed_windows import ArrayMask, LabelMask, PackedWindows, packed_once
+from regrow.trainer.data.encoding import Encoded
+from regrow.trainer.data.label_mask import ArrayMask, LabelMask
+from regrow.trainer.data.packed_windows import PackedWindows, packed_once
 from regrow.trainer.data.packing import Packed, pack
 from regrow.trainer.data.source import DataError
 from regrow.trainer.data.token_store import TOKENIZER, StoreDamagedError, TokenStore, write_index, write_shard
@@ -31,7 +33,7 @@ def write_store(folder: Path, shards: list[list[list[int]]], hashes: list[int]) 
     """A store of these documents."""
     remaining = iter(hashes)
     for number, documents in enumerate(shards):
-        write_shard(folder, number, [(np.array(d), next(remaining)) for d in documents], np.dtype("<u2"))
+        write_shard(folder, number, [Encoded(np.array(d), next(remaining)) for d in documents], np.dtype("<u2"))
     (folder / TOKENIZER).write_bytes(TOKENIZER_BODY)
     write_index(folder, len(shards), VOCABULARY, tokenizer_hash(TOKENIZER_BODY), END)
     return TokenStore(folder)
