@@ -2,11 +2,14 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from enum import Enum
+from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
-__all__ = ["DataConfig", "StdlibConfig", "TextConfig", "TokensConfig"]
+__all__ = ["DataConfig", "OnBadRecord", "StdlibConfig", "TextConfig", "TokensConfig"]
+
+_LATER = {"since": "0.2.0"}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -52,15 +55,32 @@ class StdlibConfig(DataConfig):
     _target_: str = "regrow.trainer.data.stdlib.StdlibSource"
 
 
+class OnBadRecord(Enum):
+    """What a record that cannot be used does."""
+
+    stop = "stop"
+    skip = "skip"
+
+
 @dataclass(kw_only=True, slots=True)
 class TextConfig(DataConfig):
     """Files of text.
 
     Attributes:
-        files: paths and globs of .txt, .jsonl (also .gz, .zst) and .parquet files.
-        field: the text's field in .jsonl and .parquet.
+        files: paths, globs and URLs (s3://, gs://, az://, whatever fsspec opens) of .txt, .jsonl (also .gz, .zst,
+            .bz2, .xz), .parquet and .arrow files, and folders that Hugging Face's `datasets` saved.
+        field: the text's field in records (.jsonl, .parquet, .arrow); a dotted path leads into nested ones where no
+            field has that very name.
         txt_document_bytes: .txt files are cut at blank lines into documents of about this size; 0 leaves
             a file whole.
+        fields: several fields instead of `field`; those that are null or empty in a record are left out.
+        join: stands between the texts of `fields`.
+        where: by field, the value or list of values that a record must have to be used.
+        where_min: by field, the least number that a record must have to be used.
+        where_max: by field, the largest.
+        on_bad_record: what no record or has no text stops the reading, or is skipped and counted.
+        max_bad_records: skipped at most in each part of a file (64 MiB of .jsonl, a row group, 64 MiB of an Arrow
+            file; a compressed file or a stream is one part); one more stops the reading.
     """
 
     SCHEMA: ClassVar[tuple[str, str]] = ("data", "text_schema")
@@ -68,6 +88,13 @@ class TextConfig(DataConfig):
     files: list[str] = dataclasses.field(default_factory=list)
     field: str = "text"
     txt_document_bytes: int = 16384
+    fields: list[str] = dataclasses.field(default_factory=list, metadata=_LATER)
+    join: str = dataclasses.field(default="\n\n", metadata=_LATER)
+    where: dict[str, Any] = dataclasses.field(default_factory=dict, metadata=_LATER)
+    where_min: dict[str, float] = dataclasses.field(default_factory=dict, metadata=_LATER)
+    where_max: dict[str, float] = dataclasses.field(default_factory=dict, metadata=_LATER)
+    on_bad_record: OnBadRecord = dataclasses.field(default=OnBadRecord.stop, metadata=_LATER)
+    max_bad_records: int = dataclasses.field(default=1000, metadata=_LATER)
 
 
 @dataclass(kw_only=True, slots=True)
