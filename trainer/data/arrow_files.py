@@ -11,7 +11,7 @@ import pyarrow as pa
 from regrow.trainer.data.arrow_rows import arrow_reading, check_columns, records_of
 from regrow.trainer.data.corpus_files import Cursor
 from regrow.trainer.data.corpus_paths import CorpusFile
-from regrow.trainer.data.records import BadRecords, Record
+from regrow.trainer.data.records import EMPTY_FILE, BadRecords, Record
 from regrow.trainer.data.source import CorpusPart, DataError
 
 __all__ = ["parts", "read", "schema"]
@@ -71,6 +71,8 @@ def read(file: CorpusFile, start: int, stop: int, columns: Sequence[str] | None,
             yield from records_of(batch, cursor, bad)
         if not _is_indexed(reader):
             _check_end(raw, file)
+            if cursor.nth == 0:
+                bad.notes.add(EMPTY_FILE, file.__str__)
 
 
 def _is_indexed(reader: Any) -> bool:

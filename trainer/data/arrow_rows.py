@@ -26,7 +26,7 @@ def arrow_reading(file: CorpusFile, kind: str, cursor: Cursor | None = None) -> 
     with reading(file, cursor):
         try:
             yield
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last of a name in the schema
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             reason = shown(" ".join(str(error).split()))

@@ -9,16 +9,17 @@ from typing import Any
 
 from regrow.trainer.data.corpus_files import Cursor, newlines, open_bytes, reading
 from regrow.trainer.data.corpus_paths import CorpusFile, ending_of
-from regrow.trainer.data.records import BadRecordError, BadRecords, Record, kind_of
+from regrow.trainer.data.records import EMPTY_FILE, BadRecordError, BadRecords, Record, kind_of
 from regrow.trainer.data.source import CorpusPart, shown
 
 __all__ = ["parts", "read"]
 
 _PART_BYTES = 64 << 20
 # A line of a compressed file may be as long as text that compresses well, and this much in any case; nothing larger
-# is put together in memory.
+# is put together in memory, nor any line beyond the last of them.
 _LINE_BYTES = 8 << 20
 _LINE_FACTOR = 8
+_LONGEST_BYTES = 1 << 30
 
 
 def parts(file: CorpusFile) -> list[CorpusPart]:
@@ -44,7 +45,7 @@ def read(file: CorpusFile, start: int, stop: int, bad: BadRecords) -> Iterator[R
     """
     cursor = Cursor(file, "line")
     with reading(file, cursor), open_bytes(file) as raw:
-        limit = _LINE_BYTES + _LINE_FACTOR * file.size()
+        limit = min(_LINE_BYTES + _LINE_FACTOR * file.size(), _LONGEST_BYTES)
         begin = 0
         if start > 0:
             raw.seek(start - 1)
@@ -65,6 +66,8 @@ def read(file: CorpusFile, start: int, stop: int, bad: BadRecords) -> Iterator[R
                     yield Record(value, cursor.place())
             if stop >= 0 and raw.tell() >= stop:
                 return
+        if start == 0 and cursor.nth == 0:
+            bad.notes.add(EMPTY_FILE, file.__str__)
 
 
 def _lines(raw: io.BufferedReader, cursor: Cursor, limit: int, bad: BadRecords, *, begins: bool) -> Iterator[bytes]:

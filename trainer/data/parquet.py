@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from regrow.trainer.data.arrow_rows import arrow_reading, check_columns, records_of
 from regrow.trainer.data.corpus_files import Cursor
 from regrow.trainer.data.corpus_paths import CorpusFile
-from regrow.trainer.data.records import BadRecords, Record
+from regrow.trainer.data.records import EMPTY_FILE, BadRecords, Record
 from regrow.trainer.data.source import CorpusPart
 
 __all__ = ["parts", "read", "schema"]
@@ -63,6 +63,8 @@ def read(file: CorpusFile, start: int, stop: int, columns: Sequence[str] | None,
             rows = _batch_rows(metadata.row_group(group))
             for batch in parquet.iter_batches(batch_size=rows, row_groups=[group], columns=list(wanted)):
                 yield from records_of(batch, cursor, bad)
+        if metadata.num_rows == 0:
+            bad.notes.add(EMPTY_FILE, file.__str__)
 
 
 def _batch_rows(group: Any) -> int:

@@ -8,7 +8,9 @@ from regrow.trainer.data.config import OnBadRecord
 from regrow.trainer.data.corpus_files import Place
 from regrow.trainer.data.source import DataError, Notes
 
-__all__ = ["BadRecordError", "BadRecords", "Record", "kind_of", "sound"]
+__all__ = ["EMPTY_FILE", "BadRecordError", "BadRecords", "Record", "kind_of", "sound"]
+
+EMPTY_FILE = "file that holds no record"
 
 # Halves that belong together were joined when the JSON was read.
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
