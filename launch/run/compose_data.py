@@ -42,6 +42,7 @@ def _windows_of(data: DataConfig, store: TokenStore, *, validation: bool) -> Win
         validation=validation,
         too_long=data.too_long,
         cache=cache_folder(data) / "packings",
+        mask=store.labels,
     )
 
 

@@ -3,11 +3,26 @@
 import dataclasses
 from dataclasses import dataclass
 from enum import Enum
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
-__all__ = ["DataConfig", "Packing", "StdlibConfig", "TextConfig", "TokensConfig", "TooLong"]
+__all__ = [
+    "ChatConfig",
+    "ChatFields",
+    "DataConfig",
+    "FileFields",
+    "LabelMode",
+    "OnBadRecord",
+    "Packing",
+    "StdlibConfig",
+    "TextConfig",
+    "TextFields",
+    "TokensConfig",
+    "TooLong",
+]
+
+_LATER = {"since": "0.2.0"}
 
 
 class Packing(Enum):
@@ -61,8 +76,8 @@ class DataConfig:
     global_batch_size: int = MISSING
     micro_batch_size: int = MISSING
     document_mask: bool = False
-    packing: Packing = dataclasses.field(default=Packing.concat, metadata={"since": "0.2.0"})
-    too_long: TooLong = dataclasses.field(default=TooLong.split, metadata={"since": "0.2.0"})
+    packing: Packing = dataclasses.field(default=Packing.concat, metadata=_LATER)
+    too_long: TooLong = dataclasses.field(default=TooLong.split, metadata=_LATER)
     validation_fraction: float = 0.05
     tokenizer: str | None = None
     tokenizer_vocab_size: int = 4096
@@ -81,22 +96,94 @@ class StdlibConfig(DataConfig):
     _target_: str = "regrow.trainer.data.stdlib.StdlibSource"
 
 
-@dataclass(kw_only=True, slots=True)
-class TextConfig(DataConfig):
-    """Files of text.
+class OnBadRecord(Enum):
+    """What a record that cannot be used does."""
+
+    stop = "stop"
+    skip = "skip"
+
+
+class LabelMode(Enum):
+    """Which tokens of a conversation are labels: all turns of the assistant, its last turn, or every token."""
+
+    assistant = "assistant"
+    last = "last"
+    all = "all"
+
+
+# Without slots, so that a source alone and a source of a mixture can have these fields beside their own.
+@dataclass(kw_only=True)
+class FileFields:
+    """What every source of files has.
 
     Attributes:
-        files: paths and globs of .txt, .jsonl (also .gz, .zst) and .parquet files.
-        field: the text's field in .jsonl and .parquet.
+        files: paths, globs and URLs (s3://, gs://, az://, whatever fsspec opens) of .txt, .jsonl (also .gz, .zst,
+            .bz2, .xz), .parquet and .arrow files, and folders that Hugging Face's `datasets` saved.
+        where: by field, the value or list of values that a record must have to be used.
+        where_min: by field, the least number that a record must have to be used.
+        where_max: by field, the largest.
+        on_bad_record: what no record or has no text stops the reading, or is skipped and counted.
+        max_bad_records: skipped at most in each part of a file (64 MiB of .jsonl, a row group, 64 MiB of an Arrow
+            file; a compressed file or a stream is one part); one more stops the reading.
+    """
+
+    files: list[str] = dataclasses.field(default_factory=list)
+    where: dict[str, Any] = dataclasses.field(default_factory=dict, metadata=_LATER)
+    where_min: dict[str, float] = dataclasses.field(default_factory=dict, metadata=_LATER)
+    where_max: dict[str, float] = dataclasses.field(default_factory=dict, metadata=_LATER)
+    on_bad_record: OnBadRecord = dataclasses.field(default=OnBadRecord.stop, metadata=_LATER)
+    max_bad_records: int = dataclasses.field(default=1000, metadata=_LATER)
+
+
+@dataclass(kw_only=True)
+class TextFields(FileFields):
+    """What a source of text has.
+
+    Attributes:
+        field: the text's field in records (.jsonl, .parquet, .arrow); a dotted path leads into nested ones where no
+            field has that very name.
         txt_document_bytes: .txt files are cut at blank lines into documents of about this size; 0 leaves
             a file whole.
+        fields: several fields instead of `field`; those that are null or empty in a record are left out.
+        join: stands between the texts of `fields`.
     """
+
+    field: str = "text"
+    txt_document_bytes: int = 16384
+    fields: list[str] = dataclasses.field(default_factory=list, metadata=_LATER)
+    join: str = dataclasses.field(default="\n\n", metadata=_LATER)
+
+
+@dataclass(kw_only=True)
+class ChatFields(FileFields):
+    """What a source of conversations has.
+
+    Attributes:
+        template: which of the tokenizer's chat templates; null chooses as transformers does.
+        template_date: the day, as 2026-01-31, that a template gets that asks for it.
+        labels: which tokens are labels.
+    """
+
+    template: str | None = None
+    template_date: str | None = None
+    labels: LabelMode = LabelMode.assistant
+
+
+@dataclass(kw_only=True, slots=True)
+class TextConfig(TextFields, DataConfig):
+    """Files of text."""
 
     SCHEMA: ClassVar[tuple[str, str]] = ("data", "text_schema")
     _target_: str = "regrow.trainer.data.text.TextSource"
-    files: list[str] = dataclasses.field(default_factory=list)
-    field: str = "text"
-    txt_document_bytes: int = 16384
+
+
+@dataclass(kw_only=True, slots=True)
+class ChatConfig(ChatFields, DataConfig):
+    """Files of conversations: `messages`, ShareGPT's `conversations`, or `prompt` and `completion`."""
+
+    SCHEMA: ClassVar[tuple[str, str]] = ("data", "chat_schema")
+    _target_: str = "regrow.trainer.data.chat.source.ChatSource"
+    packing: Packing = Packing.best_fit
 
 
 @dataclass(kw_only=True, slots=True)

@@ -7,9 +7,27 @@ from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
-from regrow.trainer.data.config import DataConfig, Packing, StdlibConfig, TextConfig, TokensConfig
+from regrow.trainer.data.config import (
+    ChatConfig,
+    ChatFields,
+    DataConfig,
+    Packing,
+    StdlibConfig,
+    TextConfig,
+    TextFields,
+    TokensConfig,
+)
 
-__all__ = ["MixtureConfig", "OnExhausted", "SourcePart", "StageConfig", "StdlibPart", "TextPart", "TokensPart"]
+__all__ = [
+    "ChatPart",
+    "MixtureConfig",
+    "OnExhausted",
+    "SourcePart",
+    "StageConfig",
+    "StdlibPart",
+    "TextPart",
+    "TokensPart",
+]
 
 
 class OnExhausted(Enum):
@@ -59,14 +77,20 @@ class SourcePart:
 
 
 @dataclass(kw_only=True, slots=True)
-class TextPart(SourcePart):
+class TextPart(TextFields, SourcePart):
     """See `TextConfig`."""
 
     SCHEMA: ClassVar[tuple[str, str]] = ("data_source", "text_schema")
     CONFIG: ClassVar[type[DataConfig]] = TextConfig
-    files: list[str] = dataclasses.field(default_factory=list)
-    field: str = "text"
-    txt_document_bytes: int = 16384
+
+
+@dataclass(kw_only=True, slots=True)
+class ChatPart(ChatFields, SourcePart):
+    """See `ChatConfig`."""
+
+    SCHEMA: ClassVar[tuple[str, str]] = ("data_source", "chat_schema")
+    CONFIG: ClassVar[type[DataConfig]] = ChatConfig
+    packing: Packing | None = Packing.best_fit
 
 
 @dataclass(kw_only=True, slots=True)

@@ -15,7 +15,6 @@ In both ways a token counts that shares a character with a turn.
 """
 
 from collections.abc import Callable, Sequence
-from enum import Enum
 from functools import lru_cache
 from itertools import chain
 from typing import NamedTuple
@@ -26,24 +25,17 @@ from tokenizers import Tokenizer
 
 from regrow.trainer.data.chat.conversation import Conversation
 from regrow.trainer.data.chat.template import ChatTemplate, Rendered
+from regrow.trainer.data.config import LabelMode
 from regrow.trainer.data.source import DataError
 from regrow.trainer.data.tokenizer import tokenizer_errors
 
-__all__ = ["REWRITTEN_TURN", "LabelMode", "encode_conversation"]
+__all__ = ["REWRITTEN_TURN", "encode_conversation"]
 
 Int64s = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 Span = tuple[int, int]
 
 REWRITTEN_TURN = "assistant's turn that the template renders otherwise within its conversation, left without labels"
-
-
-class LabelMode(Enum):
-    """Which tokens are labels."""
-
-    assistant = "assistant"  # all turns of the assistant
-    last = "last"  # its last turn
-    all = "all"  # every token
 
 
 class _Turns(NamedTuple):

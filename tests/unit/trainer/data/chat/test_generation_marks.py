@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 
 from regrow.trainer.data.chat.conversation import Conversation
-from regrow.trainer.data.chat.labels import LabelMode, encode_conversation
+from regrow.trainer.data.chat.labels import encode_conversation
 from regrow.trainer.data.chat.template import ChatTemplate
+from regrow.trainer.data.config import LabelMode
 from tests.unit.trainer.data.chat.conftest import Made
 from tests.unit.trainer.data.chat.conversations import SUNNY, USER
 

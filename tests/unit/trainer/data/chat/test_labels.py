@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from regrow.trainer.data.chat.conversation import Conversation, conversation_of
-from regrow.trainer.data.chat.labels import REWRITTEN_TURN, LabelMode, encode_conversation
+from regrow.trainer.data.chat.labels import REWRITTEN_TURN, encode_conversation
 from regrow.trainer.data.chat.template import ChatTemplate
+from regrow.trainer.data.config import LabelMode
 from regrow.trainer.data.source import DataError
 from tests.unit.trainer.data.chat.conftest import Made
 from tests.unit.trainer.data.chat.conversations import (
