@@ -247,3 +247,18 @@ def test_several_saved_datasets_are_refused_with_their_names(tmp_path: Path) -> 
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     with pytest.raises(DataError, match=r"holds several \(train, test\); use for instance .*/train"):
         find_files([str(tmp_path)])
+
+
+@pytest.mark.parametrize("name", ["stream.arrow", "file.arrow", "lz4.arrow"])
+def test_no_length_that_an_arrow_file_claims_is_believed(tmp_path: Path, name: str) -> None:
+    """Written over each place where one may be, of messages, buffers, offsets or the footer."""
+    body = WRITE[name](ROWS[:7])
+    refused = 0
+    for at in range(0, len(body) - 7, 8):
+        changed = body[:at] + (2**62).to_bytes(8, "little") + body[at + 8 :]
+        try:
+            str([r.value for r in records(written(tmp_path, name, changed))]).encode()
+        except DataError as error:
+            assert str(tmp_path / name) in str(error)
+            refused += 1
+    assert refused > len(body) // 32
