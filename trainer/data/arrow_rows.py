@@ -26,10 +26,11 @@ def arrow_reading(file: CorpusFile, kind: str, cursor: Cursor | None = None) -> 
     with reading(file, cursor):
         try:
             yield
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last of a name in the schema
+        # Damage may lie in a name of the schema, or in a length, for which there is never enough memory.
+        except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
-            reason = shown(" ".join(str(error).split()))
+            reason = shown(" ".join(str(error).split()) or "it asks for more memory than there is")
             raise DataError(f"data.files must be sound, but {file} is no whole {kind} file ({reason})") from error
 
 

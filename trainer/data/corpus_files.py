@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from msgspec import Struct
+
 from regrow.trainer.data.corpus_paths import CorpusFile, cannot_be_read, ending_of
 from regrow.trainer.data.decompression import DAMAGE, decompressed
 from regrow.trainer.data.source import DataError, shown
@@ -23,8 +25,7 @@ _BOMS = {
 NULL_TEXT = "null instead of text, passed over"
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(Struct, frozen=True):
     """Where a record is; as a text, for instance `line 7 of a.jsonl`.
 
     Attributes:

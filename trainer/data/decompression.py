@@ -126,7 +126,7 @@ class _BoundedReader(_StreamReader):
 
 
 @contextmanager
-def decompressed(raw: io.BufferedReader, ending: str) -> Iterator[io.BufferedReader]:
+def decompressed(raw: io.BufferedReader, ending: str) -> Iterator["io.BufferedReader[Any]"]:
     """A file's bytes.
 
     Args:

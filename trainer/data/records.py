@@ -1,8 +1,9 @@
 """What a record is, and what happens to a bad one."""
 
 import re
-from dataclasses import dataclass
 from typing import Any, final
+
+from msgspec import Struct
 
 from regrow.trainer.data.config import OnBadRecord
 from regrow.trainer.data.corpus_files import Place
@@ -17,8 +18,7 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _SURROGATE = "half a surrogate pair in the text, replaced by U+FFFD"
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(Struct, frozen=True):
     """One JSON object, or row of a table.
 
     Attributes:
@@ -84,6 +84,17 @@ def kind_of(value: object) -> str:
     return names.get(type(value), "null" if value is None else type(value).__name__)
 
 
+def _is_unicode(text: str) -> bool:
+    # Several times as fast as looking for halves of pairs.
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def sound(value: Any, place: Place, notes: Notes) -> Any:
     """A text, or a record's value with all texts in it, without halves of surrogate pairs, which no UTF-8 can hold.
 
@@ -93,7 +104,7 @@ def sound(value: Any, place: Place, notes: Notes) -> Any:
         notes: told of a replacement.
     """
     if isinstance(value, str):
-        if not _LONE_SURROGATE.search(value):
+        if _is_unicode(value):
             return value
         notes.add(_SURROGATE, place.__str__)
         return _LONE_SURROGATE.sub("\ufffd", value)

@@ -210,7 +210,8 @@ def _saved(place: RemotePlace, url: str) -> list[RemoteObject]:
             raise FileNotFoundError(name)
         if found.size > SMALL_BYTES:
             raise OSError(f"{found.url} is larger than {SMALL_BYTES} bytes")
-        return place.read_range(found.url, 0, found.size)
+        with RemoteFile(place, found).open() as file:
+            return file.read()
 
     names = saved_files(url, read)
     if not names:

@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import io
+import itertools
 import json
 import lzma
 from collections.abc import Callable
@@ -102,6 +103,18 @@ def test_every_format_gives_the_same_records_with_their_places(tmp_path: Path, n
     assert [r.value for r in whole] == ROWS
     if unit == "row":
         assert [r.value for r in records(path, ["n", "meta"])] == [{k: r[k] for k in ("n", "meta")} for r in ROWS]
+
+
+@pytest.mark.parametrize("name", ["file.arrow", "a.parquet"])
+def test_every_part_of_a_table_knows_its_rows(tmp_path: Path, name: str) -> None:
+    path = written(tmp_path, name, WRITE[name](ROWS))
+    cuts = [0, 1, 3, 3, 5]  # of record batches and row groups of seven rows
+    found = []
+    for start, stop in itertools.pairwise(cuts):
+        part = list(read_records(CorpusPart(str(path), start, stop), BadRecords(Notes()), ["n"]))
+        assert [r.value["n"] for r in part] == list(range(7 * start, min(7 * stop, 30)))
+        found += [str(r.place) for r in part]
+    assert found == [f"row {i + 1} of {path}" for i in range(30)]
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
@@ -234,3 +247,18 @@ def test_several_saved_datasets_are_refused_with_their_names(tmp_path: Path) -> 
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     with pytest.raises(DataError, match=r"holds several \(train, test\); use for instance .*/train"):
         find_files([str(tmp_path)])
+
+
+@pytest.mark.parametrize("name", ["stream.arrow", "file.arrow", "lz4.arrow"])
+def test_no_length_that_an_arrow_file_claims_is_believed(tmp_path: Path, name: str) -> None:
+    """Written over each place where one may be, of messages, buffers, offsets or the footer."""
+    body = WRITE[name](ROWS[:7])
+    refused = 0
+    for at in range(0, len(body) - 7, 8):
+        changed = body[:at] + (2**62).to_bytes(8, "little") + body[at + 8 :]
+        try:
+            str([r.value for r in records(written(tmp_path, name, changed))]).encode()
+        except DataError as error:
+            assert str(tmp_path / name) in str(error)
+            refused += 1
+    assert refused > len(body) // 32
