@@ -136,7 +136,8 @@ class Recorder(Hook):
 
         with trainer.evaluating():
             hook = ValidationHook(ValidationConfig(max_batches=1))
-            self.seen.validation = hook._measure(trainer, trainer.resources.validation) or 0.0
+            measured = hook._measure(trainer, trainer.resources.validation[""])
+            self.seen.validation = measured[0] if measured is not None else 0.0
             self.seen.sample = trainer.engine.last_logits(torch.tensor([[3, 1, 4, 1, 5]]))
 
 

@@ -176,10 +176,15 @@ class Trainer:
         # Before the first step is known, ranks ask each other.
         self._waiting_slot = self.reduction.sum("waiting", lambda: float(self._waiting), initial=1.0)
         self._grad_norm_slot = self.reduction.carry("grad_norm", lambda: self._grad_norm)
+        # Ranks that share their data with others count it once.
+        self._bytes_slot = self.reduction.sum("label_bytes", self._label_bytes)
         self._source_slots = self._register_sources() if len(options.sources) > 1 else []
         engine.register(self.reduction)
         self._peak = peak_flops(context.device)
         self._flops = self.model.flops_per_token(options.seq_len)
+
+    def _label_bytes(self) -> float:
+        return float(self.batch.label_bytes) if self.batch is not None and self.context.reads_first else 0.0
 
     def _register_sources(self) -> list[Slot]:
         def loss_of(at: int) -> Tensor:
@@ -372,6 +377,8 @@ class Trainer:
         if norm is None and self.context.is_main:
             log.warning("the gradients of step %d are not finite; its update was left out", pending.step)
         row = {"step": pending.step, "loss": loss, "grad_norm": norm, **pending.row, **known}
+        if self._bytes_slot.value:
+            row["bits_per_byte"] = self._loss_slot.value / math.log(2) / self._bytes_slot.value
         slots = zip(self.options.sources, self._source_slots, pending.labels.tolist(), strict=False)
         row |= {f"loss/{name}": slot.value / labels for name, slot, labels in slots if labels}
         for hook in self.hooks:

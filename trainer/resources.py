@@ -24,7 +24,8 @@ class Resources:
         sweep: the sweep's name, if any.
         config: the whole config as plain values.
         tokenizer: of the data.
-        validation: the held-out samples; may be none.
+        validation: held-out samples by name, which may be none: those of the split, whose name is empty, and those of
+            further sets.
         micro_batch_size: rows of a forward pass.
         document_mask: whether attention stays within documents.
         begin: writes what this start changes in the run's directory; called by rank 0 alone, once the state is
@@ -39,7 +40,7 @@ class Resources:
     sweep: str | None
     config: dict[str, Any]
     tokenizer: Tokenizer
-    validation: Samples
+    validation: dict[str, Samples]
     micro_batch_size: int
     document_mask: bool
     begin: Callable[[], None]

@@ -41,6 +41,7 @@ _FREE = (
     "data.prefetch",
     "data.micro_batch_size",
     "data.log_samples",
+    "data.validation_sets",
     "model._target_",
     "model.attention",
     "model.hf_assets_path",

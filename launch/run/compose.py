@@ -7,7 +7,7 @@ import torch
 from regrow.launch.config.schema import Config, Kernels
 from regrow.launch.run.build import build_model, build_optimizer, build_schedule
 from regrow.launch.run.compose_checkpoint import compose_restorer
-from regrow.launch.run.compose_data import batches_of, validation_samples
+from regrow.launch.run.compose_data import batches_of
 from regrow.launch.run.compose_hooks import compose_hooks, compose_resources
 from regrow.launch.run.rank_spec import RankSpec
 from regrow.launch.run.signals import StopFlag
@@ -53,7 +53,7 @@ def compose_trainer(spec: RankSpec, context: ParallelContext, flag: StopFlag, th
     )
     return Trainer(
         options=_options(config, tuple(sorted(corpus.stores))),
-        resources=compose_resources(spec, context, threads, corpus, validation_samples(config, corpus)),
+        resources=compose_resources(spec, context, threads, corpus),
         context=context,
         engine=engine,
         optimizer=build_optimizer(config, parallel.model),

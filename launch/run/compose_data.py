@@ -1,6 +1,8 @@
 """What a rank reads: its corpus as samples, and its batches from any state on."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from regrow.launch.config.schema import Config
 from regrow.trainer.data.cache import cache_folder
@@ -14,11 +16,13 @@ from regrow.trainer.data.mixture_source import continue_mixture, declared_mixtur
 from regrow.trainer.data.packed_windows import PackedWindows
 from regrow.trainer.data.samples import Samples, source_seed
 from regrow.trainer.data.token_store import TokenStore
-from regrow.trainer.data.windows import ConcatWindows, Windows
+from regrow.trainer.data.tokenizer import load_tokenizer
+from regrow.trainer.data.token_bytes import bytes_of_tokens
+from regrow.trainer.data.windows import ConcatWindows, Int64s, Windows
 from regrow.trainer.parallel.context import ParallelContext
 from regrow.trainer.state import TrainState
 
-__all__ = ["batches_of", "compose_windows", "keeps_within_documents", "validation_samples"]
+__all__ = ["batches_of", "compose_windows", "validation_samples"]
 
 
 def compose_windows(config: Config, corpus: Corpus, *, validation: bool) -> dict[str, Windows]:
@@ -46,29 +50,40 @@ def _windows_of(data: DataConfig, store: TokenStore, *, validation: bool) -> Win
     )
 
 
-def keeps_within_documents(data: DataConfig) -> bool:
-    """Whether attention is kept within documents: asked for, or some are packed."""
-    parts = data.sources.values() if isinstance(data, MixtureConfig) else ()
-    packings = [data.packing, *(part.packing for part in parts)]
-    return data.document_mask or Packing.best_fit in packings
-
-
-def _samples(config: Config, windows: dict[str, Windows], mixture: Mixture | None) -> Samples:
+def _samples(config: Config, corpus: Corpus, windows: dict[str, Windows], mixture: Mixture | None) -> Samples:
     """The sequence of samples; a mixture may have more sources than there are now, which have been read before."""
+    token_bytes = _token_bytes(corpus.tokenizer_file)
     if mixture is None:
-        return Samples(list(windows), list(windows.values()), [config.seed])
+        return Samples(list(windows), list(windows.values()), [config.seed], token_bytes=token_bytes)
     parts = config.data.sources if isinstance(config.data, MixtureConfig) else {}
     seeds = [
         seed if (seed := parts[name].seed) is not None else source_seed(config.seed, name) for name in mixture.names
     ]
-    return Samples(mixture.names, [windows[name] for name in mixture.names], seeds, mixture)
+    of_sources = [windows[name] for name in mixture.names]
+    return Samples(mixture.names, of_sources, seeds, mixture, token_bytes=token_bytes)
 
 
-def validation_samples(config: Config, corpus: Corpus) -> Samples:
-    """The held-out samples, which are read by number and in no order."""
+def validation_samples(config: Config, corpus: Corpus, sets: Mapping[str, Path]) -> dict[str, Samples]:
+    """What losses are measured on, by name: the split's held-out samples (the empty name) and further sets, whole.
+
+    Args:
+        config: of the run.
+        corpus: that the run trains on.
+        sets: the stores of `data.validation_sets`.
+    """
     windows = compose_windows(config, corpus, validation=True)
     mixture = declared_mixture(config.data) if isinstance(config.data, MixtureConfig) else None
-    return _samples(config, windows, mixture)
+    found = {"": _samples(config, corpus, windows, mixture)}
+    whole = dataclasses.replace(config.data, validation_fraction=0.0)
+    for name, folder in sets.items():
+        store = TokenStore(folder)
+        of_set = _windows_of(config.data.validation_sets[name].alone(whole), store, validation=False)
+        found[name] = Samples([""], [of_set], [config.seed], token_bytes=_token_bytes(store.tokenizer_file))
+    return found
+
+
+def _token_bytes(file: Path) -> Int64s | None:
+    return bytes_of_tokens(load_tokenizer(file))
 
 
 def batches_of(config: Config, context: ParallelContext, corpus: Corpus) -> Callable[[TrainState], Batches]:
@@ -87,13 +102,13 @@ def batches_of(config: Config, context: ParallelContext, corpus: Corpus) -> Call
                 at_sample=state.samples_consumed,
             )
         batches = Prefetcher(
-            _samples(config, windows, mixture),
+            _samples(config, corpus, windows, mixture),
             samples_consumed=state.samples_consumed,
             global_batch_size=data.global_batch_size,
             rank=context.data_rank,
             ranks=context.layout.data_ranks,
             micro_batch_size=data.micro_batch_size,
-            document_mask=keeps_within_documents(data),
+            document_mask=data.document_mask,
             depth=data.prefetch,
             finish=pinned if context.device.type == "cuda" else None,
         )

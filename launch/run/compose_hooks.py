@@ -8,13 +8,12 @@ from functools import partial
 from regrow.launch.config.schema import Config
 from regrow.launch.run.build import build_hooks
 from regrow.launch.run.compose_checkpoint import compose_checkpoint, compose_export
-from regrow.launch.run.compose_data import keeps_within_documents
+from regrow.launch.run.compose_data import validation_samples
 from regrow.launch.run.ownership import lease_place
 from regrow.launch.run.rank_spec import RankSpec
 from regrow.launch.run.run_documents import begin_run
 from regrow.launch.run.versions import software_versions
 from regrow.trainer.data.corpus import Corpus
-from regrow.trainer.data.samples import Samples
 from regrow.trainer.data.tokenizer import load_tokenizer
 from regrow.trainer.hook import Hook
 from regrow.trainer.parallel.context import ParallelContext
@@ -35,7 +34,7 @@ def compose_hooks(config: Config, context: ParallelContext) -> list[Hook]:
 
 
 def compose_resources(
-    spec: RankSpec, context: ParallelContext, threads: int, corpus: Corpus, validation: Samples
+    spec: RankSpec, context: ParallelContext, threads: int, corpus: Corpus
 ) -> Resources:
     """What hooks may need of the run.
 
@@ -44,7 +43,6 @@ def compose_resources(
         context: this rank's place.
         threads: of this rank.
         corpus: the run's tokens.
-        validation: the held-out samples.
     """
     config = spec.config
     saves = config.checkpoint.enable
@@ -54,9 +52,9 @@ def compose_resources(
         sweep=spec.sweep,
         config=spec.config_dict,
         tokenizer=load_tokenizer(corpus.tokenizer_file),
-        validation=validation,
+        validation=validation_samples(config, corpus, spec.validation_folders),
         micro_batch_size=config.data.micro_batch_size,
-        document_mask=keeps_within_documents(config.data),
+        document_mask=config.data.document_mask,
         begin=partial(_begin, spec),
         attempt=_attempt(context, threads),
         checkpoint=compose_checkpoint(spec, corpus.fingerprint) if saves else None,

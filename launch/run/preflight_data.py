@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,24 @@ from regrow.trainer.data.mixture_source import continue_mixture
 from regrow.trainer.data.prepare import cache_folder, prepare
 from regrow.trainer.data.source import Source
 
-__all__ = ["check_data", "prepare_data"]
+__all__ = ["PreparedData", "check_data", "prepare_data"]
 
 
-def prepare_data(config: Config, *, fresh: bool) -> dict[str, Path]:
-    """Checks the sources and tokenises what was not tokenised before; returns token stores by their sources' names.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreparedData:
+    """Token stores.
+
+    Attributes:
+        training: by their sources' names; one source has the empty name.
+        validation: of `data.validation_sets`, by name.
+    """
+
+    training: dict[str, Path]
+    validation: dict[str, Path]
+
+
+def prepare_data(config: Config, *, fresh: bool) -> PreparedData:
+    """Checks the sources and tokenises what was not tokenised before.
 
     Args:
         config: of the run.
@@ -42,19 +56,27 @@ def prepare_data(config: Config, *, fresh: bool) -> dict[str, Path]:
     if not children:
         folders = {"": _prepare_source(config, source, config.data)}
     else:
-        folders = {name: _prepare_part(config, name, data) for name, data in children.items()}
-    check_data(config, Corpus(folders), fresh=fresh)
-    return folders
+        folders = {name: _prepare_part(config, f"data.sources.{name}", data) for name, data in children.items()}
+    corpus = Corpus(folders)
+    check_data(config, corpus, fresh=fresh)
+    # What is measured is tokenised as what is trained on, by a tokenizer that was trained on that if need be.
+    shared = dataclasses.replace(config.data, tokenizer=config.data.tokenizer or str(corpus.tokenizer_file))
+    validation = {
+        name: _prepare_part(config, f"data.validation_sets.{name}", part.alone(shared))
+        for name, part in sorted(config.data.validation_sets.items())
+    }
+    # Its tokenizer is compared too.
+    Corpus({**{f"the training data {n}".strip(): f for n, f in folders.items()}, **validation})
+    return PreparedData(training=folders, validation=validation)
 
 
-def _prepare_part(config: Config, name: str, data: DataConfig) -> Path:
-    """A source of a mixture: what is wrong with it is said by the fields that it has there.
+def _prepare_part(config: Config, section: str, data: DataConfig) -> Path:
+    """A source among several: what is wrong with it is said by the fields that it has there.
 
     Raises:
         ConfigError: see `prepare_data`.
         FileNotFoundError: likewise.
     """
-    section = f"data.sources.{name}"
     own = {f.name for f in dataclasses.fields(type(data))} - {f.name for f in dataclasses.fields(DataConfig)}
     try:
         source = build_source(data, section)

@@ -123,6 +123,7 @@ def _prepare(
         _tell_torch(ranks)
     with naming_fields(("run.root", run_dir)):
         check_disk(config, run_dir)
+    data = prepare_data(config, fresh=not (run_dir / RECORD).exists())
     return RankSpec(
         config=config,
         config_dict=settings,
@@ -130,7 +131,8 @@ def _prepare(
         layout=layout,
         device_type=device_type,
         run_dir=run_dir,
-        data_folders=prepare_data(config, fresh=not (run_dir / RECORD).exists()),
+        data_folders=data.training,
+        validation_folders=data.validation,
         sweep=sweep,
         overrides=overrides,
         given_ranks=ranks is not None,

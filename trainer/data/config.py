@@ -15,6 +15,7 @@ __all__ = [
     "LabelMode",
     "OnBadRecord",
     "Packing",
+    "SourcePart",
     "StdlibConfig",
     "TextConfig",
     "TextFields",
@@ -50,6 +51,41 @@ class TooLong(Enum):
 
 
 @dataclass(kw_only=True, slots=True)
+class SourcePart:
+    """A source of a mixture. What it does not say (tokenizer, `seq_len`, …) is the mixture's.
+
+    Attributes:
+        weight: its share of the samples, relative to the others'; 0 leaves it out until a stage names it.
+        max_epochs: how often its windows may be read, whole or in part; null is without end.
+        seed: of its order; null makes one of the run's seed and its name.
+        packing: how its documents become sequences; null is as the mixture says.
+    """
+
+    CONFIG: ClassVar[type["DataConfig"]]
+    weight: float = 1.0
+    max_epochs: float | None = None
+    seed: int | None = None
+    packing: Packing | None = None
+
+    def alone(self, shared: "DataConfig") -> "DataConfig":
+        """The config of this source by itself.
+
+        Args:
+            shared: the mixture's, whose fields it has where it has none of its own.
+        """
+        own = {f.name for f in dataclasses.fields(self)}
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(self.CONFIG):
+            if field.name in ("_target_", "validation_sets"):
+                continue
+            if field.name in own and (value := getattr(self, field.name)) is not None:
+                values[field.name] = value
+            elif hasattr(shared, field.name):
+                values[field.name] = getattr(shared, field.name)
+        return self.CONFIG(**values)
+
+
+@dataclass(kw_only=True, slots=True)
 class DataConfig:
     """What every source has.
 
@@ -69,6 +105,7 @@ class DataConfig:
         workers: processes that tokenise; 0 is one per core.
         prefetch: batches read ahead.
         log_samples: write each step's sample ids to `samples.jsonl`.
+        validation_sets: further sources, of which nothing is trained on, by a name of your choice.
     """
 
     _target_: str = MISSING
@@ -86,6 +123,7 @@ class DataConfig:
     workers: int = 0
     prefetch: int = 2
     log_samples: bool = False
+    validation_sets: dict[str, SourcePart] = dataclasses.field(default_factory=dict, metadata=_LATER)
 
 
 @dataclass(kw_only=True, slots=True)

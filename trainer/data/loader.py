@@ -50,6 +50,7 @@ class StepBatch:
         ids: the samples this rank read.
         global_ids: those of all ranks.
         labels: of all ranks by source, int64 `(sources,)`: the loss is divided by their sum.
+        label_bytes: bytes of text that this rank's labels stand for; 0 where that is not known.
         progress: metrics of where the run is in its data after this batch, by name.
     """
 
@@ -57,6 +58,7 @@ class StepBatch:
     ids: SampleIds
     global_ids: SampleIds
     labels: Int64s
+    label_bytes: int = 0
     progress: dict[str, float] = field(default_factory=dict)
 
 
@@ -64,7 +66,8 @@ def read_rows(samples: Samples, ids: SampleIds, rows: int, *, document_mask: boo
     """Reads samples into a micro-batch of `rows` rows; what `ids` leaves over is filled and ignored."""
     tokens = np.zeros((rows, samples.seq_len), dtype=np.int64)
     labels = np.full((rows, samples.seq_len), IGNORE, dtype=np.int64)
-    documents = np.zeros((rows, samples.seq_len), dtype=np.int64) if document_mask else None
+    described = document_mask or samples.within_documents
+    documents = np.zeros((rows, samples.seq_len), dtype=np.int64) if described else None
     for row in range(len(ids)):
         samples.read(ids[row], tokens[row], labels[row], None if documents is None else documents[row])
     sources = None
@@ -105,7 +108,13 @@ def step_batch(
     micro_batches = [
         read_rows(samples, own[i : i + rows], rows, document_mask=document_mask) for i in range(0, most_rows, rows)
     ]
-    return StepBatch(micro_batches=micro_batches, ids=own, global_ids=ids, labels=samples.labels(ids))
+    return StepBatch(
+        micro_batches=micro_batches,
+        ids=own,
+        global_ids=ids,
+        labels=samples.labels(ids),
+        label_bytes=sum(samples.bytes_of(m.labels.numpy()) for m in micro_batches),
+    )
 
 
 class Batches(ABC):

@@ -12,6 +12,7 @@ from regrow.trainer.data.config import (
     ChatFields,
     DataConfig,
     Packing,
+    SourcePart,
     StdlibConfig,
     TextConfig,
     TextFields,
@@ -22,7 +23,6 @@ __all__ = [
     "ChatPart",
     "MixtureConfig",
     "OnExhausted",
-    "SourcePart",
     "StageConfig",
     "StdlibPart",
     "TextPart",
@@ -39,41 +39,6 @@ class OnExhausted(Enum):
 
     refuse = "refuse"
     reweight = "reweight"
-
-
-@dataclass(kw_only=True, slots=True)
-class SourcePart:
-    """A source of a mixture. What it does not say (tokenizer, `seq_len`, …) is the mixture's.
-
-    Attributes:
-        weight: its share of the samples, relative to the others'; 0 leaves it out until a stage names it.
-        max_epochs: how often its windows may be read, whole or in part; null is without end.
-        seed: of its order; null makes one of the run's seed and its name.
-        packing: how its documents become sequences; null is as the mixture says.
-    """
-
-    CONFIG: ClassVar[type[DataConfig]] = DataConfig
-    weight: float = 1.0
-    max_epochs: float | None = None
-    seed: int | None = None
-    packing: Packing | None = None
-
-    def alone(self, shared: DataConfig) -> DataConfig:
-        """The config of this source by itself.
-
-        Args:
-            shared: the mixture's, whose fields it has where it has none of its own.
-        """
-        own = {f.name for f in dataclasses.fields(self)}
-        values: dict[str, Any] = {}
-        for field in dataclasses.fields(self.CONFIG):
-            if field.name == "_target_":
-                continue
-            if field.name in own and (value := getattr(self, field.name)) is not None:
-                values[field.name] = value
-            elif hasattr(shared, field.name):
-                values[field.name] = getattr(shared, field.name)
-        return self.CONFIG(**values)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -8,7 +8,7 @@ import logging
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import final
+from typing import ClassVar, final
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +55,8 @@ class PackedWindows(Windows):
     Raises:
         DataError: `seq_len` is no size of a window, or the mask is of another store.
     """
+
+    WITHIN_DOCUMENTS: ClassVar[bool] = True
 
     def __init__(
         self,

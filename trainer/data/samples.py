@@ -13,7 +13,7 @@ import numpy as np
 
 from regrow.trainer.data.mixture import Mixture
 from regrow.trainer.data.order import window_ids
-from regrow.trainer.data.windows import Int64s, Windows
+from regrow.trainer.data.windows import IGNORE, Int64s, Windows
 
 __all__ = ["SampleIds", "Samples", "source_seed"]
 
@@ -52,21 +52,31 @@ class Samples:
     Attributes:
         names: of the sources; one has the empty name where there is no mixture.
         seq_len: positions of a sample.
+        within_documents: whether attention must keep within documents, asked for or not.
 
     Args:
         names: see above.
         windows: of each source.
         seeds: of each source's order.
         mixture: which sample is of which source; None with one source.
+        token_bytes: how many bytes of text each id stands for, int64 `(ids,)`; None where that is not known.
     """
 
     def __init__(
-        self, names: Sequence[str], windows: Sequence[Windows], seeds: Sequence[int], mixture: Mixture | None = None
+        self,
+        names: Sequence[str],
+        windows: Sequence[Windows],
+        seeds: Sequence[int],
+        mixture: Mixture | None = None,
+        *,
+        token_bytes: Int64s | None = None,
     ) -> None:
         if mixture is None and len(windows) != 1:
             raise ValueError(f"several sources need a mixture, but there are {len(windows)} and none")
         self.names, self.seq_len = tuple(names), windows[0].seq_len
         self._windows, self._seeds, self._mixture = list(windows), list(seeds), mixture
+        self._token_bytes = token_bytes
+        self.within_documents = any(w.WITHIN_DOCUMENTS for w in windows)
 
     def __len__(self) -> int:
         """Windows of all sources."""
@@ -110,6 +120,16 @@ class Samples:
     def read(self, sample: SampleIds, tokens: Int64s, labels: Int64s, documents: Int64s | None) -> None:
         """Reads one sample; see `Windows.read`."""
         self._windows[int(sample.sources[0])].read(int(sample.windows[0]), tokens, labels, documents)
+
+    def bytes_of(self, labels: Int64s) -> int:
+        """How many bytes of text these labels stand for; 0 where that is not known.
+
+        Args:
+            labels: of any shape; `IGNORE` stands for none.
+        """
+        if self._token_bytes is None:
+            return 0
+        return int(self._token_bytes[labels[labels != IGNORE]].sum())
 
     def progress(self, position: int) -> dict[str, float]:
         """Of each source before this position of the run: positions read, and epochs; empty with one source."""

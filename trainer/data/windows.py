@@ -1,7 +1,7 @@
 """Windows: the sequences into which a split of a token store is cut."""
 
 from abc import ABC, abstractmethod
-from typing import final
+from typing import ClassVar, final
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +20,10 @@ class Windows(ABC):
 
     Attributes:
         seq_len: positions of each.
+        WITHIN_DOCUMENTS: whether attention must keep within documents, asked for or not.
     """
 
+    WITHIN_DOCUMENTS: ClassVar[bool] = False
     seq_len: int
 
     @abstractmethod
