@@ -74,7 +74,7 @@ class TextConfig(DataConfig):
         txt_document_bytes: .txt files are cut at blank lines into documents of about this size; 0 leaves
             a file whole.
         fields: several fields instead of `field`; those that are null or empty in a record are left out.
-        join: stands between the texts of `fields`.
+        join: stands between the texts of `fields`; \\n is the end of a line, \\t a tab.
         where: by field, the value or list of values that a record must have to be used.
         where_min: by field, the least number that a record must have to be used.
         where_max: by field, the largest.

@@ -31,7 +31,8 @@ class Selection:
     def __init__(self, config: TextConfig) -> None:
         self.option = "data.fields" if config.fields else "data.field"
         self.fields: Sequence[str] = config.fields or [config.field]
-        self._join = config.join
+        # As a command line has them, where Hydra leaves them.
+        self._join = config.join.replace("\\n", "\n").replace("\\t", "\t")
         self._where = {name: _values(name, value) for name, value in _flat(config.where)}
         self._least = dict(config.where_min)
         self._most = dict(config.where_max)
