@@ -33,9 +33,7 @@ def compose_hooks(config: Config, context: ParallelContext) -> list[Hook]:
     return hooks
 
 
-def compose_resources(
-    spec: RankSpec, context: ParallelContext, threads: int, corpus: Corpus
-) -> Resources:
+def compose_resources(spec: RankSpec, context: ParallelContext, threads: int, corpus: Corpus) -> Resources:
     """What hooks may need of the run.
 
     Args:

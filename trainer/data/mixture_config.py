@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from omegaconf import MISSING
 

@@ -86,7 +86,8 @@ class Selection:
     def __init__(self, config: TextConfig) -> None:
         self.option = "data.fields" if config.fields else "data.field"
         self.fields: Sequence[str] = config.fields or [config.field]
-        self._join = config.join
+        # As a command line has them, where Hydra leaves them.
+        self._join = config.join.replace("\\n", "\n").replace("\\t", "\t")
         self._filters = Filters(config)
         self.filters = self._filters.names
 

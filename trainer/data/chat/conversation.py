@@ -7,11 +7,21 @@ from typing import TypeAlias
 
 from regrow.trainer.data.source import DataError, shown
 
-__all__ = ["Conversation", "Json", "Message", "conversation_of"]
+__all__ = ["RECORD_FIELDS", "Conversation", "Json", "Message", "conversation_of"]
 
 Json: TypeAlias = bool | int | float | str | list["Json"] | dict[str, "Json"] | None
 Message: TypeAlias = dict[str, Json]
 
+# What `conversation_of` looks at.
+RECORD_FIELDS = (
+    "messages",
+    "conversations",
+    "prompt",
+    "completion",
+    "system",
+    "tools",
+    "chat_template_kwargs",
+)
 # Of lists and objects in one another.
 _DEPTH = 64
 _TEMPLATE_OWN = frozenset(("add_generation_prompt", "documents", "messages", "tools"))

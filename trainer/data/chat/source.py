@@ -11,16 +11,16 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from regrow.trainer.data.chat.conversation import Conversation, conversation_of
+from regrow.trainer.data.chat.conversation import RECORD_FIELDS, Conversation, conversation_of
 from regrow.trainer.data.chat.labels import encode_conversation
 from regrow.trainer.data.chat.template import ChatTemplate
 from regrow.trainer.data.chat.template_files import read_chat_template
 from regrow.trainer.data.config import ChatConfig, OnBadRecord, Packing
 from regrow.trainer.data.corpus_content import files_content
 from regrow.trainer.data.corpus_files import reading
-from regrow.trainer.data.corpus_paths import ENDINGS, ending_of, find_files
+from regrow.trainer.data.corpus_paths import ENDINGS, ending_of, find_files, open_file
 from regrow.trainer.data.encoding import Encoded
-from regrow.trainer.data.record_files import read_records, record_parts
+from regrow.trainer.data.record_files import read_records, record_parts, table_of
 from regrow.trainer.data.records import BadRecordError, BadRecords, Record, sound
 from regrow.trainer.data.selection import Filters
 from regrow.trainer.data.source import CorpusPart, CorpusSource, DataError, Notes, digest
@@ -142,7 +142,7 @@ class ChatSource(CorpusSource):
         self, unit: CorpusPart, notes: Notes, bad: BadRecords | None = None
     ) -> Iterator[tuple[Record, Conversation]]:
         bad, filters = bad or self._bad(notes), Filters(self.config)
-        for record in read_records(unit, bad):
+        for record in read_records(unit, bad, _columns(unit, filters)):
             if filters.leave_out(record, notes):
                 continue
             try:
@@ -151,6 +151,16 @@ class ChatSource(CorpusSource):
                 bad.meet(_bad_record("no conversation", record, error))
                 continue
             yield record, conversation
+
+
+def _columns(unit: CorpusPart, filters: Filters) -> list[str] | None:
+    """The columns of a table that conversations and filters are in; None: the file is none."""
+    file = open_file(unit.path)
+    table = table_of(file)
+    if table is None:
+        return None
+    wanted = {*RECORD_FIELDS, *filters.names, *(name.partition(".")[0] for name in filters.names)}
+    return [name for name in table.schema(file).names if name in wanted]
 
 
 def _bad_record(what: str, record: Record, error: DataError) -> BadRecordError:

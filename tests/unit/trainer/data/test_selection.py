@@ -55,6 +55,7 @@ def file(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         ({"field": "meta.text"}, ["inner one", "inner two", "inner three"]),
         ({"fields": ["title", "text"]}, ["A\n\none", "two", "three", "E\n\nfive"]),
         ({"fields": ["meta.text", "title"], "join": " | "}, ["inner one | A", "inner two", "inner three", "E"]),
+        ({"fields": ["text", "title"], "join": r"\n\t"}, ["one\n\tA", "two", "three", "five\n\tE"]),
         ({"where": {"meta.lang": "en"}}, ["one"]),
         ({"where": {"meta": {"lang": ["en", "de"]}}}, ["one", "two"]),
         ({"where": {"meta": {"lang": [None]}}}, ["three"]),
