@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from regrow.launch.run.build import build_model
 from regrow.launch.run.compose_data import compose_windows
+from regrow.trainer.data.config import ChatConfig
 from regrow.trainer.data.corpus import Corpus
 from tests.runs import first_weights, spec_of, train
 from tests.support import ONE_THREAD, TINY_MODEL, assert_same_tensors, curve, metrics, samples, typed_config
@@ -71,6 +72,7 @@ def one_by_one(overrides: list[str], folder: Path) -> float:
             parameter.copy_(weights[name])
     tokenizer = AutoTokenizer.from_pretrained(config.data.tokenizer)
     total, count = 0.0, 0
+    assert isinstance(config.data, ChatConfig)
     for line in Path(config.data.files[0]).read_text().splitlines():
         encoded = tokenizer.apply_chat_template(
             json.loads(line)["messages"], return_dict=True, return_assistant_tokens_mask=True

@@ -154,24 +154,15 @@ class LabelMode(Enum):
 class FileFields:
     """What every source of files has.
 
-        Attributes:
-            files: paths, globs and URLs (s3://, gs://, az://, whatever fsspec opens) of .txt, .jsonl (also .gz, .zst,
-                .bz2, .xz), .parquet and .arrow files, and folders that Hugging Face's `datasets` saved.
-    <<<<<<< HEAD
-    =======
-            field: the text's field in records (.jsonl, .parquet, .arrow); a dotted path leads into nested ones where no
-                field has that very name.
-            txt_document_bytes: .txt files are cut at blank lines into documents of about this size; 0 leaves
-                a file whole.
-            fields: several fields instead of `field`; those that are null or empty in a record are left out.
-            join: stands between the texts of `fields`; \\n is the end of a line, \\t a tab.
-    >>>>>>> d-read
-            where: by field, the value or list of values that a record must have to be used.
-            where_min: by field, the least number that a record must have to be used.
-            where_max: by field, the largest.
-            on_bad_record: what no record or has no text stops the reading, or is skipped and counted.
-            max_bad_records: skipped at most in each part of a file (64 MiB of .jsonl, a row group, 64 MiB of an Arrow
-                file; a compressed file or a stream is one part); one more stops the reading.
+    Attributes:
+        files: paths, globs and URLs (s3://, gs://, az://, whatever fsspec opens) of .txt, .jsonl (also .gz, .zst,
+            .bz2, .xz), .parquet and .arrow files, and folders that Hugging Face's `datasets` saved.
+        where: by field, the value or list of values that a record must have to be used.
+        where_min: by field, the least number that a record must have to be used.
+        where_max: by field, the largest.
+        on_bad_record: what no record or has no text stops the reading, or is skipped and counted.
+        max_bad_records: skipped at most in each part of a file (64 MiB of .jsonl, a row group, 64 MiB of an Arrow
+            file; a compressed file or a stream is one part); one more stops the reading.
     """
 
     files: list[str] = dataclasses.field(default_factory=list)
@@ -192,7 +183,7 @@ class TextFields(FileFields):
         txt_document_bytes: .txt files are cut at blank lines into documents of about this size; 0 leaves
             a file whole.
         fields: several fields instead of `field`; those that are null or empty in a record are left out.
-        join: stands between the texts of `fields`.
+        join: stands between the texts of `fields`; \\n is the end of a line, \\t a tab.
     """
 
     field: str = "text"
