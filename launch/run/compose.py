@@ -50,6 +50,7 @@ def compose_trainer(spec: RankSpec, context: ParallelContext, flag: StopFlag, th
         precision=config.precision.name,
         z_loss=config.train.z_loss,
         sources=len(corpus.stores),
+        reset_positions=config.data.reset_positions,
     )
     return Trainer(
         options=_options(config, tuple(sorted(corpus.stores))),

@@ -13,7 +13,7 @@ from regrow.launch.config.resolve import checking
 from regrow.launch.config.schema import Config
 from regrow.launch.run.build import build_source
 from regrow.launch.run.compose_data import compose_windows
-from regrow.trainer.data.config import DataConfig, TextConfig, TokensConfig
+from regrow.trainer.data.config import DataConfig, Packing, TextConfig, TokensConfig
 from regrow.trainer.data.corpus import Corpus
 from regrow.trainer.data.mixture_config import MixtureConfig
 from regrow.trainer.data.mixture_source import continue_mixture
@@ -49,6 +49,11 @@ def prepare_data(config: Config, *, fresh: bool) -> PreparedData:
     """
     if getattr(config.data, "tokenizer", None):
         check_no_hub_name("data.tokenizer", str(config.data.tokenizer))
+    if config.data.reset_positions and not (config.data.document_mask or config.data.packing is Packing.best_fit):
+        raise ConfigError(
+            "data.document_mask must be true with data.reset_positions=true, where a position would occur twice to "
+            "what it attends to, but is false; use data.document_mask=true or data.packing=best_fit"
+        )
     source = build_source(config.data)
     with checking():
         source.check()

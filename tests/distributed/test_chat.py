@@ -91,6 +91,11 @@ LAYOUTS = {
     "tp": (2, ["parallel.tp=2"]),
     "pp": (2, ["parallel.pp=2", "data.micro_batch_size=1"]),
     "cp": (2, ["parallel.cp=2"]),
+    "positions of their own": (
+        4,
+        ["parallel.cp=2", "parallel.pp=2", "data.micro_batch_size=1", "data.reset_positions=true"],
+    ),
+    "ring": (2, ["parallel.cp=2", "parallel.cp_method=ring", "data.reset_positions=true"]),
 }
 
 

@@ -94,6 +94,8 @@ class DataConfig:
         global_batch_size: sequences an optimizer step, over all ranks.
         micro_batch_size: sequences a forward pass on a rank; the rest is accumulated.
         document_mask: attention does not cross document boundaries; with `packing=best_fit` it never does.
+        reset_positions: positions begin anew with each document, where attention keeps within documents; with rotary
+            embeddings, which are relative, that changes rounding alone.
         packing: how documents become sequences.
         too_long: with `packing=best_fit`, what becomes of documents longer than a sequence.
         validation_fraction: part of the documents held out, chosen by their hash.
@@ -113,6 +115,7 @@ class DataConfig:
     global_batch_size: int = MISSING
     micro_batch_size: int = MISSING
     document_mask: bool = False
+    reset_positions: bool = dataclasses.field(default=False, metadata=_LATER)
     packing: Packing = dataclasses.field(default=Packing.concat, metadata=_LATER)
     too_long: TooLong = dataclasses.field(default=TooLong.split, metadata=_LATER)
     validation_fraction: float = 0.05

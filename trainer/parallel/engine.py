@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from regrow.models.config import DecoderConfig
+from regrow.models.documents import Documents
 from regrow.models.moe import MixtureOfExperts
 from regrow.trainer.config import PipelineSchedule, PrecisionName
 from regrow.trainer.data.loader import MicroBatch
@@ -30,6 +31,20 @@ from regrow.trainer.reduction import StepReduction
 __all__ = ["Engine"]
 
 
+def _within_documents(documents: Documents, positions_T: Tensor | None, device: torch.device) -> Tensor:
+    """Each position's distance from its document's first, int64 `(B, T)`.
+
+    Args:
+        documents: of whole sequences.
+        positions_T: those of this rank; None: all.
+        device: where they are wanted.
+    """
+    starts_BS = documents.starts.to(device, non_blocking=True)
+    if positions_T is None:
+        positions_T = torch.arange(starts_BS.shape[1], device=device)
+    return positions_T - starts_BS[:, positions_T]
+
+
 @final
 class Engine:
     """Runs a parallel model.
@@ -41,6 +56,7 @@ class Engine:
         schedule: of the pipeline.
         precision: of the computation.
         z_loss: see `row_losses`.
+        reset_positions: positions begin anew with each document, where documents are known.
         sources: of the data, whose losses are also told apart where there are several.
 
     Attributes:
@@ -58,6 +74,7 @@ class Engine:
         precision: PrecisionName,
         z_loss: float = 0.0,
         sources: int = 1,
+        reset_positions: bool = False,
     ) -> None:
         self._parallel, self._context, self._model_config = parallel, context, model_config
         self.model, self.names = parallel.model, parallel.names
@@ -71,6 +88,7 @@ class Engine:
         self._told: list[RowLosses | None] = []
         self._busiest: Tensor | None = None
         self._labels = 1
+        self._reset_positions = reset_positions
         self.source_losses = torch.zeros(sources, dtype=torch.float64, device=context.device)
         last = parallel.stages.count - 1 in parallel.stages.mine
         # One of the ranks with the same loss reports it.
@@ -236,6 +254,8 @@ class Engine:
         elif self._pipeline is not None:
             # Later stages cannot tell from their input, which may be split along the sequence.
             options["positions"] = torch.arange(tokens.shape[1], device=device)
+        if self._reset_positions and micro_batch.documents is not None:
+            options["positions"] = _within_documents(micro_batch.documents, options.get("positions"), device)
         if self._mixtures:
             options["valid"] = labels != IGNORE
         return tokens, options, labels
