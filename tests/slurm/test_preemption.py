@@ -6,6 +6,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.slurm.cluster import Cluster
@@ -33,15 +34,15 @@ SEEDS = "seed=1,2,3,4"
 def test_a_sweep_outlives_its_login_and_every_kind_of_stop(cluster: Cluster, corpus: Path, tmp_path: Path) -> None:
     """Four runs of two ranks on two nodes each, and one that reaches its wall limit."""
     grid = [*base(corpus, STEPS, "parallel.dp_shard=2"), "-m", SEEDS]
-    load = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
-    began = time.monotonic()
     login = start([*grid, *slurm(0.1, "hydra.launcher.nodes=2"), "run.root=sweep"], tmp_path, **cluster.environ)
     sweep = tmp_path / "sweep" / "sweep.json"
     wait_until(lambda: sweep.exists() and all(r.jobs for r in Runs(sweep.parent).all().values()), 30.0, 0.02)
-    submitted_s = time.monotonic() - began
+    # Of the processor: other tests may have the cores.
+    submitted_s = sum(psutil.Process(login.pid).cpu_times()[:4])
     os.killpg(login.pid, signal.SIGKILL)
     login.communicate()
-    print(f"submitted in {submitted_s:.2f} s")
+    print(f"submitted in {submitted_s:.2f} s of the processor")
+    assert submitted_s < 3.0
     limited = [*slurm(0.25, "hydra.launcher.time=2"), "run.root=limited"]
     give(cluster, tmp_path, [*base(corpus, 250, interval=200), *limited])
     runs = Runs(tmp_path / "sweep")
@@ -81,8 +82,6 @@ def test_a_sweep_outlives_its_login_and_every_kind_of_stop(cluster: Cluster, cor
         assert_same_runs(run_dir, Runs(tmp_path / "here").find(f"seed={seed}"), STEPS)
     (whole,) = (tmp_path / "whole").iterdir()
     assert_same_runs(limited_dir, whole, 250)
-    # On a machine that does nothing else.
-    assert submitted_s < 3.0 * load
 
 
 def assert_no_step_lost(run_dir: Path) -> None:
