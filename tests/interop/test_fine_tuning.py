@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import itertools
 import json
 import signal
 from pathlib import Path
@@ -43,7 +44,7 @@ def write_chats(path: Path) -> None:
     assert len(chats) > 60
     # Some with more than one turn.
     rows = [
-        {"messages": [*a, *b] if i % 3 == 0 else a} for i, (a, b) in enumerate(zip(chats, chats[1:], strict=False))
+        {"messages": [*a, *b] if i % 3 == 0 else a} for i, (a, b) in enumerate(itertools.pairwise(chats))
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
