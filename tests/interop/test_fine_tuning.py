@@ -43,9 +43,7 @@ def write_chats(path: Path) -> None:
                 chats.append([question, {"role": "assistant", "content": text.split("\n\n")[0]}])
     assert len(chats) > 60
     # Some with more than one turn.
-    rows = [
-        {"messages": [*a, *b] if i % 3 == 0 else a} for i, (a, b) in enumerate(itertools.pairwise(chats))
-    ]
+    rows = [{"messages": [*a, *b] if i % 3 == 0 else a} for i, (a, b) in enumerate(itertools.pairwise(chats))]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
