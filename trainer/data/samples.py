@@ -75,6 +75,7 @@ class Samples:
             raise ValueError(f"several sources need a mixture, but there are {len(windows)} and none")
         self.names, self.seq_len = tuple(names), windows[0].seq_len
         self._windows, self._seeds, self._mixture = list(windows), list(seeds), mixture
+        self._sizes = np.array([len(w) for w in windows], dtype=np.int64)
         self._token_bytes = token_bytes
         self.within_documents = any(w.WITHIN_DOCUMENTS for w in windows)
 
@@ -90,19 +91,14 @@ class Samples:
             count: how many.
         """
         positions = np.arange(first, first + count, dtype=np.int64)
-        if self._mixture is None:
-            windows = window_ids(positions, len(self._windows[0]), self._seeds[0])
-            return SampleIds(windows, np.zeros(count, dtype=np.int64))
-        sources, places = self._mixture.locate(positions)
-        windows = np.empty(count, dtype=np.int64)
-        for source in np.unique(sources).tolist():
-            chosen = sources == source
-            windows[chosen] = window_ids(places[chosen], len(self._windows[source]), self._seeds[source])
-        return SampleIds(windows, sources)
+        sources = np.zeros(count, dtype=np.int64)
+        if self._mixture is not None:
+            sources, positions = self._mixture.locate(positions)
+        return SampleIds(window_ids(positions, self._sizes, self._seeds, sources), sources)
 
     def spread(self, count: int) -> SampleIds:
         """So many of all windows, or all of them, spread over the sources as they lie one behind the other."""
-        lengths = np.array([len(w) for w in self._windows])
+        lengths = self._sizes
         total = int(lengths.sum())
         count = min(count, total)
         chosen = np.arange(count) * total // max(1, count)

@@ -7,9 +7,14 @@ from hypothesis import strategies as st
 
 from regrow.trainer.data.loader import step_batch
 from regrow.trainer.data.mixture import StagePlan, as_mixture
-from regrow.trainer.data.order import window_ids
+from regrow.trainer.data.order import Ids, permute, window_ids
 from regrow.trainer.data.samples import Samples, source_seed
 from regrow.trainer.data.windows import IGNORE, Int64s, Windows
+
+
+def in_order(positions: Ids, n: int, seed: int) -> Ids:
+    """The windows of one source."""
+    return window_ids(positions, np.array([n]), [seed], np.zeros(len(positions), dtype=np.int64))
 
 
 class Numbered(Windows):
@@ -54,7 +59,7 @@ def test_each_source_is_read_in_its_own_order_across_stages() -> None:
     ids = samples.ids(0, 200)
     for source, n in enumerate((5, 7, 11)):
         own = ids.windows[ids.sources == source]
-        assert own.tolist() == window_ids(np.arange(len(own)), n, source_seed(3, f"s{source}")).tolist()
+        assert own.tolist() == in_order(np.arange(len(own)), n, source_seed(3, f"s{source}")).tolist()
     assert not (ids.sources[30:] == 1).any()
     progress = samples.progress(200)
     assert progress["epochs/s0"] == (ids.sources == 0).sum() / 5
@@ -93,8 +98,27 @@ def test_what_is_spread_is_of_all_sources(count: int) -> None:
 
 def test_one_source_needs_no_mixture() -> None:
     samples = Samples([""], [Numbered(0, 9)], [4])
-    assert samples.ids(5, 30).windows.tolist() == window_ids(np.arange(5, 35), 9, 4).tolist()
+    assert samples.ids(5, 30).windows.tolist() == in_order(np.arange(5, 35), 9, 4).tolist()
     assert samples.progress(40) == {}
     assert samples.bytes_of(np.array([1, IGNORE])) == 0
     with pytest.raises(ValueError, match="several sources need a mixture"):
         Samples(["a", "b"], [Numbered(0, 9), Numbered(9, 2)], [4, 5])
+
+
+@given(
+    positions=st.lists(st.integers(0, 10**6), min_size=1, max_size=40),
+    sizes=st.lists(st.integers(1, 3000), min_size=1, max_size=4),
+    seed=st.integers(0, 2**63 - 1),
+    data=st.data(),
+)
+def test_orders_of_several_sources_are_those_of_each(
+    positions: list[int], sizes: list[int], seed: int, data: st.DataObject
+) -> None:
+    at = np.array(positions)
+    sources = np.array([data.draw(st.integers(0, len(sizes) - 1)) for _ in positions])
+    seeds = [seed ^ i for i in range(len(sizes))]
+    found = window_ids(at, np.array(sizes), seeds, sources)
+    for source, n in enumerate(sizes):
+        own = at[sources == source]
+        for position, window in zip(own.tolist(), found[sources == source].tolist(), strict=True):
+            assert window == permute(np.array([position % n]), n, seeds[source], position // n)[0]
