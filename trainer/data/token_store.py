@@ -12,11 +12,12 @@ import hashlib
 import json
 import logging
 import os
+from array import array
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, final
+from typing import Annotated, Any, Literal, NamedTuple, final
 
 import numpy as np
 import numpy.typing as npt
@@ -32,9 +33,11 @@ from regrow.trainer.data.tokenizer import parse_tokenizer, stored_options, token
 
 __all__ = [
     "Index",
+    "ShardFiles",
     "StoreDamagedError",
     "TokenStore",
     "TokensSource",
+    "shard_files",
     "shard_is_complete",
     "write_index",
     "write_shard",
@@ -57,6 +60,19 @@ _REMEDY = "remove the folder and tokenize again"
 
 class StoreDamagedError(DataError):
     """A token store is not what was written: damaged, cut short, or never finished."""
+
+
+class ShardFiles(NamedTuple):
+    """The files of one shard; `labels` is there where its documents say which tokens are labels."""
+
+    tokens: Path
+    documents: Path
+    labels: Path
+
+
+def shard_files(folder: Path, shard: int) -> ShardFiles:
+    """Where the files of a shard lie."""
+    return ShardFiles(*_names(folder, shard), _labels_file(folder, shard))
 
 
 def _names(folder: Path, shard: int) -> tuple[Path, Path]:
@@ -112,25 +128,29 @@ def write_shard(folder: Path, shard: int, documents: Iterable[Encoded], dtype: n
     """Writes one shard; returns the number of its tokens."""
     tokens_path, documents_path = _names(folder, shard)
     labels_path = _labels_file(folder, shard)
-    rows: list[tuple[int, int]] = []
+    # Of short documents there are millions in a shard: as tuples they would take more memory than all else.
+    lengths, hashes = array("I"), array("Q")
     # A reader may have mapped the shard that this one replaces.
     temporary, labels_temporary = tokens_path.with_suffix(".tokens.tmp"), labels_path.with_suffix(".labels.tmp")
     with temporary.open("wb") as out, ExitStack() as held:
         labels_out = None
         for document in documents:
             out.write(document.ids.astype(dtype).tobytes())
-            rows.append((len(document.ids), document.content))
+            lengths.append(len(document.ids))
+            hashes.append(document.content)
             if document.labels is not None:
                 labels_out = labels_out or held.enter_context(labels_temporary.open("wb"))
                 labels_out.write(document.labels.astype(np.uint8).tobytes())
     temporary.rename(tokens_path)
     if labels_out is not None:
         labels_temporary.rename(labels_path)
+    rows = np.empty(len(lengths), DOCUMENT)
+    rows["tokens"], rows["hash"] = lengths, hashes
     temporary = documents_path.with_suffix(".tmp")
     with temporary.open("wb") as out:
-        np.save(out, np.array(rows, dtype=DOCUMENT))
+        np.save(out, rows)
     temporary.rename(documents_path)
-    return sum(n for n, _ in rows)
+    return int(rows["tokens"].sum(dtype=np.int64))
 
 
 _Hash = Annotated[str, Meta(pattern=r"^[0-9a-f]{1,64}\Z")]
