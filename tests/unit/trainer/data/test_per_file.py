@@ -14,7 +14,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
+import obstore
 import pytest
 import xxhash
 from hypothesis import given, settings
@@ -29,7 +31,7 @@ from regrow.trainer.data.encoding import Encoded
 from regrow.trainer.data.prepare import prepare, tokenize
 from regrow.trainer.data.progress import Amount, figures, showing_progress
 from regrow.trainer.data.recipe import file_key
-from regrow.trainer.data.source import CorpusPart, CorpusSource, digest
+from regrow.trainer.data.source import CorpusPart, CorpusSource, DataError, digest
 from regrow.trainer.data.text import TextSource
 from regrow.trainer.data.token_store import TokenStore, write_index, write_shard
 from regrow.trainer.data.tokenizer import (
@@ -39,6 +41,8 @@ from regrow.trainer.data.tokenizer import (
     train_bpe,
     vocabulary_size,
 )
+from regrow.trainer.data.tokenizing import Encoding, make_shard
+from tests.s3_server import s3_server
 from tests.support import REPO
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|endoftext|>{% endfor %}"
@@ -314,6 +318,71 @@ def test_processes_share_what_all_of_them_need(tmp_path: Path, tokenizer: Path) 
     assert len(inodes[0] & inodes[1]) == 2 * 2
     for store, names in zip(stores, corpora, strict=True):
         assert is_as_from_scratch(store, text(tmp_path, tokenizer, names), tmp_path / f"other-{names}")
+
+
+def encoding_of(tokenizer: Path) -> Encoding:
+    file = tokenizer / "tokenizer.json"
+    loaded = load_tokenizer(file)
+    hashed = tokenizer_hash(file.read_bytes())
+    return Encoding(
+        tokenizer_hash=hashed,
+        end_of_text=end_of_text_id(loaded, file, None),
+        vocab_size=vocabulary_size(loaded),
+    )
+
+
+def test_what_changes_while_it_is_read_is_not_kept(work: Path, tokenizer: Path) -> None:
+    source, encoding, seen = text(work, tokenizer, "ag"), encoding_of(tokenizer), kept(work)
+    for change in (documents("other"), documents("g", 41)):
+        places = file_shards.shard_places(source, source.units(), work / "store", encoding.identity())
+        assert (places[0].folder / "shard-00000.json") in seen
+        (work / "g.jsonl").write_text(change)
+        with pytest.raises(DataError, match="must not change while they are tokenised, but did"):
+            make_shard(TextSource, source.config, places[1], encoding, tokenizer / "tokenizer.json")
+        assert kept(work) == seen
+
+
+def test_what_has_no_name_for_its_content_is_tokenised_into_the_store(work: Path, tokenizer: Path) -> None:
+    system, root = fsspec.core.url_to_fs(f"memory://{work}")
+    system.pipe_file(f"{root}/x.jsonl", documents("x").encode())
+    source, encoding = text(work, tokenizer, "ab"), encoding_of(tokenizer)
+    source.config.files = [source.config.files[0], f"memory://{work}/x.jsonl", source.config.files[1]]
+    places = file_shards.shard_places(source, source.units(), work, encoding.identity())
+    assert [(p.content is None, p.folder == work, p.number) for p in places] == [
+        (False, False, 0),
+        (True, True, 1),
+        (False, False, 0),
+    ]
+    for n, place in enumerate(places):
+        make_shard(TextSource, source.config, place, encoding, tokenizer / "tokenizer.json")
+        if place.content is not None:
+            file_shards.put_into_store(place, work, n)
+    made = {path.name: path.read_bytes() for path in work.glob("shard-*")}
+    assert made.items() <= reference(source, work / "other").items()
+    assert len(made) == 2 * 3
+    system.rm(root, recursive=True)
+
+
+@pytest.mark.slow
+def test_objects_are_kept_by_what_their_place_calls_their_content(
+    work: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with s3_server() as port:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        for name, value in (("ACCESS_KEY_ID", "key"), ("SECRET_ACCESS_KEY", "s"), ("REGION", "us-east-1")):
+            monkeypatch.setenv(f"AWS_{name}", value)
+        objects = obstore.store.S3Store("bucket", client_options={"allow_http": True})
+        seen = kept(work)
+        source = text(work, tokenizer, "")
+        source.config.files = ["s3://bucket/*.jsonl"]
+        for n, (name, body, new) in enumerate([("x", "1", 1), ("y", "2", 1), ("a", "1", 0), ("x", "3", 1)]):
+            obstore.put(objects, f"{name}.jsonl", documents(body).encode())
+            store = prepare(source)
+            found = kept(work)
+            assert seen.items() <= found.items()
+            assert len(found) == len(seen) + 3 * new
+            assert is_as_from_scratch(store, source, tmp_path / f"other-{n}")
+            seen = found
 
 
 def test_everything_that_decides_a_files_tokens_decides_its_name() -> None:
