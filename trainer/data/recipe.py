@@ -2,6 +2,7 @@
 decides the bytes of one file's shards.
 """
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -71,7 +72,9 @@ def file_options(source: CorpusSource) -> dict[str, str] | None:
     config = source.config
     if not (isinstance(config, FileFields) and dataclasses.is_dataclass(config)):
         return None
-    return type(source)(dataclasses.replace(config, files=[])).key()
+    without = copy.copy(config)
+    without.files = []
+    return type(source)(without).key()
 
 
 def file_key(
