@@ -17,7 +17,7 @@ from tests.runs import first_weights, spec_of, train
 from tests.support import ONE_THREAD, TINY_MODEL, assert_same_tensors, curve, metrics, samples, typed_config
 from tests.unit.trainer.data.chat.families import FAMILIES, save_family
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
 
 WORDS = [
     "the",

@@ -15,7 +15,7 @@ from regrow.launch.config.refusals import Refused
 from tests.runs import train
 from tests.support import ONE_THREAD, TINY_MODEL, curve, metrics, samples
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
 
 WEIGHTS = {"web": Fraction(7, 10), "code": Fraction(2, 10), "books": Fraction(1, 10)}
 LATER = {"web": Fraction(1, 10), "code": Fraction(1, 10), "books": Fraction(8, 10)}
