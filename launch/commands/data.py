@@ -68,6 +68,8 @@ def _add_of_a_run(commands: Any) -> None:
         "mix", help="what a run takes of each source, by stage", usage="%(prog)s [-h] [--json] OVERRIDES…", **takes
     )
     mix.add_argument("--json", action="store_true", help="print one JSON value")
+    for command in (look, mix):
+        command.add_argument("--config-dir", type=Path, metavar="DIR", help="a folder of configs beside Regrow's own")
 
 
 def _source(args: argparse.Namespace) -> CorpusSource:
@@ -108,29 +110,30 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _mix(args: argparse.Namespace) -> None:
-    config, data_mix = _composed(args.overrides), import_module("regrow.launch.commands.data_mix")
+    config, data_mix = _composed(args), import_module("regrow.launch.commands.data_mix")
     use = data_mix.mix_of(config)
     print(json.dumps(use.as_json()) if args.json else "\n".join(data_mix.mix_text(use)))
 
 
 def _preview(args: argparse.Namespace) -> None:
-    config, data_preview = _composed(args.overrides), import_module("regrow.launch.commands.data_preview")
+    config, data_preview = _composed(args), import_module("regrow.launch.commands.data_preview")
     data_preview.print_preview(config, first=args.first, count=args.count)
 
 
-def _composed(overrides: list[str]) -> Any:
+def _composed(args: argparse.Namespace) -> Any:
     # What checks a run imports torch, which takes seconds and the other commands do without.
-    return import_module("regrow.launch.commands.data_run").composed(overrides)
+    return import_module("regrow.launch.commands.data_run").composed(args.overrides, args.config_dir)
 
 
 def main() -> None:
     """The command's entry; exit code 2 for bad input."""
     parser = _parser()
-    args, args.overrides = parser.parse_known_args()
+    args, overrides = parser.parse_known_args()
     # A field that is set with dashes has a sentence of its own.
-    unknown = [a for a in args.overrides if a.startswith("-") and "." not in a]
-    if unknown or (args.overrides and args.command not in ("preview", "mix")):
-        parser.error(f"unrecognized arguments: {' '.join(unknown or args.overrides)}")
+    unknown = [a for a in overrides if a.startswith("-") and "." not in a]
+    if unknown or (overrides and args.command not in ("preview", "mix")):
+        parser.error(f"unrecognized arguments: {' '.join(unknown or overrides)}")
+    args.overrides = overrides
     log_to_console()
     end_with(lambda: _run(args), as_json=getattr(args, "json", False))
 

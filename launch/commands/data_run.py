@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 
 from regrow.launch.config.composition import compose_config
 from regrow.launch.config.errors import check_arguments
-from regrow.launch.config.refusals import refusing
+from regrow.launch.config.refusals import Refused, refusing
 from regrow.launch.config.schema import Config
 from regrow.launch.run.compose_data import compose_windows
 from regrow.launch.run.preflight import check_config
@@ -59,18 +60,25 @@ class RunData:
         return Samples(names, [self.windows[name] for name in names], seeds, self.mixture)
 
 
-def composed(overrides: Sequence[str]) -> Config:
+def composed(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
     """The config of a run, checked as far as that needs no data.
 
     Args:
         overrides: as `regrow` takes them.
+        config_dir: a folder of configs beside Regrow's own.
 
     Raises:
         Refused: in the sentence that the run would give.
     """
+    searched = []
+    if config_dir is not None:
+        if not config_dir.is_dir():
+            raise Refused(f"--config-dir must be a folder of configs, but {config_dir} is none; check the path")
+        quoted = str(config_dir.absolute()).replace("'", "\\'")
+        searched = [f"hydra.searchpath=['file://{quoted}']"]
     with refusing():
         check_arguments(overrides)
-        config, _ = convert_config(compose_config(overrides))
+        config, _ = convert_config(compose_config([*searched, *overrides]))
         check_config(config)
     return config
 

@@ -31,7 +31,7 @@ def write_store(
     body = tokenizer_file.read_bytes()
     (folder / "tokenizer.json").write_bytes(body)
     tokenizer = load_tokenizer(tokenizer_file)
-    end, size = tokenizer.token_to_id(END_OF_TEXT), vocabulary_size(tokenizer)
+    end, size = tokenizer.encode(END_OF_TEXT).ids[0], vocabulary_size(tokenizer)
     for number, texts in enumerate(shards):
         documents = list(encode_documents(iter(texts), tokenizer, end))
         if labels is not None:

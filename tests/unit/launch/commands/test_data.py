@@ -73,8 +73,24 @@ def test_mix(command: Command, run: list[str]) -> None:
     found = json.loads(out)
     assert (code, found["samples"]) == (0, 4 * 16)
     assert found == mix_of(composed(run)).as_json()
+
+
+def test_mix_is_a_table_otherwise(command: Command, run: list[str]) -> None:
     code, out, _ = command("mix", *run)
     assert (code, out.splitlines()[0]) == (0, "4 steps of 16 samples of 16 tokens: 1,024 tokens")
+
+
+def test_configs_may_lie_in_a_folder_of_ones_own(command: Command, run: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "it's mine"
+    (folder / "experiment").mkdir(parents=True)
+    (folder / "experiment" / "short.yaml").write_text("# @package _global_\ntrain:\n  steps: 3\n")
+    code, out, _ = command("mix", *run[:-1], "experiment=short", "--config-dir", str(folder), "--json")
+    assert (code, json.loads(out)["steps"]) == (0, 3)
+    code, _, said = command("mix", "--config-dir=/nowhere")
+    assert (code, said.splitlines()[-1]) == (
+        2,
+        "error: --config-dir must be a folder of configs, but /nowhere is none; check the path",
+    )
 
 
 @pytest.mark.parametrize(

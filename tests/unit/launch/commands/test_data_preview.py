@@ -4,6 +4,7 @@ import random
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from tokenizers import Tokenizer
 
@@ -21,8 +22,8 @@ TEXTS = [" ".join(RNG.choices(["tea", "for", "two,", "then", "off"], k=RNG.randi
 LENGTH = 24
 
 
-def later_half(ids: np.ndarray) -> np.ndarray:
-    return np.arange(len(ids)) >= len(ids) // 2
+def later_half(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    return np.greater_equal(np.arange(len(ids)), len(ids) // 2)
 
 
 @pytest.fixture(scope="module")

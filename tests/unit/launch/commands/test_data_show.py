@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from regrow.launch.commands import data_show
@@ -22,8 +23,8 @@ SHARDS = [
 ]
 
 
-def every_third(ids: np.ndarray) -> np.ndarray:
-    return np.arange(len(ids)) % 3 == 1
+def every_third(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    return np.equal(np.arange(len(ids)) % 3, 1)
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +34,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_store(folder / "store", SHARDS, folder / "tokenizer.json", every_third)
 
 
-def files(store: Path, name: str, dtype: str) -> np.ndarray:
-    return np.concatenate([np.fromfile(p, dtype) for p in sorted(store.glob(name))])
+def files(store: Path, name: str, dtype: str) -> npt.NDArray[np.int64]:
+    return np.concatenate([np.fromfile(p, dtype).astype(np.int64) for p in sorted(store.glob(name))])
 
 
 def test_everything_is_counted_exactly(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
