@@ -47,7 +47,7 @@ class LanguageModel(nn.Module, ABC):
             tokens: int64 `(batch, seq)`; for a part without the embedding `(batch, seq, dim)` from the part before.
             mask: bool, broadcastable to `(batch, heads, seq, seq)`, true where attention is allowed; None
                 means causal.
-            positions: int64 `(seq,)`, each token's position in its sequence; None means 0, 1, ….
+            positions: int64 `(seq,)` or `(batch, seq)`, each token's position in its sequence; None means 0, 1, ….
             valid: bool `(batch, seq)`, false for padding; None means that all count.
 
         Returns:

@@ -46,14 +46,15 @@ def apply_rope(x_BTNH: Tensor, table_TR2: Tensor) -> Tensor:
 
     Args:
         x_BTNH: queries or keys, `(B, T, N, H)`.
-        table_TR2: float32 `(T, H / 2, 2)`, the rows of `rope_table` for these positions.
+        table_TR2: float32 `(T, H / 2, 2)`, the rows of `rope_table` for these positions; `(B, T, H / 2, 2)` where
+            sequences have positions of their own.
     """
     pairs = x_BTNH.to(torch.promote_types(x_BTNH.dtype, torch.float32)).reshape(*x_BTNH.shape[:-1], -1, 2)
     if x_BTNH.device.type == "cpu" and not torch.compiler.is_compiling():
         # One pass over memory rather than six, with the same roundings; compilers fuse real numbers alone.
-        turned = torch.view_as_complex(pairs) * torch.view_as_complex(table_TR2)[:, None, :]
+        turned = torch.view_as_complex(pairs) * torch.view_as_complex(table_TR2).unsqueeze(-2)
         return torch.view_as_real(turned).flatten(-2).type_as(x_BTNH)
-    cos, sin = table_TR2[:, None].unbind(-1)
+    cos, sin = table_TR2.unsqueeze(-3).unbind(-1)
     first, second = pairs.unbind(-1)
     return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2).type_as(x_BTNH)
 
@@ -61,5 +62,5 @@ def apply_rope(x_BTNH: Tensor, table_TR2: Tensor) -> Tensor:
 def apply_rope_halves(x_BTNH: Tensor, table_TR2: Tensor) -> Tensor:
     """As `apply_rope`, but element i is rotated with element i + H/2."""
     first, second = x_BTNH.to(torch.promote_types(x_BTNH.dtype, torch.float32)).chunk(2, dim=-1)
-    cos, sin = table_TR2[:, None].unbind(-1)
+    cos, sin = table_TR2.unsqueeze(-3).unbind(-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).type_as(x_BTNH)

@@ -120,7 +120,7 @@ class Recorder(Hook):
 
     def after_step(self, trainer: Trainer) -> None:
         assert trainer.batch is not None
-        own = trainer.batch.ids.tolist() if trainer.context.reads_first else []
+        own = trainer.batch.ids.windows.tolist() if trainer.context.reads_first else []
         every: list[Any] = [None] * trainer.context.world_size
         dist.all_gather_object(every, own, group=trainer.context.cpu_group)
         self.seen.ids.append([i for part in every for i in part])
@@ -136,7 +136,8 @@ class Recorder(Hook):
 
         with trainer.evaluating():
             hook = ValidationHook(ValidationConfig(max_batches=1))
-            self.seen.validation = hook._measure(trainer, trainer.resources.validation) or 0.0
+            measured = hook._measure(trainer, trainer.resources.validation[""])
+            self.seen.validation = measured[0] if measured is not None else 0.0
             self.seen.sample = trainer.engine.last_logits(torch.tensor([[3, 1, 4, 1, 5]]))
 
 

@@ -118,11 +118,11 @@ def meta_trainer(overrides: list[str], folder: Path, world_size: int) -> Iterato
 
 def one_step(trainer: Trainer) -> None:
     """All that a step gives to the device: forward, loss, backward, norm, clipping, optimizer, biases, reduction."""
-    batches = trainer._make_batches(0)
+    batches = trainer._make_batches(trainer.state)
     try:
         trainer.batch = next(batches)
         with NoHostSync():  # type: ignore[no-untyped-call]
-            trainer._loss_sum, _ = trainer._forward_backward(trainer.batch)
+            trainer._loss_sum = trainer._forward_backward(trainer.batch)
             _, trainer._grad_norm = trainer._update()
             trainer._start_reduction(0.0)
     finally:

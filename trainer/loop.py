@@ -25,14 +25,17 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from regrow.trainer.data.loader import Batches, StepBatch
+from regrow.trainer.data.samples import SampleIds
+from regrow.trainer.data.windows import Int64s
 from regrow.trainer.device import memory_gib, peak_flops, seed_everything
 from regrow.trainer.hook import Hook
 from regrow.trainer.optimizer import Optimizer
@@ -71,7 +74,8 @@ class TrainerOptions:
         lr: the schedule's peak.
         grad_clip: largest global gradient norm, 0 for none.
         global_batch_size: sequences a step over all ranks.
-        seq_len: tokens a sequence.
+        seq_len: positions of a sequence.
+        sources: names of the data's sources, whose losses are told apart where there are several.
     """
 
     seed: int
@@ -80,6 +84,7 @@ class TrainerOptions:
     grad_clip: float
     global_batch_size: int
     seq_len: int
+    sources: tuple[str, ...] = ("",)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,13 +102,15 @@ class _Pending:
     Attributes:
         reduction: on its way from the device.
         row: what the host knows already.
-        ids: the windows of the global batch.
+        ids: the samples of the global batch.
+        labels: how many each source has in it, int64 `(sources,)`.
     """
 
     step: int
     reduction: PendingReduction
     row: dict[str, Any]
-    ids: Sequence[int] = field(default_factory=list)
+    ids: SampleIds
+    labels: Int64s
 
 
 @final
@@ -117,7 +124,7 @@ class Trainer:
         engine: runs the model.
         optimizer: over this rank's parameters.
         schedule: learning-rate factor.
-        make_batches: given samples consumed, this rank's batches from there on.
+        make_batches: this rank's batches from a state on; it notes in the state what later starts must know of them.
         restorer: finds the state to go on from; None for a run without checkpoints.
         hooks: in the order in which their methods run.
         state: at the start of a fresh run.
@@ -133,7 +140,7 @@ class Trainer:
         engine: Engine,
         optimizer: Optimizer,
         schedule: Schedule,
-        make_batches: Callable[[int], Batches],
+        make_batches: Callable[[TrainState], Batches],
         restorer: Restorer | None,
         hooks: Sequence[Hook],
         state: TrainState,
@@ -169,9 +176,22 @@ class Trainer:
         # Before the first step is known, ranks ask each other.
         self._waiting_slot = self.reduction.sum("waiting", lambda: float(self._waiting), initial=1.0)
         self._grad_norm_slot = self.reduction.carry("grad_norm", lambda: self._grad_norm)
+        # Ranks that share their data with others count it once.
+        self._bytes_slot = self.reduction.sum("label_bytes", self._label_bytes)
+        self._source_slots = self._register_sources() if len(options.sources) > 1 else []
         engine.register(self.reduction)
         self._peak = peak_flops(context.device)
         self._flops = self.model.flops_per_token(options.seq_len)
+
+    def _label_bytes(self) -> float:
+        return float(self.batch.label_bytes) if self.batch is not None and self.context.reads_first else 0.0
+
+    def _register_sources(self) -> list[Slot]:
+        def loss_of(at: int) -> Tensor:
+            return self.engine.source_losses[at]
+
+        names = self.options.sources
+        return [self.reduction.sum(f"loss_sum/{name}", partial(loss_of, at)) for at, name in enumerate(names)]
 
     def fit(self) -> FitResult:
         """Trains until `options.steps` or until asked to stop.
@@ -209,7 +229,7 @@ class Trainer:
             hook.before_fit(self)
         self.reduction.complete()
         self.agree_on_stop()
-        self._batches = self._make_batches(self.state.samples_consumed)
+        self._batches = self._make_batches(self.state)
         while self.state.step < self.options.steps and self._stop is None:
             waited = time.perf_counter()
             if not self._wait_for_data(self._batches):
@@ -250,7 +270,7 @@ class Trainer:
         self.measured = {}
         for hook in self.hooks:
             hook.before_step(self)
-        loss_sum, tokens = self._forward_backward(self.batch)
+        loss_sum = self._forward_backward(self.batch)
         for hook in self.hooks:
             hook.before_optimizer_step(self)
         lr, grad_norm = self._update()
@@ -259,21 +279,20 @@ class Trainer:
         # Reading the step before keeps the host one step ahead of the device and no further, so that host
         # time is device time.
         self._settle(previous)
-        self._add_timing(time.perf_counter() - started, data_wait_s, tokens)
+        self._add_timing(time.perf_counter() - started, data_wait_s)
         for hook in self.hooks:
             hook.after_optimizer_step(self)
         for hook in self.hooks:
             hook.after_step(self)
 
-    def _forward_backward(self, batch: StepBatch) -> tuple[Tensor, int]:
+    def _forward_backward(self, batch: StepBatch) -> Tensor:
         """Gradients of the mean loss over the global batch; returns this rank's summed loss, on the device."""
-        # Every label of a fixed window counts, so the global number needs no communication.
-        tokens = self.options.global_batch_size * self.options.seq_len
 
         def seed(index: int) -> None:
             seed_everything(self.options.seed, self.state.step, index, self.context.data_rank)
 
-        return self.engine.forward_backward(batch.micro_batches, tokens, seed), tokens
+        # Every rank knows how many labels the global batch has, so that needs no communication.
+        return self.engine.forward_backward(batch.micro_batches, max(1, int(batch.labels.sum())), seed)
 
     @property
     def stop(self) -> StopReason | None:
@@ -328,8 +347,9 @@ class Trainer:
         return _Pending(
             step=self.state.step,
             reduction=self.reduction.start(),
-            row={"lr": lr, "tokens": self.state.tokens},
-            ids=self.batch.global_ids.tolist(),
+            row={"lr": lr, "tokens": self.state.tokens, **self.batch.progress},
+            ids=self.batch.global_ids,
+            labels=self.batch.labels,
         )
 
     def add_metrics(self, **values: float) -> None:
@@ -348,21 +368,25 @@ class Trainer:
         if pending is None:
             return
         known = self.reduction.finish(pending.reduction)
-        loss = self._loss_slot.value / (self.options.global_batch_size * self.options.seq_len)
+        loss = self._loss_slot.value / max(1, int(pending.labels.sum()))
         if not math.isfinite(loss):
-            ids = ", ".join(str(i) for i in pending.ids)
+            ids = ", ".join(str(i) for i in pending.ids.windows.tolist())
             raise NonFiniteLossError(f"the loss of step {pending.step} is {loss}; its sample ids were {ids}")
         self._stop = self._stop or self._agreed_stop()
         norm = self._grad_norm_slot.value if math.isfinite(self._grad_norm_slot.value) else None
         if norm is None and self.context.is_main:
             log.warning("the gradients of step %d are not finite; its update was left out", pending.step)
         row = {"step": pending.step, "loss": loss, "grad_norm": norm, **pending.row, **known}
+        if self._bytes_slot.value:
+            row["bits_per_byte"] = self._loss_slot.value / math.log(2) / self._bytes_slot.value
+        slots = zip(self.options.sources, self._source_slots, pending.labels.tolist(), strict=False)
+        row |= {f"loss/{name}": slot.value / labels for name, slot, labels in slots if labels}
         for hook in self.hooks:
             hook.after_metrics(self, row)
 
-    def _add_timing(self, step_time_s: float, data_wait_s: float, tokens: int) -> None:
+    def _add_timing(self, step_time_s: float, data_wait_s: float) -> None:
         assert self._pending is not None
-        per_s, peak = tokens / step_time_s, self._peak
+        per_s, peak = self.options.global_batch_size * self.options.seq_len / step_time_s, self._peak
         self._pending.row |= {
             "tokens_per_s": per_s,
             "step_time_s": step_time_s,

@@ -3,17 +3,19 @@
 Shapes: B batch, T positions, S = B·T rows, R some of the rows, V vocabulary, or this rank's part of it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from regrow.trainer.data.loader import IGNORE
+from regrow.trainer.data.windows import IGNORE
 from regrow.trainer.parallel.vocabulary import VocabularyShard
 
-__all__ = ["in_wide_type", "row_losses", "summed_cross_entropy"]
+__all__ = ["RowLosses", "in_wide_type", "row_losses", "summed_cross_entropy"]
 
+# Told of the loss of each row, float64 `(S,)`, where it is computed.
+RowLosses = Callable[[Tensor], None]
 # Elements of logits that are float32 at a time: on a CPU they stay in its cache.
 _CPU_ELEMENTS, _ELEMENTS = 1 << 18, 1 << 26
 
@@ -142,22 +144,34 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits_SV: Tensor, labels_S: Tensor, shard: VocabularyShard | None, z_loss: float
+        ctx: Any,
+        logits_SV: Tensor,
+        labels_S: Tensor,
+        shard: VocabularyShard | None,
+        z_loss: float,
+        seen: RowLosses | None,
     ) -> Tensor:
         grad_SV = torch.empty_like(logits_SV) if ctx.needs_input_grad[0] else None
         losses_S = row_losses(logits_SV, labels_S, grad_SV, shard, z_loss)
+        if seen is not None:
+            seen(losses_S)
         ctx.save_for_backward(grad_SV)
         return losses_S.sum()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         (grad_SV,) = ctx.saved_tensors
         # In place: a second backward pass is then refused by autograd, as it is where a graph is gone.
-        return grad_SV.mul_(in_wide_type(grad, grad_SV.dtype)), None, None, None
+        return grad_SV.mul_(in_wide_type(grad, grad_SV.dtype)), None, None, None, None
 
 
 def summed_cross_entropy(
-    logits_BTV: Tensor, labels_BT: Tensor, *, shard: VocabularyShard | None = None, z_loss: float = 0.0
+    logits_BTV: Tensor,
+    labels_BT: Tensor,
+    *,
+    shard: VocabularyShard | None = None,
+    z_loss: float = 0.0,
+    seen: RowLosses | None = None,
 ) -> Tensor:
     """Cross-entropy in nats, summed over the labels that count; a float64 scalar of terms in float32 or better.
 
@@ -166,8 +180,9 @@ def summed_cross_entropy(
         labels_BT: int64, over the whole vocabulary.
         shard: see `row_losses`, as of `z_loss`.
         z_loss: what the gradient holds beside that of the sum returned.
+        seen: told of each row's loss.
     """
     total: Tensor = _SummedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        logits_BTV.flatten(0, 1), labels_BT.flatten(), shard, z_loss
+        logits_BTV.flatten(0, 1), labels_BT.flatten(), shard, z_loss, seen
     )
     return total

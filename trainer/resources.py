@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from regrow.trainer.checkpoint_plans import CheckpointPlan, ExportPlan
-from regrow.trainer.data.windows import Windows
+from regrow.trainer.data.samples import Samples
 from regrow.trainer.run_record import Attempt
 
 __all__ = ["Resources"]
@@ -24,7 +24,8 @@ class Resources:
         sweep: the sweep's name, if any.
         config: the whole config as plain values.
         tokenizer: of the data.
-        validation: the held-out windows; may be empty.
+        validation: held-out samples by name, which may be none: those of the split, whose name is empty, and those of
+            further sets.
         micro_batch_size: rows of a forward pass.
         document_mask: whether attention stays within documents.
         begin: writes what this start changes in the run's directory; called by rank 0 alone, once the state is
@@ -39,7 +40,7 @@ class Resources:
     sweep: str | None
     config: dict[str, Any]
     tokenizer: Tokenizer
-    validation: Windows
+    validation: dict[str, Samples]
     micro_batch_size: int
     document_mask: bool
     begin: Callable[[], None]

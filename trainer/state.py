@@ -6,6 +6,7 @@ from typing import Any
 
 from regrow.checkpoint.documents import Count, convert_document
 from regrow.checkpoint.policy.best import BestMetric
+from regrow.trainer.data.mixture_source import MixtureRecord
 
 __all__ = ["TrainState"]
 
@@ -21,6 +22,7 @@ class TrainState:
         schedule_origin: the step at which the learning-rate schedule began.
         schedule_total: the steps that the schedule spans.
         best: the best value of each tracked metric.
+        mixture: of the data's sources; None where there is one source.
     """
 
     step: Count = 0
@@ -29,10 +31,14 @@ class TrainState:
     schedule_origin: Count = 0
     schedule_total: Count = 0
     best: dict[str, float] = field(default_factory=dict)
+    mixture: MixtureRecord | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
+        """Plain values; those of 0.1.0 where nothing else is used."""
+        values = asdict(self)
+        if self.mixture is None:
+            del values["mixture"]
+        return values
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "TrainState":
@@ -63,5 +69,5 @@ class TrainState:
         if "lr_scheduler" in exclude:
             state.schedule_origin, state.schedule_total = self.step, schedule_total
         if "data_loader" in exclude:
-            state.samples_consumed = 0
+            state.samples_consumed, state.mixture = 0, None
         return state

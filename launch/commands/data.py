@@ -1,11 +1,15 @@
-"""`regrow-data`: makes and shows tokenised corpora."""
+"""`regrow-data`: makes and shows tokenised corpora, and what a run reads of them."""
 
 import argparse
+import json
 import logging
 import os
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from regrow.checkpoint.scratch import clear_dead_scratch
+from regrow.launch.commands.data_show import count_store, figures_text, summary
 from regrow.launch.commands.ending import end_with
 from regrow.launch.exit_code import ExitCode
 from regrow.launch.run.logs import log_to_console
@@ -16,7 +20,7 @@ from regrow.trainer.data.recipe import RECIPE
 from regrow.trainer.data.source import CorpusSource, DataError
 from regrow.trainer.data.stdlib import StdlibSource
 from regrow.trainer.data.text import TextSource
-from regrow.trainer.data.token_store import INDEX, TokenStore
+from regrow.trainer.data.token_store import INDEX
 
 __all__ = ["main"]
 
@@ -39,9 +43,33 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--vocab-size", type=int, default=4096, help="of that BPE")
     make.add_argument("--eos-token", help="the token between documents")
     make.add_argument("--workers", type=int, default=0, help="processes; 0 is one per core")
-    show = commands.add_parser("show", help="what a folder holds")
+    show = commands.add_parser("show", help="what a folder holds: documents, tokens, bytes per token, lengths")
     show.add_argument("folder", type=Path)
+    show.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw the documents' lengths into a .png, .svg or .pdf"
+    )
+    show.add_argument(
+        "--validation-fraction", type=float, default=0.05, metavar="F", help="what a run would hold out"
+    )
+    show.add_argument("--json", action="store_true", help="print one JSON value")
+    _add_of_a_run(commands)
     return parser
+
+
+def _add_of_a_run(commands: Any) -> None:
+    """The commands that take a run's overrides: whatever is no flag, in any order with the flags."""
+    takes = {"epilog": "OVERRIDES are those of `regrow`: FIELD=VALUE, GROUP=CHOICE."}
+    look = commands.add_parser(
+        "preview", help="samples that a run would read, decoded", usage="%(prog)s [-h] [flags] OVERRIDES…", **takes
+    )
+    look.add_argument("--count", type=int, default=3, metavar="N", help="samples that are shown; 3")
+    look.add_argument("--first", type=int, default=0, metavar="SAMPLE", help="samples of the run before them; 0")
+    mix = commands.add_parser(
+        "mix", help="what a run takes of each source, by stage", usage="%(prog)s [-h] [--json] OVERRIDES…", **takes
+    )
+    mix.add_argument("--json", action="store_true", help="print one JSON value")
+    for command in (look, mix):
+        command.add_argument("--config-dir", type=Path, metavar="DIR", help="a folder of configs beside Regrow's own")
 
 
 def _source(args: argparse.Namespace) -> CorpusSource:
@@ -73,29 +101,54 @@ def _tokenize(args: argparse.Namespace) -> None:
             complete_store(source, out)
 
 
-def _show(folder: Path) -> None:
-    index = TokenStore(folder).index
-    print(
-        f"{index.documents:,} documents, {index.tokens:,} tokens in {index.shards} shards, "
-        f"vocabulary {index.vocab_size:,}"
-    )
-    print(f"fingerprint {index.fingerprint}")
+def _show(args: argparse.Namespace) -> None:
+    figures = count_store(args.folder, args.validation_fraction)
+    if args.plot is not None:
+        # Drawing takes half a second to import.
+        import_module("regrow.launch.commands.data_plot").plot_lengths(figures, args.plot)
+    print(json.dumps(figures.as_json()) if args.json else "\n".join(figures_text(figures)))
+
+
+def _mix(args: argparse.Namespace) -> None:
+    config, data_mix = _composed(args), import_module("regrow.launch.commands.data_mix")
+    use = data_mix.mix_of(config)
+    print(json.dumps(use.as_json()) if args.json else "\n".join(data_mix.mix_text(use)))
+
+
+def _preview(args: argparse.Namespace) -> None:
+    config, data_preview = _composed(args), import_module("regrow.launch.commands.data_preview")
+    data_preview.print_preview(config, first=args.first, count=args.count)
+
+
+def _composed(args: argparse.Namespace) -> Any:
+    # What checks a run imports torch, which takes seconds and the other commands do without.
+    return import_module("regrow.launch.commands.data_run").composed(args.overrides, args.config_dir)
 
 
 def main() -> None:
     """The command's entry; exit code 2 for bad input."""
+    parser = _parser()
+    args, overrides = parser.parse_known_args()
+    # A field that is set with dashes has a sentence of its own.
+    unknown = [a for a in overrides if a.startswith("-") and "." not in a]
+    if unknown or (overrides and args.command not in ("preview", "mix")):
+        parser.error(f"unrecognized arguments: {' '.join(unknown or overrides)}")
+    args.overrides = overrides
     log_to_console()
-    args = _parser().parse_args()
-    end_with(lambda: _run(args))
+    end_with(lambda: _run(args), as_json=getattr(args, "json", False))
 
 
 def _run(args: argparse.Namespace) -> ExitCode:
     if args.command == "tokenize":
         clear_dead_scratch()
         _tokenize(args)
-        _show(args.out)
+        print("\n".join(summary(args.out)))
+    elif args.command == "show":
+        _show(args)
+    elif args.command == "mix":
+        _mix(args)
     else:
-        _show(args.folder)
+        _preview(args)
     return ExitCode.done
 
 

@@ -9,10 +9,31 @@ from typing import Any
 
 from regrow.launch.config.target_names import first_target
 
-__all__ = ["Difference", "compare", "config_hash", "flatten", "former_sweep_name", "is_free", "sweep_name"]
+__all__ = [
+    "Difference",
+    "compare",
+    "config_hash",
+    "flatten",
+    "former_sweep_name",
+    "is_allowed",
+    "is_free",
+    "sweep_name",
+]
 
 # Fields by prefix. Identity may never change; hyperparameters only when allowed by name; the rest is free.
-_HYPERPARAMETERS = ("optimizer.", "scheduler.", "precision.", "train.grad_clip", "train.z_loss")
+_HYPERPARAMETERS = (
+    "optimizer.",
+    "scheduler.",
+    "precision.",
+    "train.grad_clip",
+    "train.z_loss",
+    "data.stages",
+    "data.on_exhausted",
+)
+# Of a mixture's sources, by the last part of the name.
+_SOURCES = "data.sources."
+_SOURCE_HYPERPARAMETERS = ("weight", "max_epochs")
+_SOURCE_LOCATIONS = ("files", "path")
 _IDENTITY = ("model.", "data.", "seed")
 _FREE = (
     "data.cache",
@@ -20,6 +41,7 @@ _FREE = (
     "data.prefetch",
     "data.micro_batch_size",
     "data.log_samples",
+    "data.validation_sets",
     "model._target_",
     "model.attention",
     "model.hf_assets_path",
@@ -57,14 +79,25 @@ def _has_prefix(name: str, prefixes: Iterable[str]) -> bool:
     return any(name.startswith(p) if p.endswith(".") else name == p or name.startswith(f"{p}.") for p in prefixes)
 
 
+def _is_of_source(name: str, fields: tuple[str, ...]) -> bool:
+    """Whether it is one of these fields of a mixture's source."""
+    _, _, field = name.removeprefix(_SOURCES).partition(".")
+    return name.startswith(_SOURCES) and field in fields
+
+
 def is_identity(name: str) -> bool:
     """Whether a field may never differ within a run."""
-    return _has_prefix(name, _IDENTITY) and not _has_prefix(name, _FREE)
+    return _has_prefix(name, _IDENTITY) and not _has_prefix(name, _FREE) and not is_hyperparameter(name)
 
 
 def is_hyperparameter(name: str) -> bool:
     """Whether a field may differ only when it is allowed by name."""
-    return _has_prefix(name, _HYPERPARAMETERS)
+    return _has_prefix(name, _HYPERPARAMETERS) or _is_of_source(name, _SOURCE_HYPERPARAMETERS)
+
+
+def is_allowed(name: str, allowed: Iterable[str]) -> bool:
+    """Whether `run.allow_change` names a field, or a section that it is in."""
+    return _has_prefix(name, allowed)
 
 
 def is_free(name: str) -> bool:
@@ -107,7 +140,8 @@ def compare(
     old, new = {**(later or {}), **flatten(stored)}, flatten(given)
     identity, hyperparameters = [], []
     for name, value in sorted(new.items()):
-        if name not in old or old[name] == value or _has_prefix(name, _LOCATIONS):
+        elsewhere = _has_prefix(name, _LOCATIONS) or _is_of_source(name, _SOURCE_LOCATIONS)
+        if name not in old or old[name] == value or elsewhere:
             continue
         difference = Difference(name, old[name], value)
         if is_identity(name):

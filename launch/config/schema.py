@@ -66,7 +66,7 @@ class RunConfig:
         rewind: apply load options again that were applied before.
         extend: what to do where `train.steps` goes beyond the end of the learning-rate schedule that the run
             began with: `refuse`, `stretch` the schedule over all steps, or `hold` its last value. Acts once.
-        allow_change: hyperparameters that may differ from the stored ones, by name.
+        allow_change: hyperparameters that may differ from the stored ones, by name or section.
     """
 
     root: str = "outputs"

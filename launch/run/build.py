@@ -22,6 +22,7 @@ from regrow.launch.run.weights import OpenedWeights, open_weights
 from regrow.models.base import LanguageModel
 from regrow.models.hf import HfKey, family_of
 from regrow.trainer.config import PrecisionName
+from regrow.trainer.data.config import DataConfig
 from regrow.trainer.data.source import Source
 from regrow.trainer.hf_folder import HfExport
 from regrow.trainer.hook import Hook
@@ -86,9 +87,14 @@ def open_initial(config: Config, path: str, *, find_copies: bool = False) -> Ope
     return open_weights(place, config.model, renamed, find_copies=find_copies)
 
 
-def build_source(config: Config) -> Source:
-    """The data source."""
-    return construct(config.data._target_, "data", Source, config.data)
+def build_source(data: DataConfig, field: str = "data") -> Source:
+    """A data source.
+
+    Args:
+        data: its config.
+        field: the section that it is in.
+    """
+    return construct(data._target_, field, Source, data)
 
 
 def build_schedule(config: Config) -> Schedule:

@@ -1,13 +1,13 @@
 """The one place where a rank's config becomes the objects that it trains with."""
 
 import os
-from collections.abc import Callable
 
 import torch
 
 from regrow.launch.config.schema import Config, Kernels
 from regrow.launch.run.build import build_model, build_optimizer, build_schedule
 from regrow.launch.run.compose_checkpoint import compose_restorer
+from regrow.launch.run.compose_data import batches_of
 from regrow.launch.run.compose_hooks import compose_hooks, compose_resources
 from regrow.launch.run.rank_spec import RankSpec
 from regrow.launch.run.signals import StopFlag
@@ -17,10 +17,7 @@ from regrow.models.config import DecoderConfig
 from regrow.models.kernels import cases_of
 from regrow.torch_compat import make_compiler_repeatable
 from regrow.trainer.config import PrecisionName
-from regrow.trainer.data.feed import feed, pinned
-from regrow.trainer.data.loader import Batches, Prefetcher
-from regrow.trainer.data.token_store import TokenStore
-from regrow.trainer.data.windows import Windows
+from regrow.trainer.data.corpus import Corpus
 from regrow.trainer.device import seed_everything
 from regrow.trainer.kernels import choose_kernels, use_plain_operators
 from regrow.trainer.loop import Trainer, TrainerOptions
@@ -43,6 +40,7 @@ def compose_trainer(spec: RankSpec, context: ParallelContext, flag: StopFlag, th
     """
     config = spec.config
     _make_repeatable(config)
+    corpus = Corpus(spec.data_folders)
     parallel = _compose_model(spec, context)
     engine = Engine(
         parallel,
@@ -51,16 +49,17 @@ def compose_trainer(spec: RankSpec, context: ParallelContext, flag: StopFlag, th
         schedule=config.parallel.pp_schedule,
         precision=config.precision.name,
         z_loss=config.train.z_loss,
+        sources=len(corpus.stores),
+        reset_positions=config.data.reset_positions,
     )
-    store = TokenStore(spec.data_folder)
     return Trainer(
-        options=_options(config),
-        resources=compose_resources(spec, context, threads, store, _windows(config, store, validation=True)),
+        options=_options(config, tuple(sorted(corpus.stores))),
+        resources=compose_resources(spec, context, threads, corpus),
         context=context,
         engine=engine,
         optimizer=build_optimizer(config, parallel.model),
         schedule=build_schedule(config),
-        make_batches=_batches(config, context, _windows(config, store, validation=False)),
+        make_batches=batches_of(config, context, corpus),
         restorer=compose_restorer(spec) if config.checkpoint.enable else None,
         hooks=compose_hooks(config, context),
         state=TrainState(schedule_total=config.scheduler.total_steps or config.train.steps),
@@ -117,7 +116,7 @@ def _choose_kernels(spec: RankSpec, whole: LanguageModel, context: ParallelConte
     choose_kernels(cases_of(whole, rows, config.data.seq_len, dtype), context, spec.run_dir)
 
 
-def _options(config: Config) -> TrainerOptions:
+def _options(config: Config, sources: tuple[str, ...]) -> TrainerOptions:
     return TrainerOptions(
         seed=config.seed,
         steps=config.train.steps,
@@ -125,30 +124,5 @@ def _options(config: Config) -> TrainerOptions:
         grad_clip=config.train.grad_clip,
         global_batch_size=config.data.global_batch_size,
         seq_len=config.data.seq_len,
+        sources=sources,
     )
-
-
-def _windows(config: Config, store: TokenStore, *, validation: bool) -> Windows:
-    return Windows(store, config.data.seq_len, config.data.validation_fraction, validation=validation)
-
-
-def _batches(config: Config, context: ParallelContext, windows: Windows) -> Callable[[int], Batches]:
-    """This rank's batches from any sample on."""
-    data = config.data
-
-    def make(samples_consumed: int) -> Batches:
-        batches = Prefetcher(
-            windows,
-            seed=config.seed,
-            samples_consumed=samples_consumed,
-            global_batch_size=data.global_batch_size,
-            rank=context.data_rank,
-            ranks=context.layout.data_ranks,
-            micro_batch_size=data.micro_batch_size,
-            document_mask=data.document_mask,
-            depth=data.prefetch,
-            finish=pinned if context.device.type == "cuda" else None,
-        )
-        return feed(batches, context.device)
-
-    return make

@@ -8,13 +8,13 @@ from functools import partial
 from regrow.launch.config.schema import Config
 from regrow.launch.run.build import build_hooks
 from regrow.launch.run.compose_checkpoint import compose_checkpoint, compose_export
+from regrow.launch.run.compose_data import validation_samples
 from regrow.launch.run.ownership import lease_place
 from regrow.launch.run.rank_spec import RankSpec
 from regrow.launch.run.run_documents import begin_run
 from regrow.launch.run.versions import software_versions
-from regrow.trainer.data.token_store import TokenStore
+from regrow.trainer.data.corpus import Corpus
 from regrow.trainer.data.tokenizer import load_tokenizer
-from regrow.trainer.data.windows import Windows
 from regrow.trainer.hook import Hook
 from regrow.trainer.parallel.context import ParallelContext
 from regrow.trainer.resources import Resources
@@ -33,17 +33,14 @@ def compose_hooks(config: Config, context: ParallelContext) -> list[Hook]:
     return hooks
 
 
-def compose_resources(
-    spec: RankSpec, context: ParallelContext, threads: int, store: TokenStore, validation: Windows
-) -> Resources:
+def compose_resources(spec: RankSpec, context: ParallelContext, threads: int, corpus: Corpus) -> Resources:
     """What hooks may need of the run.
 
     Args:
         spec: of the run.
         context: this rank's place.
         threads: of this rank.
-        store: the run's tokens.
-        validation: the held-out windows.
+        corpus: the run's tokens.
     """
     config = spec.config
     saves = config.checkpoint.enable
@@ -52,13 +49,13 @@ def compose_resources(
         run_name=config.run.name,
         sweep=spec.sweep,
         config=spec.config_dict,
-        tokenizer=load_tokenizer(store.tokenizer_file),
-        validation=validation,
+        tokenizer=load_tokenizer(corpus.tokenizer_file),
+        validation=validation_samples(config, corpus, spec.validation_folders),
         micro_batch_size=config.data.micro_batch_size,
         document_mask=config.data.document_mask,
         begin=partial(_begin, spec),
         attempt=_attempt(context, threads),
-        checkpoint=compose_checkpoint(spec, store.index.fingerprint) if saves else None,
+        checkpoint=compose_checkpoint(spec, corpus.fingerprint) if saves else None,
         export=compose_export(spec) if saves else None,
     )
 
@@ -72,7 +69,7 @@ def _begin(spec: RankSpec) -> None:
     assert spec.record is not None, "the launcher opens the run before any rank starts"
     if spec.ticket is not None:
         spec.ticket.check_not_taken(lease_place(spec.config, spec.run_dir))
-    begin_run(spec.config_dict, spec.run_dir, TokenStore(spec.data_folder), spec.overrides, spec.record)
+    begin_run(spec.config_dict, spec.run_dir, Corpus(spec.data_folders), spec.overrides, spec.record)
 
 
 def _attempt(context: ParallelContext, threads: int) -> Attempt:

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,14 +17,13 @@ from regrow.checkpoint.policy.lineage import LoadRequest, StartPoint
 from regrow.checkpoint.run.lease import LONGEST_TIMEOUT_S
 from regrow.checkpoint.storage.opening import is_url, open_storage
 from regrow.errors import ConfigError
-from regrow.launch.config.errors import check_no_hub_name, naming_fields
+from regrow.launch.config.errors import check_no_hub_name
 from regrow.launch.config.resolve import checking
 from regrow.launch.config.schema import Config
 from regrow.launch.run.build import (
     build_hooks,
     build_model,
     build_schedule,
-    build_source,
     check_kinds,
     check_optimizer,
     hf_keys,
@@ -38,10 +36,6 @@ from regrow.launch.run.weights import buffers_of, contradictions, shapes_of, voc
 from regrow.models.config import DecoderConfig
 from regrow.models.hf import CONFIG, HEAD
 from regrow.torch_compat import splits_backward
-from regrow.trainer.data.config import TextConfig, TokensConfig
-from regrow.trainer.data.prepare import cache_folder, prepare
-from regrow.trainer.data.token_store import TokenStore
-from regrow.trainer.data.windows import Windows
 from regrow.trainer.parallel.layout import Layout
 from regrow.trainer.parallel.plan_rules import check_plan
 from regrow.trainer.parallel.rules import Batch, check_attention, check_layout
@@ -49,13 +43,11 @@ from regrow.trainer.precision import change_parameters, check_precision
 
 __all__ = [
     "check_config",
-    "check_data",
     "check_disk",
     "check_initial_load",
     "check_launch",
     "check_parallel",
     "check_seed",
-    "prepare_data",
 ]
 
 log = logging.getLogger(__name__)
@@ -271,65 +263,6 @@ def _remedies(config: Config) -> dict[str, str]:
         # The config is the folder's.
         remedy = f"set tie_word_embeddings to {other} in its {CONFIG}"
     return {HEAD.name: remedy, HEAD.hf_name: remedy}
-
-
-def prepare_data(config: Config) -> Path:
-    """Checks the source and tokenises it if that was not done before; returns the token store's folder.
-
-    Raises:
-        ConfigError: the corpus or the tokenizer does not fit.
-        FileNotFoundError: a file is missing.
-    """
-    if getattr(config.data, "tokenizer", None):
-        check_no_hub_name("data.tokenizer", str(config.data.tokenizer))
-    source = build_source(config)
-    with naming_fields(("data.cache", cache_folder(config.data)), *_data_places(config)):
-        with checking():
-            source.check()
-        folder = prepare(source, lambda size: _check_vocabulary(config, size))
-        check_data(config, TokenStore(folder))
-    return folder
-
-
-def _data_places(config: Config) -> list[tuple[str, str | Path | None]]:
-    """Where the data's fields say that something is read."""
-    data = config.data
-    places: list[tuple[str, str | Path | None]] = [("data.tokenizer", getattr(data, "tokenizer", None))]
-    if isinstance(data, TokensConfig):
-        places.append(("data.path", data.path))
-    if isinstance(data, TextConfig):
-        # The folder in which a pattern begins to match.
-        places += [("data.files", re.split(r"[^/]*[*?[]", pattern, maxsplit=1)[0] or ".") for pattern in data.files]
-    return places
-
-
-def check_data(config: Config, store: TokenStore) -> None:
-    """Whether model and corpus fit together.
-
-    Raises:
-        ConfigError: naming field, rule, value and remedy.
-    """
-    _check_vocabulary(config, store.index.vocab_size)
-    windows = Windows(store, config.data.seq_len, config.data.validation_fraction, validation=False)
-    if not len(windows):
-        raise ConfigError(
-            f"data must hold at least one sequence of data.seq_len + 1 tokens outside the validation split, but "
-            f"the corpus has {store.index.tokens} tokens in all and data.seq_len is {config.data.seq_len}; "
-            "add text or lower data.seq_len"
-        )
-
-
-def _check_vocabulary(config: Config, size: int) -> None:
-    """Whether the model has a row for every id below `size`.
-
-    Raises:
-        ConfigError: it has fewer.
-    """
-    if size > config.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size must be at least the tokenizer's ({size}), but is {config.model.vocab_size}; "
-            f"use model.vocab_size={size} or another data.tokenizer"
-        )
 
 
 def check_disk(config: Config, run_dir: Path) -> None:

@@ -24,8 +24,8 @@ from regrow.launch.run.preflight import (
     check_launch,
     check_parallel,
     check_seed,
-    prepare_data,
 )
+from regrow.launch.run.preflight_data import prepare_data
 from regrow.launch.run.rank_spec import RankSpec
 from regrow.launch.run.ranks import Ranks, detect_ranks, export_ranks, forget_ranks
 from regrow.launch.run.threads import threads_per_rank
@@ -35,6 +35,7 @@ from regrow.trainer.config import ParallelConfig
 from regrow.trainer.device import pick_device_type
 from regrow.trainer.parallel.layout import Layout, resolve_layout
 from regrow.trainer.parallel.memory_rules import compiles
+from regrow.trainer.run_files import RECORD
 
 __all__ = ["convert_config", "prepare_run"]
 
@@ -122,6 +123,7 @@ def _prepare(
         _tell_torch(ranks)
     with naming_fields(("run.root", run_dir)):
         check_disk(config, run_dir)
+    data = prepare_data(config, fresh=not (run_dir / RECORD).exists())
     return RankSpec(
         config=config,
         config_dict=settings,
@@ -129,7 +131,8 @@ def _prepare(
         layout=layout,
         device_type=device_type,
         run_dir=run_dir,
-        data_folder=prepare_data(config),
+        data_folders=data.training,
+        validation_folders=data.validation,
         sweep=sweep,
         overrides=overrides,
         given_ranks=ranks is not None,

@@ -34,7 +34,8 @@ class RankSpec:
         layout: the degrees.
         device_type: `cpu` or `cuda`.
         run_dir: the run's directory.
-        data_folder: the token store.
+        data_folders: the token stores by their sources' names; one source has the empty name.
+        validation_folders: the token stores of `data.validation_sets`.
         sweep: the sweep's name, if any.
         overrides: the command line.
         given_ranks: torchrun or srun has started the ranks, this process being one of them.
@@ -49,7 +50,8 @@ class RankSpec:
     layout: Layout
     device_type: str
     run_dir: Path
-    data_folder: Path
+    data_folders: dict[str, Path]
+    validation_folders: dict[str, Path] = field(default_factory=dict)
     sweep: str | None
     overrides: list[str] = field(default_factory=list)
     given_ranks: bool = False

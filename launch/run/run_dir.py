@@ -21,7 +21,7 @@ from regrow.checkpoint.policy.lineage import (
 )
 from regrow.checkpoint.run.catalog import Catalog
 from regrow.launch.config.errors import UserError
-from regrow.launch.config.identity import Difference, compare
+from regrow.launch.config.identity import Difference, compare, is_allowed
 from regrow.launch.config.later_fields import later_defaults
 from regrow.launch.config.schema import Config
 from regrow.launch.run.build import checkpoint_folder, export_folder
@@ -29,7 +29,7 @@ from regrow.launch.run.extension import say_where_it_stands, settle_schedule
 from regrow.launch.run.lost_record import check_owner, newest_of, rebuild_record
 from regrow.launch.run.preflight import check_initial_load
 from regrow.launch.run.run_documents import begin_run, is_pending, note_pending, stored_config
-from regrow.trainer.data.token_store import TokenStore
+from regrow.trainer.data.corpus import Corpus
 from regrow.trainer.hooks.export import exported_steps
 from regrow.trainer.jsonlines import read_rows
 from regrow.trainer.run_files import CONFIG, METRICS
@@ -58,7 +58,7 @@ def open_run(
     config: Config,
     config_dict: dict[str, Any],
     run_dir: Path,
-    store: TokenStore,
+    corpus: Corpus,
     *,
     overrides: Sequence[str],
 ) -> OpenedRun:
@@ -68,7 +68,7 @@ def open_run(
         config: typed.
         config_dict: the same as plain values.
         run_dir: the run's directory.
-        store: the corpus.
+        corpus: of the command.
         overrides: the command line, for `.hydra/`.
 
     Raises:
@@ -77,14 +77,14 @@ def open_run(
     """
     catalog = Catalog(checkpoint_folder(config, run_dir))
     complete, damaged = catalog.scan()
-    record, stored = _what_was_recorded(config, config_dict, run_dir, store, catalog, complete)
+    record, stored = _what_was_recorded(config, config_dict, run_dir, corpus, catalog, complete)
     if record is None and config.run.resume is not Resume.never:
         _check_nothing_lost(config, run_dir, catalog, complete, damaged)
     changes: list[Difference] = []
     if record is not None:
         check_owner(record, complete, run_dir, catalog.folder.url)
-        changes = _check_same(config, config_dict, run_dir, store, record, stored)
-    record = record or RunRecord(data_fingerprint=store.index.fingerprint)
+        changes = _check_same(config, config_dict, run_dir, corpus, record, stored)
+    record = record or RunRecord(data_fingerprint=corpus.fingerprint)
     entries = [e for e in complete if is_visible(record.lineages, e.step, e.manifest.lineage)]
     if not config.checkpoint.enable and entries:
         raise UserError(
@@ -111,7 +111,7 @@ def open_run(
         # No state is loaded after which the checkpoint folder would be tidied.
         for line in catalog.clear_leftovers():
             log.info("%s", line)
-        begin_run(config_dict, run_dir, store, overrides, record)
+        begin_run(config_dict, run_dir, corpus, overrides, record)
         reached = max([record.attempts[-1].to_step, *(e.step for e in entries)])
         say_where_it_stands(config, reached, entries)
         return OpenedRun(record=record, reached=reached)
@@ -133,7 +133,7 @@ def _what_was_recorded(
     config: Config,
     config_dict: dict[str, Any],
     run_dir: Path,
-    store: TokenStore,
+    corpus: Corpus,
     catalog: Catalog,
     complete: Sequence[StoredStep],
 ) -> tuple[RunRecord | None, dict[str, Any] | None]:
@@ -142,7 +142,7 @@ def _what_was_recorded(
     stored = stored_config(run_dir, record, complete)
     if record is not None or not config.checkpoint.enable:
         return record, stored
-    record = rebuild_record(complete, config, config_dict, store.index.fingerprint, catalog.folder.url)
+    record = rebuild_record(complete, config, config_dict, corpus.fingerprint, catalog.folder.url)
     if record is None:
         return None, stored
     newest = newest_of(complete)
@@ -229,7 +229,7 @@ def _check_same(
     config: Config,
     config_dict: dict[str, Any],
     run_dir: Path,
-    store: TokenStore,
+    corpus: Corpus,
     record: RunRecord,
     stored: dict[str, Any] | None,
 ) -> list[Difference]:
@@ -246,13 +246,13 @@ def _check_same(
             f"the run {run_dir} must keep its model, data and seed, but {identity[0]}{more}; choose another "
             "run.name, or the stored values"
         )
-    if record.data_fingerprint and record.data_fingerprint != store.index.fingerprint:
+    if record.data_fingerprint and record.data_fingerprint != corpus.fingerprint:
         raise UserError(
             f"the run {run_dir} must keep its data and tokenizer, but the corpus' fingerprint is "
-            f"{store.index.fingerprint} and the run's is {record.data_fingerprint}; restore the files or choose "
+            f"{corpus.fingerprint} and the run's is {record.data_fingerprint}; restore the files or choose "
             "another run.name"
         )
-    refused = [d for d in hyperparameters if d.name not in config.run.allow_change]
+    refused = [d for d in hyperparameters if not is_allowed(d.name, config.run.allow_change)]
     if refused:
         names = ",".join(d.name for d in refused)
         raise UserError(

@@ -17,7 +17,7 @@ from regrow.checkpoint.format.stored_step import StoredStep
 from regrow.checkpoint.policy.lineage import Lineage
 from regrow.checkpoint.run.lease import LeaseLostError
 from regrow.launch.config.errors import UserError
-from regrow.trainer.data.token_store import TokenStore
+from regrow.trainer.data.corpus import Corpus
 from regrow.trainer.run_files import CONFIG, METRICS, SAMPLES
 from regrow.trainer.run_record import RunRecord
 
@@ -31,14 +31,14 @@ _PENDING = ".pending-start.json"
 
 
 def begin_run(
-    config_dict: dict[str, Any], run_dir: Path, store: TokenStore, overrides: Sequence[str], record: RunRecord
+    config_dict: dict[str, Any], run_dir: Path, corpus: Corpus, overrides: Sequence[str], record: RunRecord
 ) -> None:
     """Writes what a start changes in the run: its config, and last its record. Safe to repeat and to be killed in.
 
     Args:
         config_dict: the accepted config as plain values.
         run_dir: the run's directory.
-        store: the corpus.
+        corpus: of the command.
         overrides: the command line, for `.hydra/`.
         record: as the start makes it. Attempts that were added meanwhile (ranks started again) stay.
     """
@@ -50,7 +50,7 @@ def begin_run(
         record = dataclasses.replace(record, attempts=before.attempts, wandb_step=before.wandb_step)
         if before.lineages and before.lineages[-1].id != record.lineages[-1].id:
             _keep_rows(run_dir, before.lineages[-1])
-    _write_config(config_dict, run_dir, store, overrides)
+    _write_config(config_dict, run_dir, corpus, overrides)
     record.save(run_dir)
     (run_dir / _PENDING).unlink(missing_ok=True)
 
@@ -65,10 +65,10 @@ def _keep_rows(run_dir: Path, lineage: Lineage) -> None:
             (target / f"{name}.tmp").rename(target / name)
 
 
-def _write_config(config_dict: dict[str, Any], run_dir: Path, store: TokenStore, overrides: Sequence[str]) -> None:
+def _write_config(config_dict: dict[str, Any], run_dir: Path, corpus: Corpus, overrides: Sequence[str]) -> None:
     """The accepted config, the overrides as Hydra writes them, and the tokenizer."""
     tokenizer = run_dir / "tokenizer.json"
-    body = store.tokenizer_file.read_bytes()
+    body = corpus.tokenizer_file.read_bytes()
     if not _holds(tokenizer, body):
         # Also where a kill had left half of it.
         temporary = tokenizer.with_name(f".{tokenizer.name}.tmp")

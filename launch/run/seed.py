@@ -22,7 +22,7 @@ from regrow.launch.run.rank_spec import Outcome, RankSpec
 from regrow.launch.run.run_documents import begin_run
 from regrow.models.base import LanguageModel
 from regrow.models.init import fill_shard
-from regrow.trainer.data.token_store import TokenStore
+from regrow.trainer.data.corpus import Corpus
 from regrow.trainer.precision import change_parameters
 
 __all__ = ["FirstWeights", "write_seed_checkpoint"]
@@ -72,7 +72,7 @@ def write_seed_checkpoint(spec: RankSpec) -> Outcome:
     Raises:
         UserError: the run has steps already.
     """
-    record, store = spec.record, TokenStore(spec.data_folder)
+    record, corpus = spec.record, Corpus(spec.data_folders)
     assert record is not None, "the run is opened first"
     catalog = Catalog(checkpoint_folder(spec.config, spec.run_dir))
     entries = catalog.entries(record.lineages)
@@ -98,9 +98,9 @@ def write_seed_checkpoint(spec: RankSpec) -> Outcome:
         lineage=record.lineages[-1].id,
         kind="model",
         layout={"world_size": 1},
-        **run_labels(spec, store.index.fingerprint),
+        **run_labels(spec, corpus.fingerprint),
     )
-    begin_run(spec.config_dict, spec.run_dir, store, spec.overrides, record)
+    begin_run(spec.config_dict, spec.run_dir, corpus, spec.overrides, record)
     try:
         result = convert(
             FirstWeights(model, spec.config.seed),

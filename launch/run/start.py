@@ -22,7 +22,7 @@ from regrow.launch.run.rendezvous import share_from_rank_zero
 from regrow.launch.run.run_dir import OpenedRun, open_run
 from regrow.launch.run.seed import write_seed_checkpoint
 from regrow.launch.run.signals import StopFlag
-from regrow.trainer.data.token_store import TokenStore
+from regrow.trainer.data.corpus import Corpus
 from regrow.trainer.hooks.startup import begin, mark
 from regrow.trainer.run_record import RunRecord
 
@@ -59,11 +59,11 @@ def open_spec(spec: RankSpec) -> OpenedRun:
     places = [
         ("run.root", spec.run_dir),
         ("checkpoint.initial_load_path", spec.config.checkpoint.initial_load_path),
-        ("data.cache", spec.data_folder),
+        *(("data.cache", folder) for folder in spec.data_folders.values()),
     ]
     with naming_fields(*places):
-        store = TokenStore(spec.data_folder)
-        return open_run(spec.config, spec.config_dict, spec.run_dir, store, overrides=spec.overrides)
+        corpus = Corpus(spec.data_folders)
+        return open_run(spec.config, spec.config_dict, spec.run_dir, corpus, overrides=spec.overrides)
 
 
 def _run_here(spec: RankSpec, flag: StopFlag) -> Outcome:

@@ -22,7 +22,7 @@ import zstandard
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from regrow.trainer.data.config import TextConfig, TokensConfig
-from regrow.trainer.data.prepare import encode_documents
+from regrow.trainer.data.encoding import Encoded, encode_documents
 from regrow.trainer.data.recipe import RECIPE, check_recipe
 from regrow.trainer.data.source import DataError
 from regrow.trainer.data.text import TextSource
@@ -35,7 +35,7 @@ from regrow.trainer.data.tokenizer import (
     train_bpe,
     vocabulary_size,
 )
-from regrow.trainer.data.windows import Windows
+from regrow.trainer.data.windows import ConcatWindows
 
 __all__ = ["corpus_mutations", "make_samples", "mutations", "store_mutations", "tokenizer_mutations"]
 
@@ -61,7 +61,7 @@ def make_samples(folder: Path) -> None:
     shutil.copytree(tokenizer, store)
     check_recipe(store, {"data.field": "text", "the text": "0123"})
     for shard in range(2):
-        rows = [(np.arange(3 + n) % 280, rng.getrandbits(64)) for n in range(30)]
+        rows = [Encoded(np.arange(3 + n) % 280, rng.getrandbits(64)) for n in range(30)]
         write_shard(store, shard, rows, np.dtype("<u2"))
     write_index(store, 2, 290, tokenizer_hash((store / TOKENIZER).read_bytes()), 0)
     _write_corpus(folder / "corpus", texts)
@@ -192,7 +192,7 @@ def tokenizer_mutations(rng: random.Random, samples: Path, work: Path) -> Iterat
             with _removed(folder):
                 tokenizer = load_tokenizer(folder / TOKENIZER)
                 end, size = end_of_text_id(tokenizer, folder / TOKENIZER, None), vocabulary_size(tokenizer)
-                ids = [i for i, _ in encode_documents(iter([" ".join(_WORDS), "x" * 1000, "\n"]), tokenizer, end)]
+                ids = [e.ids for e in encode_documents(iter([" ".join(_WORDS), "x" * 1000, "\n"]), tokenizer, end)]
                 assert all(0 <= int(i.max()) < size for i in ids)
                 return f"{len(ids)} documents"
 
@@ -215,10 +215,10 @@ def store_mutations(rng: random.Random, samples: Path, work: Path) -> Iterator[C
                 source = TokensSource(TokensConfig(path=str(folder)))
                 source.check()
                 store = TokenStore(source.prepared())
-                windows = Windows(store, 16, 0.0, validation=False)
-                out = np.zeros(17, dtype=np.int64)
+                windows = ConcatWindows(store, 16, 0.0, validation=False)
+                out, labels = np.zeros((2, 16), dtype=np.int64)
                 for window in range(len(windows)):
-                    windows.read(window, out)
+                    windows.read(window, out, labels, None)
                     assert 0 <= int(out.min()) <= int(out.max()) < store.index.vocab_size
                 return f"{len(windows)} windows"
 

@@ -16,7 +16,7 @@ from tests.layouts import Observed, observe, relative
 from tests.runs import train
 from tests.support import TINY_MODEL, metrics, tiny
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
 
 # Of the relative differences of losses, gradient norms and parameters in float32.
 LIMITS = (5e-7, 1e-6, 1e-6)

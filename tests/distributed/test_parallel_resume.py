@@ -15,7 +15,7 @@ from tests.layouts import observe, relative
 from tests.runs import train
 from tests.support import assert_same_tensors, curve, metrics, samples, start, stored_tensors, wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
 
 SAVING = ["checkpoint=debug", "checkpoint.interval=2", "hooks=none", "data.log_samples=true"]
 

@@ -8,7 +8,7 @@ import torch
 from tests.runs import first_weights, train
 from tests.support import assert_same_tensors, curve, metrics, record, stored_tensors, tiny
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
 
 PRECISIONS = {
     "bf16_params": ["precision=bf16_params"],

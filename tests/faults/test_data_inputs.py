@@ -1,6 +1,7 @@
 """Data that a whole command refuses: one sentence with file and line, exit code 2, no run folder left behind."""
 
 import json
+import lzma
 import os
 import re
 from collections.abc import Callable
@@ -30,6 +31,12 @@ def sparse(folder: Path) -> None:
     write("c.jsonl", GOOD * 50)(folder)
 
 
+def datasets(folder: Path) -> None:
+    """A folder as `DatasetDict.save_to_disk` leaves it."""
+    (folder / "d").mkdir()
+    write("d/dataset_dict.json", '{"splits": ["train"]}')(folder)
+
+
 # What makes the files, arguments, and what the sentence must say.
 WRONG: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
     "broken JSON": (write("c.jsonl", GOOD * 8 + '{"text": "cut'), ["data.files=[c.jsonl]"],
@@ -46,6 +53,18 @@ WRONG: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
                   r"data.files must be UTF-8, but line 1 of c.txt is not, at byte 3"),
     "brackets": (write("a[1].txt", b"\xff\xfea\0"), ["data.files=['a[1].txt']"],
                  r"data.files must be UTF-8, but a\[1\].txt is UTF-16; convert it \(iconv"),
+    "a cut .xz": (write("c.jsonl.xz", lzma.compress(GOOD.encode() * 50)[:-5]), ["data.files=[c.jsonl.xz]"],
+                  r"data.files must be whole, but c.jsonl.xz is cut short after line \d+; fetch or compress it again"),
+    "too many bad records": (write("c.jsonl", GOOD * 8 + "bad\n" * 3), ["data.files=[c.jsonl]", "data.on_bad_record=skip", "data.max_bad_records=2"],
+                             r"data.max_bad_records must be at least .*, but is 2 and one more is there: .* line 11 of c.jsonl is none"),
+    "a filter": (write("c.jsonl", GOOD), ["data.files=[c.jsonl]", "+data.where={text:[[1]]}"],
+                 r"data.where.text must be a text, number, true, false or null, or a list of them, but is \[\[1\]\]; correct it"),
+    "a path": (write("c.jsonl", GOOD), ["data.files=[c.jsonl]", "data.field=text.body"],
+               r"data.field must be a field of every record, but line 1 of c.jsonl has no 'text.body', only 'text'"),
+    "several datasets": (datasets, ["data.files=[d]"],
+                         r"data.files must name one dataset, but d holds several \(train\); use for instance d/train"),
+    "a URL": (write("c.jsonl", GOOD), ["data.files=['nothing://bucket/*.jsonl']"],
+              r"data.files must be paths, or URLs that obstore or fsspec open, but holds nothing://bucket/\*.jsonl"),
     "tokenizer": (write("t.json", "[" * 100_000), ["data.tokenizer=t.json"],
                   r"data.tokenizer must be a Hugging Face tokenizer.json, but t.json is not"),
     "vocabulary": (sparse, ["data.files=[c.jsonl]", "data.tokenizer=sparse.json"],

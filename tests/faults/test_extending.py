@@ -10,7 +10,7 @@ import pytest
 from regrow.launch.config.errors import UserError
 from regrow.launch.run.run_documents import begin_run
 from regrow.launch.run.start import open_spec
-from regrow.trainer.data.token_store import TokenStore
+from regrow.trainer.data.corpus import Corpus
 from regrow.trainer.schedules.config import CosineConfig
 from regrow.trainer.schedules.shapes import Cosine
 from tests.runs import spec_of, train
@@ -66,7 +66,7 @@ def test_stretching_is_bitwise_wherever_it_is_killed(corpus: Path, run: Path, tm
     spec = spec_of([*command, "run.extend=stretch"], killed, 1)
     opened = open_spec(spec)
     assert opened.reached is None
-    begin_run(spec.config_dict, killed, TokenStore(spec.data_folder), spec.overrides, opened.record)
+    begin_run(spec.config_dict, killed, Corpus(spec.data_folders), spec.overrides, opened.record)
     train(command, killed)
     assert [(r["loss"], r["lr"]) for r in metrics(killed)] == [(r["loss"], r["lr"]) for r in metrics(run)]
     # Killed after step 9: the same command, answer included, does not stretch again.

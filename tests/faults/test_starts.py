@@ -16,7 +16,7 @@ from regrow.launch.config.errors import UserError
 from regrow.launch.run.failures import first_failure, note_failure
 from regrow.launch.run.run_documents import begin_run
 from regrow.launch.run.start import open_spec
-from regrow.trainer.data.token_store import TokenStore
+from regrow.trainer.data.corpus import Corpus
 from regrow.trainer.run_record import RunRecord, RunRecordError
 from tests.compatibility.test_run_5d27da2 import KEPT, RECORDED, command
 from tests.forging import forge
@@ -208,7 +208,7 @@ def test_a_restart_before_the_record_is_written_chooses_the_same_again(
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restart)
         records.append(open_spec(spec).record)
         assert [x.origin for x in records[-1].lineages] == [StartKind.fresh, StartKind.fresh]
-    begin_run(spec.config_dict, run, TokenStore(spec.data_folder), spec.overrides, records[-1])
+    begin_run(spec.config_dict, run, Corpus(spec.data_folders), spec.overrides, records[-1])
     # From now on a restart goes on with it.
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
     assert [x.id for x in open_spec(spec).record.lineages] == [x.id for x in records[-1].lineages]
@@ -224,7 +224,7 @@ def test_a_paused_start_does_not_write_over_the_record_of_a_later_one(run: Path,
     train(overrides(corpus, "train.steps=15", "checkpoint.load_step=6"), run)
     before = contents(run)
     with pytest.raises(LeaseLostError, match="another start has begun"):
-        begin_run(spec.config_dict, run, TokenStore(spec.data_folder), spec.overrides, paused)
+        begin_run(spec.config_dict, run, Corpus(spec.data_folders), spec.overrides, paused)
     assert contents(run) == before
 
 

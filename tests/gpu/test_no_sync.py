@@ -55,7 +55,7 @@ def test_the_host_waits_for_nothing_in_the_steady_state(
     data = [o for o in tiny(corpus) if not o.startswith("model.") or kind == "dense"]
     own = [] if kind == "dense" else MOE
     trainer = a_trainer([*own, *data, f"data.document_mask={documents}", "data.global_batch_size=8"], tmp_path)
-    batches = trainer._make_batches(0)
+    batches = trainer._make_batches(trainer.state)
     try:
         for step in range(4):
             assert batches.ready(30.0)

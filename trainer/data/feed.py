@@ -28,6 +28,7 @@ def pinned(batch: StepBatch) -> StepBatch:
             tokens=_pinned(m.tokens),
             labels=_pinned(m.labels),
             documents=None if m.documents is None else m.documents.pin_memory(),
+            sources=None if m.sources is None else _pinned(m.sources),
         )
         for m in batch.micro_batches
     ]
@@ -37,7 +38,8 @@ def pinned(batch: StepBatch) -> StepBatch:
 def _tensors(micro_batch: MicroBatch) -> list[Tensor]:
     documents = micro_batch.documents
     described = [] if documents is None else [documents.starts, documents.boundaries]
-    return [micro_batch.tokens, micro_batch.labels, *described]
+    sources = [] if micro_batch.sources is None else [micro_batch.sources]
+    return [micro_batch.tokens, micro_batch.labels, *described, *sources]
 
 
 def _on(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
@@ -45,6 +47,7 @@ def _on(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
         tokens=micro_batch.tokens.to(device, non_blocking=True),
         labels=micro_batch.labels.to(device, non_blocking=True),
         documents=None if micro_batch.documents is None else micro_batch.documents.to(device),
+        sources=None if micro_batch.sources is None else micro_batch.sources.to(device, non_blocking=True),
     )
 
 

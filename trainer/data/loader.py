@@ -9,7 +9,7 @@ import queue
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import final
 
 import numpy as np
@@ -17,13 +17,11 @@ import torch
 from torch import Tensor
 
 from regrow.models.documents import Documents, describe_documents
-from regrow.trainer.data.order import rank_rows, window_ids
-from regrow.trainer.data.windows import Int64s, Windows
+from regrow.trainer.data.order import rank_rows
+from regrow.trainer.data.samples import SampleIds, Samples
+from regrow.trainer.data.windows import IGNORE, Int64s
 
-__all__ = ["IGNORE", "Batches", "MicroBatch", "Prefetcher", "StepBatch", "read_rows", "step_batch"]
-
-# Labels with this value take no part in the loss.
-IGNORE = -100
+__all__ = ["Batches", "MicroBatch", "Prefetcher", "StepBatch", "read_rows", "step_batch"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,13 +30,15 @@ class MicroBatch:
 
     Attributes:
         tokens: int64 `(micro_batch, seq)`.
-        labels: int64 `(micro_batch, seq)`; `IGNORE` where a row only fills up.
+        labels: int64 `(micro_batch, seq)`; `IGNORE` where nothing is asked for, as in rows that only fill up.
         documents: where each row's documents begin, or None without a document mask.
+        sources: of each row, its place among the names of sources, int64 `(micro_batch,)`; None where there is one.
     """
 
     tokens: Tensor
     labels: Tensor
     documents: Documents | None
+    sources: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,47 +47,55 @@ class StepBatch:
 
     Attributes:
         micro_batches: as many on every rank.
-        ids: the windows this rank read, int64.
+        ids: the samples this rank read.
         global_ids: those of all ranks.
+        labels: of all ranks by source, int64 `(sources,)`: the loss is divided by their sum.
+        label_bytes: bytes of text that this rank's labels stand for; 0 where that is not known.
+        progress: metrics of where the run is in its data after this batch, by name.
     """
 
     micro_batches: list[MicroBatch]
-    ids: Int64s
-    global_ids: Int64s
+    ids: SampleIds
+    global_ids: SampleIds
+    labels: Int64s
+    label_bytes: int = 0
+    progress: dict[str, float] = field(default_factory=dict)
 
 
-def read_rows(windows: Windows, ids: Int64s, rows: int, *, document_mask: bool) -> MicroBatch:
-    """Reads windows into a micro-batch of `rows` rows; what `ids` leaves over is filled and ignored."""
-    ids_and_next = np.zeros((rows, windows.seq_len + 1), dtype=np.int64)
-    documents = np.zeros((rows, windows.seq_len), dtype=np.int64) if document_mask else None
-    for row, window in enumerate(ids):
-        windows.read(int(window), ids_and_next[row])
-        if documents is not None:
-            documents[row] = windows.documents(int(window))
-    tokens = torch.from_numpy(ids_and_next)
-    labels = tokens[:, 1:].clone()
-    labels[len(ids) :] = IGNORE
+def read_rows(samples: Samples, ids: SampleIds, rows: int, *, document_mask: bool) -> MicroBatch:
+    """Reads samples into a micro-batch of `rows` rows; what `ids` leaves over is filled and ignored."""
+    tokens = np.zeros((rows, samples.seq_len), dtype=np.int64)
+    labels = np.full((rows, samples.seq_len), IGNORE, dtype=np.int64)
+    described = document_mask or samples.within_documents
+    documents = np.zeros((rows, samples.seq_len), dtype=np.int64) if described else None
+    for row in range(len(ids)):
+        samples.read(ids[row], tokens[row], labels[row], None if documents is None else documents[row])
+    sources = None
+    if len(samples.names) > 1:
+        sources = torch.zeros(rows, dtype=torch.int64)
+        sources[: len(ids)] = torch.from_numpy(ids.sources)
     return MicroBatch(
-        tokens=tokens[:, :-1],
-        labels=labels,
+        tokens=torch.from_numpy(tokens),
+        labels=torch.from_numpy(labels),
         documents=None if documents is None else describe_documents(torch.from_numpy(documents)),
+        sources=sources,
     )
 
 
 def step_batch(
-    windows: Windows,
-    ids: Int64s,
+    samples: Samples,
+    ids: SampleIds,
     *,
     rank: int,
     ranks: int,
     micro_batch_size: int,
     document_mask: bool,
 ) -> StepBatch:
-    """Cuts the windows of a global batch down to this rank's micro-batches.
+    """Cuts the samples of a global batch down to this rank's micro-batches.
 
     Args:
-        windows: the split.
-        ids: the global batch's windows.
+        samples: of the split.
+        ids: the global batch's.
         rank: this rank among those that read different data.
         ranks: how many of them.
         micro_batch_size: rows of a forward pass.
@@ -98,9 +106,15 @@ def step_batch(
     rows = min(micro_batch_size, most_rows)
     own = ids[start:stop]
     micro_batches = [
-        read_rows(windows, own[i : i + rows], rows, document_mask=document_mask) for i in range(0, most_rows, rows)
+        read_rows(samples, own[i : i + rows], rows, document_mask=document_mask) for i in range(0, most_rows, rows)
     ]
-    return StepBatch(micro_batches=micro_batches, ids=own, global_ids=ids)
+    return StepBatch(
+        micro_batches=micro_batches,
+        ids=own,
+        global_ids=ids,
+        labels=samples.labels(ids),
+        label_bytes=sum(samples.bytes_of(m.labels.numpy()) for m in micro_batches),
+    )
 
 
 class Batches(ABC):
@@ -127,8 +141,7 @@ class Prefetcher(Batches):
     """Reads the global batches from `samples_consumed` on, `depth` ahead of the training thread.
 
     Args:
-        windows: the training split.
-        seed: of the global order.
+        samples: of the training split.
         samples_consumed: where to begin.
         global_batch_size: sequences a step.
         rank, ranks: see `step_batch`.
@@ -140,9 +153,8 @@ class Prefetcher(Batches):
 
     def __init__(
         self,
-        windows: Windows,
+        samples: Samples,
         *,
-        seed: int,
         samples_consumed: int,
         global_batch_size: int,
         rank: int,
@@ -153,15 +165,15 @@ class Prefetcher(Batches):
         finish: Callable[[StepBatch], StepBatch] | None = None,
     ) -> None:
         def read(first: int) -> StepBatch:
-            ids = window_ids(first, global_batch_size, len(windows), seed)
             batch = step_batch(
-                windows,
-                ids,
+                samples,
+                samples.ids(first, global_batch_size),
                 rank=rank,
                 ranks=ranks,
                 micro_batch_size=micro_batch_size,
                 document_mask=document_mask,
             )
+            batch = replace(batch, progress=samples.progress(first + global_batch_size))
             return batch if finish is None else finish(batch)
 
         self._queue: queue.Queue[StepBatch | BaseException] = queue.Queue(maxsize=max(1, depth))

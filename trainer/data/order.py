@@ -5,7 +5,9 @@ the epoch's seed, walked until it lands below n (Black and Rogaway 2002, "Cipher
 domains"), so that no index array is ever made. Global batch b is positions [b·B, (b+1)·B).
 """
 
+import functools
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -13,9 +15,11 @@ import numpy.typing as npt
 __all__ = ["rank_rows", "window_ids"]
 
 Ids = npt.NDArray[np.int64]
+UInt64s = npt.NDArray[np.uint64]
 _ROUNDS = 6
 
 
+@functools.lru_cache(maxsize=256)
 def _round_keys(seed: int, epoch: int) -> npt.NDArray[np.uint64]:
     digest = hashlib.blake2b(f"order\0{seed}\0{epoch}".encode(), digest_size=8 * _ROUNDS).digest()
     return np.frombuffer(digest, dtype="<u8").astype(np.uint64)
@@ -28,38 +32,58 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
-def permute(positions: Ids, n: int, seed: int, epoch: int) -> Ids:
-    """A bijection of [0, n) applied to `positions`, int64 of any length."""
-    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
-    low = np.uint64((1 << int(half)) - 1)
-    keys = _round_keys(seed, epoch)
-    x = positions.astype(np.uint64)
-    walking = np.ones(len(x), dtype=bool)
-    while walking.any():
-        left, right = x[walking] >> half, x[walking] & low
-        for key in keys:
-            left, right = right, left ^ (_mix(right + key) & low)
-        x[walking] = (left << half) | right
-        walking = x >= np.uint64(n)
-    return x.astype(np.int64)
+@functools.lru_cache(maxsize=64)
+def _half_bits(n: int) -> int:
+    return max(1, ((n - 1).bit_length() + 1) // 2)
 
 
-def window_ids(first: int, count: int, n: int, seed: int) -> Ids:
-    """The windows at positions [first, first + count), int64 `(count,)`; epochs may be straddled.
+def _permuted(x: UInt64s, sizes: UInt64s, half: UInt64s, keys: UInt64s) -> Ids:
+    """Each element by the bijection of its own domain.
 
     Args:
-        first: samples consumed before.
-        count: how many.
-        n: windows in the split, at least 1.
-        seed: the run's seed.
+        x: from 0 to their sizes, uint64 `(count,)`.
+        sizes: of the domains.
+        half: bits of half a number of the domain.
+        keys: of the rounds, `(rounds, count)`.
     """
-    positions = np.arange(first, first + count, dtype=np.int64)
-    epochs = positions // n
-    out = np.empty(count, dtype=np.int64)
-    for epoch in np.unique(epochs):
-        chosen = epochs == epoch
-        out[chosen] = permute(positions[chosen] - epoch * n, n, seed, int(epoch))
-    return out
+    low = (np.uint64(1) << half) - np.uint64(1)
+    left, right = x >> half, x & low
+    for of_round in keys:
+        left, right = right, left ^ (_mix(right + of_round) & low)
+    out = (left << half) | right
+    beyond = np.flatnonzero(out >= sizes)
+    if len(beyond):
+        # A number beyond the domain is walked on until it is within.
+        out[beyond] = _permuted(out[beyond], sizes[beyond], half[beyond], keys[:, beyond])
+    return out.astype(np.int64)
+
+
+def permute(positions: Ids, n: int, seed: int, epoch: int) -> Ids:
+    """A bijection of [0, n) applied to `positions`, int64 of any length."""
+    count = len(positions)
+    keys = np.repeat(_round_keys(seed, epoch)[:, None], count, axis=1)
+    sizes, half = (np.full(count, value, dtype=np.uint64) for value in (n, _half_bits(n)))
+    return _permuted(positions.astype(np.uint64), sizes, half, keys)
+
+
+def window_ids(positions: Ids, sizes: Ids, seeds: Sequence[int], sources: Ids) -> Ids:
+    """The windows at these positions of the endless sequences of sources, int64 of the same length.
+
+    Args:
+        positions: from 0 on, each within its source's sequence; epochs may be straddled.
+        sizes: windows of each source, at least 1 of those that occur, int64 `(sources,)`.
+        seeds: of each source's order.
+        sources: of each position.
+    """
+    own = sizes[sources]
+    epochs = positions // own
+    # One number for an epoch of a source.
+    orders, which = np.unique(epochs * len(sizes) + sources, return_inverse=True)
+    of_orders = [divmod(order, len(sizes)) for order in orders.tolist()]
+    keys = np.stack([_round_keys(seeds[source], epoch) for epoch, source in of_orders], axis=1)
+    half = np.array([_half_bits(n) for n in sizes.tolist()], dtype=np.uint64)
+    local = (positions - epochs * own).astype(np.uint64)
+    return _permuted(local, own.astype(np.uint64), half[sources], keys[:, which])
 
 
 def rank_rows(total: int, rank: int, ranks: int) -> tuple[int, int]:

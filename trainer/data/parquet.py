@@ -1,46 +1,70 @@
-"""Texts of .parquet files: columns of text or of UTF-8 bytes, nothing else."""
+"""Records of .parquet files, a row group at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from regrow.trainer.data.corpus_files import NULL_TEXT, check_regular, reading
-from regrow.trainer.data.source import DataError, Notes, shown
+from regrow.trainer.data.arrow_rows import arrow_reading, check_columns, records_of
+from regrow.trainer.data.corpus_files import Cursor
+from regrow.trainer.data.corpus_paths import CorpusFile
+from regrow.trainer.data.records import EMPTY_FILE, BadRecords, Record
+from regrow.trainer.data.source import CorpusPart
 
-__all__ = ["read_row_group", "row_groups"]
+__all__ = ["parts", "read", "schema"]
 
 # Of rows in memory at once, as their average says.
 _BATCH_BYTES = 8 << 20
 _BATCH_ROWS = 1024
 
 
-@contextmanager
-def _arrow_reading(path: Path) -> Iterator[None]:
-    """See `reading`; Arrow's own errors too."""
-    with reading(path):
-        try:
-            yield
-        except (pa.ArrowException, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise
-            reason = shown(" ".join(str(error).split()))
-            raise DataError(f"data.files must be sound, but {path} is no whole Parquet file ({reason})") from error
-
-
-def row_groups(path: Path, field: str) -> int:
-    """The number of row groups of a file whose column `field` is text.
+def parts(file: CorpusFile) -> list[CorpusPart]:
+    """The row groups.
 
     Raises:
         DataError: it is no such file.
     """
-    with _arrow_reading(path):
-        file = _open(path)
-        _check_column(file.schema_arrow, field, path)
-        return int(file.num_row_groups)
+    with arrow_reading(file, "Parquet"), _open(file) as parquet:
+        return [CorpusPart(file.name, g, g + 1) for g in range(parquet.num_row_groups)]
+
+
+def schema(file: CorpusFile) -> Any:
+    """The file's columns, as Arrow's schema.
+
+    Raises:
+        DataError: it is no such file.
+    """
+    with arrow_reading(file, "Parquet"), _open(file) as parquet:
+        return parquet.schema_arrow
+
+
+def read(file: CorpusFile, start: int, stop: int, columns: Sequence[str] | None, bad: BadRecords) -> Iterator[Record]:
+    """The rows of the row groups [start, stop).
+
+    Args:
+        file: the file.
+        start: a row group.
+        stop: a row group; -1 is the end.
+        columns: that are read, by their names at the top; None is all.
+        bad: told of rows that cannot be used.
+
+    Raises:
+        DataError: naming the file and row.
+    """
+    cursor = Cursor(file, "row")
+    with arrow_reading(file, "Parquet"), _open(file, columns, texts_once=True) as parquet:
+        wanted = parquet.schema_arrow.names if columns is None else columns
+        check_columns(parquet.schema_arrow, wanted, file)
+        metadata = parquet.metadata
+        cursor.nth = sum(metadata.row_group(g).num_rows for g in range(start))
+        for group in range(start, metadata.num_row_groups if stop < 0 else stop):
+            rows = _batch_rows(metadata.row_group(group))
+            for batch in parquet.iter_batches(batch_size=rows, row_groups=[group], columns=list(wanted)):
+                yield from records_of(batch, cursor, bad)
+        if metadata.num_rows == 0:
+            bad.notes.add(EMPTY_FILE, file.__str__)
 
 
 def _batch_rows(group: Any) -> int:
@@ -49,73 +73,35 @@ def _batch_rows(group: Any) -> int:
     return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, average)))
 
 
-def _open(path: Path, dictionary: str | None = None) -> Any:
-    check_regular(path)
-    # As a dictionary: a small file may repeat one long text by a number for it.
-    return pq.ParquetFile(
-        path,
-        page_checksum_verification=True,
-        pre_buffer=False,
-        read_dictionary=None if dictionary is None else [dictionary],
-    )
+@contextmanager
+def _open(file: CorpusFile, columns: Sequence[str] | None = None, *, texts_once: bool = False) -> Iterator[Any]:
+    """The file, open.
 
-
-def _check_column(schema: Any, field: str, path: Path) -> None:
-    """Whether there is one column of the name, of a type that holds text."""
-    if schema.names.count(field) != 1:
-        names = ", ".join(schema.names[:40])
-        found = "is a name of several" if field in schema.names else "is none"
-        raise DataError(
-            f"data.field must be a column of {path} ({shown(names)}), but {field!r} {found}; set data.field"
-        )
-    kind = schema.field(field).type
-    stored = kind.value_type if pa.types.is_dictionary(kind) else kind
-    tests = (
-        pa.types.is_string,
-        pa.types.is_large_string,
-        pa.types.is_binary,
-        pa.types.is_large_binary,
-        pa.types.is_null,
-        *(getattr(pa.types, n) for n in ("is_string_view", "is_binary_view") if n in dir(pa.types)),
-    )
-    if not any(test(stored) for test in tests):
-        raise DataError(
-            f"data.field must be a column of text, but {field!r} in {path} is of type {shown(str(kind))}; "
-            "set data.field or convert it"
-        )
-
-
-def read_row_group(path: Path, group: int, field: str, notes: Notes) -> Iterator[str]:
-    """The texts of one row group.
-
-    Raises:
-        DataError: naming the file and row.
+    Args:
+        file: the file.
+        columns: that will be read; None is all.
+        texts_once: a small file may repeat one long text by a number for it; it is then in memory once.
     """
-    with _arrow_reading(path):
-        file = _open(path, field)
-        _check_column(file.schema_arrow, field, path)
-        row = sum(file.metadata.row_group(g).num_rows for g in range(group))
-        rows = _batch_rows(file.metadata.row_group(group))
-        for batch in file.iter_batches(batch_size=rows, row_groups=[group], columns=[field]):
-            for scalar in batch.column(batch.schema.names.index(field)):
-                row += 1
-                text = _text_of(scalar, path, row, field, notes)
-                if text:
-                    yield text
+    with file.open() as raw:
+        parquet = pq.ParquetFile(pa.PythonFile(raw, mode="r"), page_checksum_verification=True, pre_buffer=False)
+        if texts_once:
+            parquet = pq.ParquetFile(
+                pa.PythonFile(raw, mode="r"),
+                metadata=parquet.metadata,
+                page_checksum_verification=True,
+                pre_buffer=False,
+                read_dictionary=_texts(parquet, columns),
+            )
+        yield parquet
 
 
-def _text_of(scalar: Any, path: Path, row: int, field: str, notes: Notes) -> str | None:
-    """A value's text; bytes are UTF-8, as Spark, Impala and Hive write them."""
-    try:
-        value = scalar.as_py()
-        text = value.decode() if isinstance(value, bytes) else value
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"data.files must be UTF-8, but {field!r} in row {row} of {path} is not "
-            f"(byte {error.start + 1}: {error.reason}); convert or remove it"
-        ) from None
-    if text is None:
-        notes.add(NULL_TEXT, lambda: f"row {row} of {path}")
-        return None
-    assert isinstance(text, str), "the column's type was looked at"
-    return text
+def _texts(parquet: Any, columns: Sequence[str] | None) -> list[str]:
+    """The paths of what holds text or bytes in some columns, nested ones included."""
+    leaves = [parquet.schema.column(i) for i in range(len(parquet.schema))]
+    return [
+        leaf.path
+        for leaf in leaves
+        if leaf.physical_type == "BYTE_ARRAY"
+        and leaf.logical_type.type in ("STRING", "NONE")
+        and (columns is None or any(leaf.path == c or leaf.path.startswith(f"{c}.") for c in columns))
+    ]

@@ -1,31 +1,21 @@
-"""From a source of text to a token store: in parallel, resumable, once per corpus and tokenizer.
+"""From a source of text to a token store: in parallel, resumable, once per file and tokenizer.
+
+The store of a corpus of files is made of its files' shards, which the cache keeps (see `file_shards`), unless the
+tokenizer is trained on the corpus: every file then has a part in every id. Nothing in the cache is ever removed.
 
 Runs before any rank starts, so nothing here imports torch.
 """
 
 import fcntl
-import hashlib
 import logging
-import multiprocessing
 import os
-import signal
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tokenizers import Tokenizer
-
-from regrow.checkpoint.scratch import tag_semaphores
 from regrow.trainer.data.cache import cache_folder, writing_to
 from regrow.trainer.data.config import DataConfig
+from regrow.trainer.data.file_shards import shard_places
 from regrow.trainer.data.recipe import check_recipe, recipe_key, recipe_of
 from regrow.trainer.data.source import CorpusPart, CorpusSource, DataError, Source
 from regrow.trainer.data.token_store import (
@@ -34,10 +24,7 @@ from regrow.trainer.data.token_store import (
     Index,
     StoreDamagedError,
     TokenStore,
-    shard_is_complete,
-    token_dtype,
     write_index,
-    write_shard,
 )
 from regrow.trainer.data.tokenizer import (
     TOKENIZER_CONFIG,
@@ -48,19 +35,16 @@ from regrow.trainer.data.tokenizer import (
     read_tokenizer_files,
     renumbered_tokens,
     stored_options,
-    tokenizer_errors,
     tokenizer_file,
     tokenizer_hash,
     train_bpe,
     vocabulary_size,
 )
-from regrow.trainer.process import die_with_parent
+from regrow.trainer.data.tokenizing import Encoding, write_shards
 
-__all__ = ["cache_folder", "complete_store", "encode_documents", "only_one", "prepare", "store_folder", "tokenize"]
+__all__ = ["cache_folder", "complete_store", "only_one", "prepare", "store_folder", "tokenize"]
 
 log = logging.getLogger(__name__)
-_BATCH = 64
-_BATCH_CHARACTERS = 1 << 20
 _LARGEST_BPE = 1 << 24
 
 
@@ -151,26 +135,6 @@ def _given_tokenizer(config: DataConfig) -> TokenizerFiles | None:
     return None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Encoding:
-    """How text becomes ids.
-
-    Attributes:
-        tokenizer_hash: of the file in the store.
-        end_of_text: the id after each document.
-        vocab_size: one more than the largest id.
-    """
-
-    tokenizer_hash: str
-    end_of_text: int
-    vocab_size: int
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Holds every id."""
-        return token_dtype(self.vocab_size)
-
-
 def _place_tokenizer(
     source: CorpusSource, given: TokenizerFiles | None, units: list[CorpusPart], folder: Path
 ) -> Encoding:
@@ -220,7 +184,7 @@ def _write(path: Path, body: bytes) -> None:
 def tokenize(
     source: CorpusSource, folder: Path, check_vocabulary: Callable[[int], None] = lambda _size: None
 ) -> None:
-    """Writes the source's token store into `folder`; shards that are there already are kept.
+    """Writes the source's token store into `folder`; what was tokenised already is kept.
 
     Raises:
         DataError: the corpus is empty or cannot be read, or `folder` holds another one.
@@ -235,102 +199,39 @@ def tokenize(
     check_recipe(folder, recipe)
     encoding = _place_tokenizer(source, given, units, folder)
     check_vocabulary(encoding.vocab_size)
-    _write_shards(source, units, encoding, folder)
-    if source.key().items() - recipe.items():
-        _discard(folder)
-        raise DataError("data.files must not change while they are tokenised, but did; give the command again")
-    index = write_index(folder, len(units), encoding.vocab_size, encoding.tokenizer_hash, encoding.end_of_text)
+    # Only with a tokenizer that was not trained on this very corpus may other corpora share what is made.
+    places = shard_places(source, units, folder, encoding.identity() if given is not None else None)
+    if all(place.content is not None for place in places):
+        # Here, and not after hours; of files whose content has no name, asking means reading them.
+        _check_unchanged(source, recipe, folder)
+    write_shards(source, places, encoding, folder)
+    _check_unchanged(source, recipe, folder)
+    index = write_index(
+        folder,
+        len(units),
+        encoding.vocab_size,
+        encoding.tokenizer_hash,
+        encoding.end_of_text,
+        labels=source.HAS_LABELS,
+    )
     if index.documents == 0:
         (folder / INDEX).unlink()
         raise DataError(empty)
     _report(source, index)
 
 
+def _check_unchanged(source: CorpusSource, recipe: dict[str, str], folder: Path) -> None:
+    """Whether the corpus is still the one that the store is named by; if not, the store's shards are removed.
+
+    Raises:
+        DataError: it is not.
+    """
+    if source.key().items() - recipe.items():
+        _discard(folder)
+        raise DataError("data.files must not change while they are tokenised, but did; give the command again")
+
+
 def _report(source: CorpusSource, index: Index) -> None:
     log.info("tokenised %d documents, %d tokens", index.documents, index.tokens)
     for what, (count, where) in source.notes.counts.items():
         log.warning("%d x %s; the first is %s", count, what, where)
-
-
-def _write_shards(source: CorpusSource, units: list[CorpusPart], encoding: Encoding, folder: Path) -> None:
-    """Tokenises the parts that are not there yet, several at a time."""
-    todo = [i for i in range(len(units)) if not shard_is_complete(folder, i, encoding.dtype)]
-    workers = min(source.config.workers or os.cpu_count() or 1, max(1, len(todo)))
-    log.info("tokenising %d parts of the corpus with %d processes", len(todo), workers)
-    with _progress(len(units)) as bar:
-        bar.advance(bar.task_ids[0], len(units) - len(todo))
-        tag_semaphores()
-        context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker, initargs=(os.getpid(),))
-        try:
-            jobs = [
-                pool.submit(tokenize_unit, type(source), source.config, units[i], i, folder, encoding) for i in todo
-            ]
-            for job in as_completed(jobs):
-                source.notes.merge(job.result())
-                bar.advance(bar.task_ids[0])
-        except BrokenProcessPool as error:
-            raise DataError(
-                "data.workers must be so few that their memory suffices, but a process that tokenised was killed or "
-                f"crashed (there were {workers}); use fewer, or shorter documents"
-            ) from error
-        finally:
-            # On an error or a signal nobody waits for the parts that are left.
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _begin_worker(parent_pid: int) -> None:
-    """Slurm signals every process of a step; what a warning means is for the parent to decide."""
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    die_with_parent(parent_pid)
-
-
-def _progress(total: int) -> Progress:
-    console = Console(stderr=True)
-    columns = (TextColumn("tokenising"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    progress = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
-    progress.add_task("tokenising", total=total)
-    return progress
-
-
-def tokenize_unit(
-    kind: type[CorpusSource], config: DataConfig, unit: CorpusPart, shard: int, folder: Path, encoding: Encoding
-) -> dict[str, tuple[int, str]]:
-    """Writes one shard; runs in a process of its own. Returns what was noted of the documents."""
-    # One process per core already: the library's own threads would only be in each other's way.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    tokenizer = load_tokenizer(folder / TOKENIZER)
-    source = kind(config)
-    write_shard(folder, shard, encode_documents(source.read(unit), tokenizer, encoding.end_of_text), encoding.dtype)
-    return source.notes.counts
-
-
-def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
-    """Documents as they are encoded together: a number of them, fewer where they are long."""
-    batch: list[str] = []
-    length = 0
-    for text in documents:
-        batch.append(text)
-        length += len(text)
-        if len(batch) == _BATCH or length >= _BATCH_CHARACTERS:
-            yield batch
-            batch, length = [], 0
-    if batch:
-        yield batch
-
-
-def encode_documents(
-    documents: Iterator[str], tokenizer: Tokenizer, end: int
-) -> Iterator[tuple[npt.NDArray[Any], int]]:
-    """The ids of each document that has some, with the end of text, and the hash of its content.
-
-    Raises:
-        DataError: the tokenizer fails.
-    """
-    for batch in _batches(documents):
-        with tokenizer_errors("data.tokenizer must encode the corpus, but fails"):
-            encodings = tokenizer.encode_batch(batch, add_special_tokens=False)
-        for text, encoding in zip(batch, encodings, strict=True):
-            if encoding.ids:
-                content = hashlib.blake2b(text.encode(), digest_size=8).digest()
-                yield np.array([*encoding.ids, end]), int.from_bytes(content, "little")

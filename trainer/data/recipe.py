@@ -1,6 +1,12 @@
-"""`corpus.json`: everything that decides a token store's bytes, kept in it and part of a cached one's name."""
+"""`corpus.json`: everything that decides a token store's bytes, kept in it and part of a cached one's name; and what
+decides the bytes of one file's shards.
+"""
 
+import copy
+import dataclasses
+import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -8,10 +14,11 @@ from msgspec import Meta
 
 from regrow.checkpoint.documents import DocumentError, read_document
 from regrow.checkpoint.files import read_regular
-from regrow.trainer.data.source import CorpusSource, DataError, digest, shown
+from regrow.trainer.data.config import FileFields
+from regrow.trainer.data.source import CorpusPart, CorpusSource, DataError, digest, shown
 from regrow.trainer.data.tokenizer import TokenizerFiles, tokenizer_hash
 
-__all__ = ["RECIPE", "Recipe", "check_recipe", "recipe_key", "recipe_of"]
+__all__ = ["RECIPE", "Recipe", "check_recipe", "file_key", "file_options", "recipe_key", "recipe_of"]
 
 RECIPE = "corpus.json"
 # Raised whenever the same files and options give other tokens.
@@ -51,6 +58,41 @@ def recipe_of(source: CorpusSource, given: TokenizerFiles | None) -> dict[str, s
 def recipe_key(recipe: dict[str, str]) -> str:
     """A name for the store."""
     return digest(json.dumps(recipe, sort_keys=True))
+
+
+def file_options(source: CorpusSource) -> dict[str, str] | None:
+    """What decides the documents of each of the source's files beside the file: the key of a corpus of no files.
+
+    Args:
+        source: of files, each of which is read by itself; of another source there is nothing of the kind.
+
+    Raises:
+        DataError: see `CorpusSource.key`.
+    """
+    config = source.config
+    if not (isinstance(config, FileFields) and dataclasses.is_dataclass(config)):
+        return None
+    without = copy.copy(config)
+    without.files = []
+    return type(source)(without).key()
+
+
+def file_key(
+    options: dict[str, str], *, content: str, ending: str, parts: Sequence[CorpusPart], encoding: dict[str, str]
+) -> str:
+    """A name for the shards of one file: of everything that decides their bytes, and not of where the file lies.
+
+    Args:
+        options: see `file_options`.
+        content: identifies the file's bytes.
+        ending: says how it is read.
+        parts: of the file, each of which is a shard.
+        encoding: how text becomes ids.
+    """
+    bounds = [[part.start, part.stop] for part in parts]
+    decides = {"reader": _READER, "options": options, "content": content, "ending": ending, "parts": bounds}
+    body = json.dumps({**decides, "encoding": encoding}, sort_keys=True)
+    return hashlib.blake2b(body.encode(errors="surrogatepass"), digest_size=16).hexdigest()
 
 
 def check_recipe(folder: Path, recipe: dict[str, str]) -> None:

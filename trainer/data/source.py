@@ -1,20 +1,20 @@
 """What a source of text is. Sources run in tokenising processes too, so nothing here imports torch."""
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import ClassVar, final
 
-from regrow.errors import ConfigError
+from tokenizers import Tokenizer
+
 from regrow.trainer.data.config import DataConfig
+from regrow.trainer.data.encoding import Encoded, encode_documents
+from regrow.trainer.data.errors import DataError as DataError
+from regrow.trainer.data.errors import digest as digest
+from regrow.trainer.data.errors import shown as shown
 
 __all__ = ["CorpusPart", "CorpusSource", "DataError", "Notes", "Source", "digest", "shown"]
-
-
-class DataError(ConfigError):
-    """A corpus, tokenizer or token store cannot be used; the message is the whole explanation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +66,23 @@ class Source(ABC):
     def check(self) -> None:
         """Raises DataError or FileNotFoundError, in one sentence, for what can be told without reading."""
 
+    def children(self) -> dict[str, DataConfig]:
+        """The configs of the sources that this one is made of, by name; empty where it has documents of its own."""
+        return {}
+
     def prepared(self) -> Path | None:
         """A token store that exists already; None: a `CorpusSource` has to be tokenised."""
         return None
 
 
 class CorpusSource(Source):
-    """A source of text."""
+    """A source of documents.
+
+    Attributes:
+        HAS_LABELS: its documents say which of their tokens are labels.
+    """
+
+    HAS_LABELS: ClassVar[bool] = False
 
     @abstractmethod
     def units(self) -> list[CorpusPart]:
@@ -90,19 +100,21 @@ class CorpusSource(Source):
             DataError: naming the file and the line or row.
         """
 
+    def encode(self, unit: CorpusPart, tokenizer: Tokenizer, end: int) -> Iterator[Encoded]:
+        """The documents of one part as ids.
+
+        Args:
+            unit: the part.
+            tokenizer: makes them.
+            end: the id after each document of text.
+
+        Raises:
+            DataError: see `read`; or the tokenizer fails.
+        """
+        return encode_documents(self.read(unit), tokenizer, end)
+
     @abstractmethod
     def key(self) -> dict[str, str]:
         """Everything that decides the documents, by the name that a message gives it: the corpus' content, and each
         option of reading it.
         """
-
-
-def shown(text: str) -> str:
-    """A text that was read, as a sentence may hold it: on one line, printable and short."""
-    quoted = text if text.isprintable() else repr(text)
-    return quoted if len(quoted) <= 200 else f"{quoted[:200]}…"
-
-
-def digest(*parts: str) -> str:
-    """A short name for a combination of strings."""
-    return hashlib.blake2b("\0".join(parts).encode(errors="surrogatepass"), digest_size=8).hexdigest()

@@ -1,21 +1,26 @@
-"""Text files: .txt, .jsonl (plain, .gz, .zst) and .parquet."""
+"""Text files: .txt, .jsonl (plain, .gz, .zst, .bz2, .xz), .parquet and .arrow, here or behind URLs."""
 
-import os
+import logging
 from collections.abc import Iterator
-from contextlib import suppress
-from glob import escape, glob
-from pathlib import Path
-from typing import final
+from importlib import import_module
+from itertools import islice
+from typing import Any, final
 
-from regrow.trainer.data.cache import cache_folder, content_digest
-from regrow.trainer.data.config import TextConfig
-from regrow.trainer.data.corpus_files import check_regular, read_json_lines, read_text, reading
+from regrow.trainer.data.config import OnBadRecord, TextConfig
+from regrow.trainer.data.corpus_content import files_content
+from regrow.trainer.data.corpus_files import read_text, reading
+from regrow.trainer.data.corpus_paths import ENDINGS, CorpusFile, ending_of, find_files, open_file
+from regrow.trainer.data.record_files import read_records, record_parts, table_of
+from regrow.trainer.data.records import BadRecordError, BadRecords
+from regrow.trainer.data.selection import Selection
 from regrow.trainer.data.source import CorpusPart, CorpusSource, DataError, Notes, digest
 
 __all__ = ["TextSource"]
 
-_UNIT_BYTES = 64 << 20
-_ENDINGS = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+log = logging.getLogger(__name__)
+
+# Records that are looked at before anything is tokenised.
+_FIRST_RECORDS = 100
 
 
 @final
@@ -25,118 +30,103 @@ class TextSource(CorpusSource):
     config: TextConfig
 
     def check(self) -> None:
-        if not self.config.files:
+        config = self.config
+        if not config.files:
             raise DataError("data.files must name at least one file or glob, but is []; use data.files=[a.txt]")
-        for path in self._paths():
-            if not path.name.endswith(_ENDINGS):
+        selection = Selection(config)
+        for file in find_files(config.files):
+            if not ending_of(file):
                 raise DataError(
-                    f"data.files must end in one of {', '.join(_ENDINGS)}, but holds {path}; convert it first"
+                    f"data.files must end in one of {', '.join(ENDINGS)}, but holds {file}; convert it first"
                 )
-            with reading(path):
-                check_regular(path)
-        if self.config.txt_document_bytes < 0:
-            raise DataError(
-                f"data.txt_document_bytes must be at least 0, but is {self.config.txt_document_bytes}; use 16384"
-            )
+            if selection.filters and ending_of(file) == ".txt":
+                raise DataError(
+                    f"data.where must filter records, but {file} has none; name .txt files in a source of their own"
+                )
+            with reading(file), file.open():
+                pass
+        for name, value in (
+            ("txt_document_bytes", config.txt_document_bytes),
+            ("max_bad_records", config.max_bad_records),
+        ):
+            if value < 0:
+                default = TextConfig.__dataclass_fields__[name].default
+                raise DataError(f"data.{name} must be at least 0, but is {value}; use {default}")
 
     def key(self) -> dict[str, str]:
-        paths = self._paths()
-        remembered: Path | None = None
-        with suppress(DataError):
-            remembered = cache_folder(self.config) / "corpora"
-        endings = (next((e for e in _ENDINGS if p.name.endswith(e)), "") for p in paths)
-        try:
-            content = content_digest(paths, remembered)
-        except OSError as error:
-            raise DataError(
-                f"data.files must be files that can be read, but {error.filename} cannot "
-                f"({error.strerror or error}); check it"
-            ) from error
-        return {
-            "the text": digest("text", content, *endings),
-            "data.field": self.config.field,
-            "data.txt_document_bytes": str(self.config.txt_document_bytes),
+        config = self.config
+        files = find_files(config.files)
+        key = {
+            "the text": digest("text", files_content(files, config), *map(ending_of, files)),
+            "data.field": config.field,
+            "data.txt_document_bytes": str(config.txt_document_bytes),
+            **Selection(config).key(),
         }
-
-    def _paths(self) -> list[Path]:
-        found = [path for pattern in self.config.files for path in _matches(pattern)]
-        return list(dict.fromkeys(found))
+        if config.on_bad_record is not OnBadRecord.stop:
+            key["data.on_bad_record"] = config.on_bad_record.value
+        return key
 
     def units(self) -> list[CorpusPart]:
+        selection = Selection(self.config)
         units: list[CorpusPart] = []
-        for path in self._paths():
-            if path.suffix == ".parquet":
-                # Arrow is heavy, and most corpora do without.
-                from regrow.trainer.data.parquet import row_groups
-
-                units += [CorpusPart(str(path), g, g + 1) for g in range(row_groups(path, self.config.field))]
-                continue
-            self._check_beginning(path)
-            if path.name.endswith((".txt", ".jsonl")):
-                size = path.stat().st_size
-                starts = range(0, size, _UNIT_BYTES) if path.suffix == ".jsonl" else range(min(size, 1))
-                units += [CorpusPart(str(path), s, s + _UNIT_BYTES) for s in starts]
+        for file in find_files(self.config.files):
+            parts = _parts(file)
+            if parts:
+                self._check_beginning(file, selection)
             else:
-                units.append(CorpusPart(str(path)))
+                log.warning("nothing is read from %s, which is empty", file)
+            units += parts
         return units
 
-    def _check_beginning(self, path: Path) -> None:
-        """Reads the first document, so that a wrong field is not found after hours."""
-        if path.suffix == ".txt":
-            next(read_text(path, 1), None)
+    def _check_beginning(self, file: CorpusFile, selection: Selection) -> None:
+        """Looks at the columns or the first records, so that a wrong field is not found after hours."""
+        if ending_of(file) == ".txt":
+            next(read_text(file, 1), None)
+        elif table_of(file) is not None:
+            _columns(file, selection)
         else:
-            next(read_json_lines(path, self.config.field, Notes()), None)
+            first = islice(self._texts(CorpusPart(file.name), selection, Notes()), _FIRST_RECORDS)
+            next((text for text in first if text), None)
 
     def read(self, unit: CorpusPart) -> Iterator[str]:
-        path = Path(unit.path)
-        if path.suffix == ".txt":
-            yield from read_text(path, self.config.txt_document_bytes)
-        elif path.suffix == ".parquet":
-            # See `units`.
-            from regrow.trainer.data.parquet import read_row_group
-
-            yield from read_row_group(path, unit.start, self.config.field, self.notes)
+        file = open_file(unit.path)
+        if ending_of(file) == ".txt":
+            yield from read_text(file, self.config.txt_document_bytes)
         else:
-            yield from read_json_lines(path, self.config.field, self.notes, unit.start, unit.stop)
+            yield from (text for text in self._texts(unit, Selection(self.config), self.notes) if text)
+
+    def _texts(self, unit: CorpusPart, selection: Selection, notes: Notes) -> Iterator[str | None]:
+        """Each record's text, or None."""
+        bad = BadRecords(notes, self.config.on_bad_record, self.config.max_bad_records)
+        for record in read_records(unit, bad, _columns(open_file(unit.path), selection)):
+            text: str | None = None
+            try:
+                text = selection.text(record, notes)
+            except BadRecordError as error:
+                bad.meet(error)
+            yield text
 
 
-def _matches(pattern: str) -> list[Path]:
-    """The files that a path or glob names, sorted; a name that exists is taken as it is, brackets and all.
+def _parts(file: CorpusFile) -> list[CorpusPart]:
+    """The parts that are tokenised one by one."""
+    if ending_of(file) != ".txt":
+        return record_parts(file)
+    with reading(file):
+        return [CorpusPart(file.name, 0, 64 << 20)] if file.size() else []
+
+
+def _columns(file: CorpusFile, selection: Selection) -> list[str] | None:
+    """The columns of a table in which the text and the filters lie; None: the file is none.
 
     Raises:
-        DataError: it names a folder.
-        FileNotFoundError: it names nothing.
+        DataError: one is not there, or that of the text is of another type.
     """
-    try:
-        path = Path(pattern).expanduser()
-        found = sorted(_expand(path)) if pattern and "\0" not in pattern else []
-    except (OSError, RuntimeError) as error:
-        raise DataError(
-            f"data.files must name files, but {pattern} cannot be looked up ({error}); check it"
-        ) from error
-    if not found:
-        raise FileNotFoundError(f"data.files must name files that exist, but {pattern} matches none; check the path")
-    files = [Path(m) for m in found if not Path(m).is_dir()]
-    if not files:
-        raise DataError(
-            f"data.files must name files, but {pattern} is a folder; use for instance {Path(found[0]) / '*.jsonl'}"
-        )
-    return files
-
-
-def _expand(path: Path) -> list[str]:
-    """What a glob matches; a part that exists by its very name is that name, as `a[1].txt` is."""
-    bases = [path.anchor]
-    for i, part in enumerate(path.parts[1 if path.anchor else 0 :], 1 if path.anchor else 0):
-        if part == "**":
-            rest = str(Path(*path.parts[i:]))
-            return [m for b in bases for m in glob(str(Path(escape(b)) / rest), recursive=True)]  # noqa: PTH207
-        step: list[str] = []
-        for base in bases:
-            literal = str(Path(base) / part)
-            if os.path.lexists(literal):
-                step.append(literal)
-            else:
-                step += glob(str(Path(escape(base)) / part))  # noqa: PTH207
-        bases = step
-    return bases
+    table = table_of(file)
+    if table is None:
+        return None
+    # Arrow is heavy, and most corpora do without.
+    rows: Any = import_module("regrow.trainer.data.arrow_rows")
+    columns: list[str] = rows.chosen_columns(
+        table.schema(file), file, selection.option, selection.fields, selection.filters
+    )
+    return columns

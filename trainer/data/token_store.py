@@ -5,16 +5,19 @@ corpus.json               everything that decided the bytes, written first
 tokenizer.json            the tokenizer that made the ids
 shard-00000.tokens        ids, uint16 or uint32, documents one after another, each ended by end-of-text
 shard-00000.documents.npy length and content hash of each document
+shard-00000.labels        a byte for each token, 0 where it is no label; where documents say so, as chats do
 """
 
 import hashlib
 import json
 import logging
 import os
+from array import array
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, final
+from typing import Annotated, Any, Literal, NamedTuple, final
 
 import numpy as np
 import numpy.typing as npt
@@ -23,14 +26,18 @@ from msgspec import Meta
 from regrow.checkpoint.documents import Count, DocumentError, convert_document, parse_json
 from regrow.checkpoint.files import open_regular, read_regular
 from regrow.trainer.data.config import TokensConfig
+from regrow.trainer.data.encoding import Encoded
+from regrow.trainer.data.label_mask import ArrayMask
 from regrow.trainer.data.source import DataError, Source, shown
 from regrow.trainer.data.tokenizer import parse_tokenizer, stored_options, tokenizer_hash, vocabulary_size
 
 __all__ = [
     "Index",
+    "ShardFiles",
     "StoreDamagedError",
     "TokenStore",
     "TokensSource",
+    "shard_files",
     "shard_is_complete",
     "write_index",
     "write_shard",
@@ -40,7 +47,9 @@ log = logging.getLogger(__name__)
 
 # Format 1 named the number of tokens as the vocabulary's size, which is too small where ids are left out.
 FORMAT = 2
-_READ_FORMATS = (1, FORMAT)
+# Of a store whose documents say which tokens are labels: a version that would take all of them refuses it.
+FORMAT_WITH_LABELS = 3
+_READ_FORMATS = (1, FORMAT, FORMAT_WITH_LABELS)
 INDEX = "index.json"
 TOKENIZER = "tokenizer.json"
 DOCUMENT = np.dtype([("tokens", "<u4"), ("hash", "<u8")])
@@ -53,6 +62,19 @@ class StoreDamagedError(DataError):
     """A token store is not what was written: damaged, cut short, or never finished."""
 
 
+class ShardFiles(NamedTuple):
+    """The files of one shard; `labels` is there where its documents say which tokens are labels."""
+
+    tokens: Path
+    documents: Path
+    labels: Path
+
+
+def shard_files(folder: Path, shard: int) -> ShardFiles:
+    """Where the files of a shard lie."""
+    return ShardFiles(*_names(folder, shard), _labels_file(folder, shard))
+
+
 def _names(folder: Path, shard: int) -> tuple[Path, Path]:
     return folder / f"shard-{shard:05d}.tokens", folder / f"shard-{shard:05d}.documents.npy"
 
@@ -62,12 +84,18 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
-def shard_is_complete(folder: Path, shard: int, dtype: np.dtype[Any]) -> bool:
+def _labels_file(folder: Path, shard: int) -> Path:
+    return folder / f"shard-{shard:05d}.labels"
+
+
+def shard_is_complete(folder: Path, shard: int, dtype: np.dtype[Any], *, labels: bool = False) -> bool:
     """Whether a shard was written to its end, in this type; its document list is renamed into place last."""
     tokens_path, documents_path = _names(folder, shard)
     try:
         rows = _read_documents(documents_path)
-        return tokens_path.stat().st_size == int(rows["tokens"].sum(dtype=np.int64)) * dtype.itemsize
+        tokens = int(rows["tokens"].sum(dtype=np.int64))
+        whole = tokens_path.stat().st_size == tokens * dtype.itemsize
+        return whole and (not labels or _labels_file(folder, shard).stat().st_size == tokens)
     except (OSError, StoreDamagedError):
         return False
 
@@ -96,24 +124,33 @@ def _read_documents(path: Path) -> npt.NDArray[Any]:
     return rows
 
 
-def write_shard(
-    folder: Path, shard: int, documents: Iterable[tuple[npt.NDArray[Any], int]], dtype: np.dtype[Any]
-) -> int:
-    """Writes one shard from (ids, content hash) pairs; returns the number of its tokens."""
+def write_shard(folder: Path, shard: int, documents: Iterable[Encoded], dtype: np.dtype[Any]) -> int:
+    """Writes one shard; returns the number of its tokens."""
     tokens_path, documents_path = _names(folder, shard)
-    rows: list[tuple[int, int]] = []
+    labels_path = _labels_file(folder, shard)
+    # Of short documents there are millions in a shard: as tuples they would take more memory than all else.
+    lengths, hashes = array("I"), array("Q")
     # A reader may have mapped the shard that this one replaces.
-    temporary = tokens_path.with_suffix(".tokens.tmp")
-    with temporary.open("wb") as out:
-        for ids, content_hash in documents:
-            out.write(ids.astype(dtype).tobytes())
-            rows.append((len(ids), content_hash))
+    temporary, labels_temporary = tokens_path.with_suffix(".tokens.tmp"), labels_path.with_suffix(".labels.tmp")
+    with temporary.open("wb") as out, ExitStack() as held:
+        labels_out = None
+        for document in documents:
+            out.write(document.ids.astype(dtype).tobytes())
+            lengths.append(len(document.ids))
+            hashes.append(document.content)
+            if document.labels is not None:
+                labels_out = labels_out or held.enter_context(labels_temporary.open("wb"))
+                labels_out.write(document.labels.astype(np.uint8).tobytes())
     temporary.rename(tokens_path)
+    if labels_out is not None:
+        labels_temporary.rename(labels_path)
+    rows = np.empty(len(lengths), DOCUMENT)
+    rows["tokens"], rows["hash"] = lengths, hashes
     temporary = documents_path.with_suffix(".tmp")
     with temporary.open("wb") as out:
-        np.save(out, np.array(rows, dtype=DOCUMENT))
+        np.save(out, rows)
     temporary.rename(documents_path)
-    return sum(n for n, _ in rows)
+    return int(rows["tokens"].sum(dtype=np.int64))
 
 
 _Hash = Annotated[str, Meta(pattern=r"^[0-9a-f]{1,64}\Z")]
@@ -132,6 +169,7 @@ class Index:
         tokenizer_hash: of its file.
         fingerprint: of every document's length and content hash, and the tokenizer.
         end_of_text: the id that ends each document; None where format 1 did not say.
+        labels: documents say which of their tokens are labels.
     """
 
     dtype: Literal["<u2", "<u4"]
@@ -142,6 +180,7 @@ class Index:
     tokenizer_hash: _Hash
     fingerprint: _Hash
     end_of_text: Annotated[int, Meta(ge=0, lt=2**32)] | None = None
+    labels: bool = False
 
     def __post_init__(self) -> None:
         if self.vocab_size > 1 << (8 * np.dtype(self.dtype).itemsize):
@@ -179,7 +218,7 @@ def read_index(folder: Path) -> Index:
         ) from error
     except DocumentError as error:
         raise StoreDamagedError(f"{path} cannot be used: {shown(str(error))}; {_REMEDY}") from None
-    return index if found == FORMAT else _recount(index, folder)
+    return _recount(index, folder) if found < FORMAT else index
 
 
 def _read_bytes(path: Path, limit: int) -> bytes:
@@ -206,7 +245,9 @@ def _recount(index: Index, folder: Path) -> Index:
         raise StoreDamagedError(f"{folder} was written by a version that cut ids short: {error}; {_REMEDY}") from None
 
 
-def write_index(folder: Path, shards: int, vocab_size: int, tokenizer_hash: str, end_of_text: int) -> Index:
+def write_index(
+    folder: Path, shards: int, vocab_size: int, tokenizer_hash: str, end_of_text: int, *, labels: bool = False
+) -> Index:
     """Completes a store whose shards and tokenizer are there."""
     rows = [_read_documents(_names(folder, shard)[1]) for shard in range(shards)]
     index = Index(
@@ -218,9 +259,13 @@ def write_index(folder: Path, shards: int, vocab_size: int, tokenizer_hash: str,
         tokenizer_hash=tokenizer_hash,
         fingerprint=_fingerprint(tokenizer_hash, rows),
         end_of_text=end_of_text,
+        labels=labels,
     )
+    values = {"format": FORMAT_WITH_LABELS if labels else FORMAT, **asdict(index)}
+    if not labels:
+        del values["labels"]
     temporary = folder / f"{INDEX}.tmp"
-    temporary.write_text(json.dumps({"format": FORMAT, **asdict(index)}, indent=1))
+    temporary.write_text(json.dumps(values, indent=1))
     temporary.rename(folder / INDEX)
     return index
 
@@ -240,6 +285,7 @@ class TokenStore:
         index: what is there.
         lengths: tokens of each document, int64.
         hashes: content hash of each document, uint64.
+        labels: which tokens are labels; None: all.
 
     Raises:
         FileNotFoundError: there is no store in `folder`.
@@ -256,6 +302,7 @@ class TokenStore:
         self._check_documents(rows)
         self._shard_starts = np.cumsum([0, *(int(r["tokens"].sum(dtype=np.int64)) for r in rows)])
         self._shards = [self._open(s) for s in range(self.index.shards)]
+        self.labels = ArrayMask(*map(self._open_labels, range(self.index.shards))) if self.index.labels else None
         self._check_tokenizer()
 
     def _documents(self, shard: int) -> npt.NDArray[Any]:
@@ -291,7 +338,15 @@ class TokenStore:
             )
 
     def _open(self, shard: int) -> npt.NDArray[Any]:
-        path, dtype = _names(self.folder, shard)[0], np.dtype(self.index.dtype)
+        return self._map(_names(self.folder, shard)[0], shard, np.dtype(self.index.dtype))
+
+    def _open_labels(self, shard: int) -> npt.NDArray[np.uint8]:
+        path = _labels_file(self.folder, shard)
+        tokens = int(self._shard_starts[shard + 1] - self._shard_starts[shard])
+        # A part of the corpus without documents has no labels either.
+        return self._map(path, shard, np.dtype(np.uint8)) if tokens else np.empty(0, np.uint8)
+
+    def _map(self, path: Path, shard: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
         count = int(self._shard_starts[shard + 1] - self._shard_starts[shard])
         try:
             with os.fdopen(open_regular(path), "rb") as file:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from regrow.checkpoint.documents import DocumentError, convert_document, parse_json
 from regrow.checkpoint.files import read_regular
-from regrow.trainer.data.source import DataError, shown
+from regrow.trainer.data.errors import DataError, shown
 
 __all__ = [
     "END_OF_TEXT",

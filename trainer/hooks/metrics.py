@@ -62,9 +62,12 @@ class SamplesHook(Hook):
         parts: list[Any] | None = [None] * context.world_size if context.is_main else None
         # Ranks that share their data with others report it once.
         own = trainer.batch.ids if context.reads_first else trainer.batch.ids[:0]
-        dist.gather_object(own, parts, group=context.cpu_group, group_dst=0)
+        dist.gather_object((own.windows, own.sources), parts, group=context.cpu_group, group_dst=0)
         if self._log is not None and parts is not None:
-            self._log.append({"step": trainer.state.step, "ids": np.concatenate(parts).tolist()})
+            windows, sources = (np.concatenate(columns).tolist() for columns in zip(*parts, strict=True))
+            names = trainer.options.sources
+            more = {"sources": [names[s] for s in sources]} if len(names) > 1 else {}
+            self._log.append({"step": trainer.state.step, "ids": windows, **more})
 
     def before_commit(self, trainer: Trainer, step: int) -> None:
         if self._log is not None:

@@ -1,15 +1,15 @@
 """Loss on the validation split, the same under every layout."""
 
 import logging
+import math
 from typing import final
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from regrow.errors import ConfigError
 from regrow.trainer.data.loader import step_batch
-from regrow.trainer.data.windows import Windows
+from regrow.trainer.data.samples import Samples
 from regrow.trainer.hook import Hook
 from regrow.trainer.hooks.config import ValidationConfig
 from regrow.trainer.jsonlines import read_rows, rewrite_rows
@@ -23,7 +23,9 @@ log = logging.getLogger(__name__)
 
 @final
 class ValidationHook(Hook):
-    """See `ValidationConfig`. Its result is the row's `val_loss`, in nats a token."""
+    """See `ValidationConfig`. Its results are the row's `val_loss`, in nats a label, and `val_bits_per_byte`; of
+    `data.validation_sets` also `val_loss/NAME` and so on.
+    """
 
     def __init__(self, config: ValidationConfig) -> None:
         if config.every < 1:
@@ -35,7 +37,7 @@ class ValidationHook(Hook):
         self._config = config
 
     def before_fit(self, trainer: Trainer) -> None:
-        if not trainer.resources.validation and trainer.context.is_main:
+        if not trainer.resources.validation[""] and trainer.context.is_main:
             log.warning("no document falls into the validation split: no val_loss; raise data.validation_fraction")
 
         if self._due(trainer) and trainer.stop is None:
@@ -44,51 +46,79 @@ class ValidationHook(Hook):
     def _due(self, trainer: Trainer) -> bool:
         step = trainer.state.step
         chosen = step % self._config.every == 0 or step in (1, trainer.options.steps)
-        return bool(trainer.resources.validation) and step > 0 and chosen
+        return bool(_measured(trainer)) and step > 0 and chosen
 
     def after_optimizer_step(self, trainer: Trainer) -> None:
         if self._due(trainer):
-            with trainer.evaluating():
-                loss = self._measure(trainer, trainer.resources.validation)
-            if loss is not None:
-                trainer.add_metrics(val_loss=loss)
+            found = self._measure_all(trainer)
+            if found is not None:
+                trainer.add_metrics(**found)
 
     def _catch_up(self, trainer: Trainer) -> None:
         """Measures the resumed step where a stop came before its validation had ended, and mends its row."""
         path, step, context = trainer.resources.run_dir / METRICS, trainer.state.step, trainer.context
         rows = [r for r in read_rows(path) if r["step"] <= step] if context.is_main else []
-        wanted = [bool(rows) and rows[-1]["step"] == step and "val_loss" not in rows[-1]]
+        names = [_metric("val_loss", name) for name in _measured(trainer)]
+        wanted = [bool(rows) and rows[-1]["step"] == step and any(n not in rows[-1] for n in names)]
         dist.broadcast_object_list(wanted, group=context.cpu_group, group_src=0)
         if not wanted[0]:
             return
-        with trainer.evaluating():
-            loss = self._measure(trainer, trainer.resources.validation)
-        if loss is not None:
-            trainer.state.note_best("val_loss", loss, lower_is_better=True)
-        if loss is not None and context.is_main:
-            rows[-1]["val_loss"] = loss
+        found = self._measure_all(trainer)
+        if found is None:
+            return
+        for name, value in found.items():
+            trainer.state.note_best(name, value, lower_is_better=True)
+        if context.is_main:
+            rows[-1] |= found
             rewrite_rows(path, rows)
 
-    def _measure(self, trainer: Trainer, windows: Windows) -> float | None:
-        """The mean loss; None when a rank wants to stop, which all look at after each batch."""
-        size = trainer.options.global_batch_size
-        limit = self._config.max_batches * size or len(windows)
-        count = min(len(windows), limit)
+    def _measure_all(self, trainer: Trainer) -> dict[str, float] | None:
+        """The metrics of all sets; None when a rank wants to stop."""
+        out: dict[str, float] = {}
+        with trainer.evaluating():
+            for name, samples in _measured(trainer).items():
+                found = self._measure(trainer, samples)
+                if found is None:
+                    return None
+                out[_metric("val_loss", name)], per_byte = found
+                if per_byte is not None:
+                    out[_metric("val_bits_per_byte", name)] = per_byte
+        return out
+
+    def _measure(self, trainer: Trainer, samples: Samples) -> tuple[float, float | None] | None:
+        """The mean loss, and bits per byte where they are known; None when a rank wants to stop, which all look at
+        after each batch.
+        """
+        context, size = trainer.context, trainer.options.global_batch_size
         # Spread over the split, so that a few long documents do not stand for all of it.
-        chosen = np.arange(count) * len(windows) // count
-        total = torch.zeros((), dtype=torch.float64, device=trainer.context.device)
-        for start in range(0, count, size):
+        chosen = samples.spread(self._config.max_batches * size or len(samples))
+        total = torch.zeros((), dtype=torch.float64, device=context.device)
+        read = 0
+        for start in range(0, len(chosen), size):
             batch = step_batch(
-                windows,
+                samples,
                 chosen[start : start + size],
-                rank=trainer.context.data_rank,
-                ranks=trainer.context.layout.data_ranks,
+                rank=context.data_rank,
+                ranks=context.layout.data_ranks,
                 micro_batch_size=trainer.resources.micro_batch_size,
                 document_mask=trainer.resources.document_mask,
             )
             total += trainer.engine.losses(batch.micro_batches)
+            read += batch.label_bytes
             if trainer.agree_on_stop() is not None:
                 return None
-        if trainer.context.world_size > 1:
-            dist.all_reduce(total)
-        return float(total.item()) / (count * trainer.options.seq_len)
+        sums = torch.stack([total, total.new_tensor(float(read if context.reads_first else 0))])
+        if context.world_size > 1:
+            dist.all_reduce(sums)
+        loss, bytes_read = sums.tolist()
+        per_byte = loss / math.log(2) / bytes_read if bytes_read else None
+        return loss / max(1, int(samples.labels(chosen).sum())), per_byte
+
+
+def _measured(trainer: Trainer) -> dict[str, Samples]:
+    """The sets that hold something, by name."""
+    return {name: samples for name, samples in trainer.resources.validation.items() if samples}
+
+
+def _metric(kind: str, name: str) -> str:
+    return f"{kind}/{name}" if name else kind

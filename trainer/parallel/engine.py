@@ -10,10 +10,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from regrow.models.config import DecoderConfig
+from regrow.models.documents import Documents
 from regrow.models.moe import MixtureOfExperts
 from regrow.trainer.config import PipelineSchedule, PrecisionName
-from regrow.trainer.data.loader import IGNORE, MicroBatch
+from regrow.trainer.data.loader import MicroBatch
+from regrow.trainer.data.windows import IGNORE
 from regrow.trainer.gradient_sum import GradientSum
+from regrow.trainer.loss import RowLosses
 from regrow.trainer.optimizer import global_grad_norm
 from regrow.trainer.parallel.apply import ParallelModel, reshard
 from regrow.trainer.parallel.context import ParallelContext
@@ -28,6 +31,20 @@ from regrow.trainer.reduction import StepReduction
 __all__ = ["Engine"]
 
 
+def _within_documents(documents: Documents, positions_T: Tensor | None, device: torch.device) -> Tensor:
+    """Each position's distance from its document's first, int64 `(B, T)`.
+
+    Args:
+        documents: of whole sequences.
+        positions_T: those of this rank; None: all.
+        device: where they are wanted.
+    """
+    starts_BS = documents.starts.to(device, non_blocking=True)
+    if positions_T is None:
+        positions_T = torch.arange(starts_BS.shape[1], device=device)
+    return positions_T - starts_BS[:, positions_T]
+
+
 @final
 class Engine:
     """Runs a parallel model.
@@ -39,6 +56,12 @@ class Engine:
         schedule: of the pipeline.
         precision: of the computation.
         z_loss: see `row_losses`.
+        reset_positions: positions begin anew with each document, where documents are known.
+        sources: of the data, whose losses are also told apart where there are several.
+
+    Attributes:
+        source_losses: what this rank adds to the summed loss of each source, since `forget_sources` was called or
+            a step began; float64 `(sources,)`, on the device.
     """
 
     def __init__(
@@ -50,6 +73,8 @@ class Engine:
         schedule: PipelineSchedule,
         precision: PrecisionName,
         z_loss: float = 0.0,
+        sources: int = 1,
+        reset_positions: bool = False,
     ) -> None:
         self._parallel, self._context, self._model_config = parallel, context, model_config
         self.model, self.names = parallel.model, parallel.names
@@ -60,8 +85,11 @@ class Engine:
         bf16 = precision is PrecisionName.bf16_params
         self._sums = GradientSum(list(self._parameters.values())) if bf16 else None
         self._losses: list[Tensor] = []
+        self._told: list[RowLosses | None] = []
         self._busiest: Tensor | None = None
-        self._tokens = 1
+        self._labels = 1
+        self._reset_positions = reset_positions
+        self.source_losses = torch.zeros(sources, dtype=torch.float64, device=context.device)
         last = parallel.stages.count - 1 in parallel.stages.mine
         # One of the ranks with the same loss reports it.
         self._reports = last and context.coordinate("tp") == 0
@@ -94,32 +122,38 @@ class Engine:
         parts = tensor.ranks if tensor is not None and tensor.sequence else 1
         return rows, length // parts, self._model_config.dim
 
+    def forget_sources(self) -> None:
+        """Begins `source_losses` anew."""
+        self.source_losses = torch.zeros_like(self.source_losses)
+
     def forward_backward(
-        self, micro_batches: Sequence[MicroBatch], tokens: int, seed: Callable[[int], None]
+        self, micro_batches: Sequence[MicroBatch], labels: int, seed: Callable[[int], None]
     ) -> Tensor:
         """Gradients of the mean loss over the global batch.
 
         Args:
             micro_batches: this rank's, as many on every rank.
-            tokens: labels of the global batch.
+            labels: of the global batch, at least 1.
             seed: seeds all generators for a micro-batch.
 
         Returns:
             What this rank adds to the summed loss of the global batch, float64, on the device.
         """
         total = torch.zeros((), dtype=torch.float64, device=self._context.device)
-        self._tokens = tokens
+        self._labels = labels
         self._losses.clear()
+        self.forget_sources()
         if self._pipeline is not None:
             seed(0)
-            self._pipeline.train([self._with_loss(*self._inputs(m)) for m in micro_batches])
+            self._told = [self._seen(m) for m in micro_batches]
+            self._pipeline.train([self._with_loss(m) for m in micro_batches])
         else:
             sums = self._sums if len(micro_batches) > 1 else None
             for index, micro_batch in enumerate(micro_batches):
                 seed(index)
-                given, options, labels = self._with_loss(*self._inputs(micro_batch))
-                loss = self._loss.of(self.model(given, **options), labels)
-                (loss / tokens).backward()  # type: ignore[no-untyped-call]
+                given, options, wanted = self._with_loss(micro_batch)
+                loss = self._loss.of(self.model(given, **options), wanted, self._seen(micro_batch))
+                (loss / labels).backward()  # type: ignore[no-untyped-call]
                 self._losses.append(loss.detach())
                 if sums is not None:
                     sums.take()
@@ -138,10 +172,10 @@ class Engine:
         """What this rank adds to the summed loss, without gradients, float64, on the device."""
         total = torch.zeros((), dtype=torch.float64, device=self._context.device)
         for micro_batch in micro_batches:
-            given, options, labels = self._with_loss(*self._inputs(micro_batch))
+            given, options, labels = self._with_loss(micro_batch)
             result = self._forward(given, options)
             if result is not None:
-                loss = self._loss.of(result, labels)
+                loss = self._loss.of(result, labels, self._seen(micro_batch))
                 if self._reports:
                     total += loss
         return total
@@ -179,8 +213,23 @@ class Engine:
         """Frees what forward passes without backward passes left gathered."""
         reshard(self._parallel.parts)
 
-    def _with_loss(self, tokens: Tensor, options: dict[str, Any], labels: Tensor) -> StageInput:
-        return tokens, {**options, **self._loss.options(labels)}, labels
+    def _with_loss(self, micro_batch: MicroBatch) -> StageInput:
+        tokens, options, labels = self._inputs(micro_batch)
+        return tokens, {**options, **self._loss.options(labels, self._seen(micro_batch))}, labels
+
+    def _seen(self, micro_batch: MicroBatch) -> RowLosses | None:
+        """What adds a micro-batch's losses up by source; None where nobody asks for that."""
+        if micro_batch.sources is None or not self._reports:
+            return None
+        sources_B = micro_batch.sources.to(self._context.device, non_blocking=True)
+        kinds_K = torch.arange(len(self.source_losses), device=sources_B.device)
+        # A product, whose order is always the same.
+        chosen_KB = (kinds_K[:, None] == sources_B).to(torch.float64)
+
+        def add(losses_S: Tensor) -> None:
+            self.source_losses += chosen_KB @ losses_S.view(len(sources_B), -1).sum(1)
+
+        return add
 
     def _forward(self, tokens: Tensor, options: dict[str, Any]) -> Tensor | None:
         if self._pipeline is not None:
@@ -205,14 +254,17 @@ class Engine:
         elif self._pipeline is not None:
             # Later stages cannot tell from their input, which may be split along the sequence.
             options["positions"] = torch.arange(tokens.shape[1], device=device)
+        if self._reset_positions and micro_batch.documents is not None:
+            options["positions"] = _within_documents(micro_batch.documents, options.get("positions"), device)
         if self._mixtures:
             options["valid"] = labels != IGNORE
         return tokens, options, labels
 
     def _pipeline_loss(self, result: Tensor, labels: Tensor) -> Tensor:
-        loss = self._loss.of(result, labels)
+        # The last stage takes its micro-batches in their order.
+        loss = self._loss.of(result, labels, self._told[len(self._losses)])
         self._losses.append(loss.detach())
-        return loss / self._tokens
+        return loss / self._labels
 
     def _add_tied_gradient(self, parameter: nn.Parameter) -> None:
         """Gives the first and the last stage, which both hold this matrix, the sum of their gradients."""

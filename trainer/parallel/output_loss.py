@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from regrow.models.cpu import Kind, is_used, outer, product
 from regrow.models.linear import Linear
 from regrow.torch_compat import has_hooks
-from regrow.trainer.loss import in_wide_type, row_losses, summed_cross_entropy
+from regrow.trainer.loss import RowLosses, in_wide_type, row_losses, summed_cross_entropy
 from regrow.trainer.parallel.tensor import SplitOutput
 from regrow.trainer.parallel.vocabulary import VocabularyShard
 
@@ -53,12 +53,14 @@ class _Options:
         z_loss: likewise.
         rows: of a chunk; None takes `chunk_rows`.
         splits_backward: whether the backward pass runs in two halves, the first for the hidden states.
+        seen: told of each row's loss, float64 `(S,)`, without a gradient.
     """
 
     shard: VocabularyShard | None
     z_loss: float
     rows: int | None
     splits_backward: bool
+    seen: RowLosses | None
 
 
 @final
@@ -138,6 +140,8 @@ class _ChunkedLoss(torch.autograd.Function):
         if wants_weight and grad_VD is None:
             grad_VD = torch.zeros_like(weight_VD)
         # Not as saved tensors: nobody else may hold them, so that the gradient of the weight need not be copied.
+        if options.seen is not None:
+            options.seen(losses_S)
         ctx.grads, ctx.dtype, ctx.twice = (grad_SD, grad_VD), weight_VD.dtype, options.splits_backward
         return losses_S.sum()
 
@@ -183,6 +187,7 @@ class ChunkedLoss:
         z_loss: see `row_losses`.
         splits_backward: whether the backward pass runs in two halves.
         rows: of a chunk; None takes `chunk_rows`.
+        seen: told of each row's loss.
     """
 
     def __init__(
@@ -193,16 +198,19 @@ class ChunkedLoss:
         z_loss: float = 0.0,
         splits_backward: bool = False,
         rows: int | None = None,
+        seen: RowLosses | None = None,
     ) -> None:
         self._labels_BT = labels_BT
-        self._options = _Options(shard=shard, z_loss=z_loss, rows=rows, splits_backward=splits_backward)
+        self._options = _Options(shard=shard, z_loss=z_loss, rows=rows, splits_backward=splits_backward, seen=seen)
 
     def __call__(self, hidden_BTD: Tensor, output: nn.Module) -> Tensor:
         """The summed loss, a float64 scalar."""
         operands = _operands(output, hidden_BTD)
         if operands is None:
-            shard, z_loss = self._options.shard, self._options.z_loss
-            return summed_cross_entropy(output(hidden_BTD), self._labels_BT, shard=shard, z_loss=z_loss)
+            o = self._options
+            return summed_cross_entropy(
+                output(hidden_BTD), self._labels_BT, shard=o.shard, z_loss=o.z_loss, seen=o.seen
+            )
         hidden, weight = operands if torch.is_grad_enabled() else (t.detach() for t in operands)
         total: Tensor = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
             hidden.flatten(0, -2), weight, self._labels_BT.flatten(), self._options
@@ -238,21 +246,26 @@ class TrainingLoss:
         self._shard, self._z_loss, self._splits_backward = shard, z_loss, splits_backward
         self.in_model = "output_loss" in inspect.signature(model.forward).parameters
 
-    def options(self, labels_BT: Tensor) -> dict[str, Any]:
-        """What the model's forward pass is given beside its inputs."""
+    def options(self, labels_BT: Tensor, seen: RowLosses | None = None) -> dict[str, Any]:
+        """What the model's forward pass is given beside its inputs.
+
+        Args:
+            labels_BT: see `ChunkedLoss`, as of `seen`.
+            seen: told of each row's loss.
+        """
         if not self.in_model:
             return {}
         return {
             "output_loss": ChunkedLoss(
-                labels_BT, shard=self._shard, z_loss=self._z_loss, splits_backward=self._splits_backward
+                labels_BT, shard=self._shard, z_loss=self._z_loss, splits_backward=self._splits_backward, seen=seen
             )
         }
 
-    def of(self, result: Tensor, labels_BT: Tensor) -> Tensor:
+    def of(self, result: Tensor, labels_BT: Tensor, seen: RowLosses | None = None) -> Tensor:
         """The summed loss, a float64 scalar, from what the model returned for these options."""
         if self.in_model:
             return result
-        return summed_cross_entropy(result, labels_BT, shard=self._shard, z_loss=self._z_loss)
+        return summed_cross_entropy(result, labels_BT, shard=self._shard, z_loss=self._z_loss, seen=seen)
 
     def result_of(self, logits_shape: tuple[int, ...], dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of what the model returns, whose logits have these."""

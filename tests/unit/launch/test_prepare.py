@@ -54,7 +54,7 @@ def test_the_spec_says_everything_that_a_rank_needs(corpus: Path, tmp_path: Path
     assert (spec.device_type, spec.layout.world_size, spec.given_ranks) == ("cpu", 1, False)
     assert (spec.sweep, spec.overrides) == ("grid", overrides)
     assert spec.config_hash == config_hash(spec.config_dict, later_defaults(spec.config))
-    assert (spec.data_folder / "tokenizer.json").is_file()
+    assert (spec.data_folders[""] / "tokenizer.json").is_file()
     assert pickle.loads(pickle.dumps(spec)) == spec
     # Nothing of the run is there before it is opened.
     assert list(spec.run_dir.iterdir()) == []

@@ -13,7 +13,7 @@ from regrow.launch.run.prepare import prepare_run
 from regrow.launch.run.run_dir import OpenedRun
 from regrow.launch.run.run_documents import begin_run
 from regrow.launch.run.start import open_spec
-from regrow.trainer.data.token_store import TokenStore
+from regrow.trainer.data.corpus import Corpus
 from regrow.trainer.run_record import Attempt, RunRecord
 from tests.support import compose_config, tiny
 
@@ -35,7 +35,7 @@ def open_it(corpus: Path, run: Path) -> Open:
         spec = prepare_run(compose_config(tiny(corpus, *BASE, *overrides)), run, overrides=overrides)
         opened = open_spec(spec)
         if begin and opened.reached is None:
-            begin_run(spec.config_dict, run, TokenStore(spec.data_folder), spec.overrides, opened.record)
+            begin_run(spec.config_dict, run, Corpus(spec.data_folders), spec.overrides, opened.record)
         return opened
 
     return open_it

@@ -17,15 +17,22 @@ import zstandard
 from hypothesis import given, settings
 
 from regrow.trainer.data.config import StdlibConfig, TextConfig
-from regrow.trainer.data.loader import IGNORE, Prefetcher, step_batch
-from regrow.trainer.data.order import permute, rank_rows, window_ids
+from regrow.trainer.data.encoding import Encoded
+from regrow.trainer.data.loader import Prefetcher, step_batch
+from regrow.trainer.data.order import Ids, permute, rank_rows, window_ids
 from regrow.trainer.data.prepare import prepare, tokenize
+from regrow.trainer.data.samples import Samples
 from regrow.trainer.data.source import CorpusPart
 from regrow.trainer.data.stdlib import StdlibSource
 from regrow.trainer.data.text import TextSource
 from regrow.trainer.data.token_store import TOKENIZER, TokenStore, shard_is_complete, write_index, write_shard
 from regrow.trainer.data.tokenizer import END_OF_TEXT, load_tokenizer, tokenizer_hash, train_bpe
-from regrow.trainer.data.windows import Windows
+from regrow.trainer.data.windows import IGNORE, ConcatWindows
+
+
+def in_order(positions: Ids, n: int, seed: int) -> Ids:
+    """The windows of one source."""
+    return window_ids(positions, np.array([n]), [seed], np.zeros(len(positions), dtype=np.int64))
 
 
 @given(n=st.integers(1, 3000), seed=st.integers(0, 2**63), epoch=st.integers(0, 9))
@@ -41,23 +48,23 @@ def test_the_order_depends_on_seed_and_epoch_and_is_not_the_identity() -> None:
 
 
 def test_a_huge_corpus_needs_no_index() -> None:
-    ids = window_ids(10**12, 8, 10**13, seed=0)
+    ids = in_order(10**12 + np.arange(8), 10**13, 0)
     assert len(set(ids.tolist())) == 8
     assert ids.max() > 10**11
 
 
 @given(n=st.integers(1, 50), first=st.integers(0, 300), counts=st.lists(st.integers(1, 20), min_size=1, max_size=6))
 def test_batches_straddle_epochs_and_cut_anywhere(n: int, first: int, counts: list[int]) -> None:
-    whole = window_ids(first, sum(counts), n, seed=5)
+    whole = in_order(first + np.arange(sum(counts)), n, 5)
     parts, position = [], first
     for count in counts:
-        parts.append(window_ids(position, count, n, seed=5))
+        parts.append(in_order(position + np.arange(count), n, 5))
         position += count
     assert np.array_equal(whole, np.concatenate(parts))
 
 
 def test_each_epoch_sees_each_window_once() -> None:
-    ids = window_ids(0, 30, 10, seed=1).reshape(3, 10)
+    ids = in_order(np.arange(30), 10, 1).reshape(3, 10)
     assert all(sorted(row) == list(range(10)) for row in ids.tolist())
     assert len({tuple(row) for row in ids.tolist()}) == 3
 
@@ -76,7 +83,7 @@ def make_store(folder: Path, documents: list[list[int]], shards: int = 1) -> Tok
     bounds = [i * len(documents) // shards for i in range(shards + 1)]
     rng = np.random.default_rng(0)
     for shard, (a, b) in enumerate(itertools.pairwise(bounds)):
-        rows = [(np.array(d), int(rng.integers(2**63)) * 2) for d in documents[a:b]]
+        rows = [Encoded(np.array(d), int(rng.integers(2**63)) * 2) for d in documents[a:b]]
         write_shard(folder, shard, rows, np.dtype("<u2"))
     write_index(folder, shards, 65536, tokenizer_hash((folder / TOKENIZER).read_bytes()), 0)
     return TokenStore(folder)
@@ -99,7 +106,7 @@ def test_windows_read_the_splits_stream(
     store = make_store(tmp_path_factory.mktemp("store"), documents, shards)
     total = 0
     for validation in (False, True):
-        windows = Windows(store, seq_len, fraction, validation=validation)
+        windows = ConcatWindows(store, seq_len, fraction, validation=validation)
         held = store.hashes < np.uint64(int(fraction * 2**64))
         mine = [d for d, h in zip(documents, held, strict=True) if bool(h) is validation]
         stream = [t for d in mine for t in d]
@@ -107,48 +114,50 @@ def test_windows_read_the_splits_stream(
         total += len(stream)
         assert len(windows) == max(0, (len(stream) - 1) // seq_len)
         for w in range(len(windows)):
-            out = np.zeros(seq_len + 1, dtype=np.int64)
-            windows.read(w, out)
-            assert out.tolist() == stream[w * seq_len : (w + 1) * seq_len + 1]
+            tokens, labels, found = (np.zeros(seq_len, dtype=np.int64) for _ in range(3))
+            windows.read(w, tokens, labels, found)
+            assert [*tokens.tolist(), labels[-1]] == stream[w * seq_len : (w + 1) * seq_len + 1]
+            assert labels[:-1].tolist() == tokens[1:].tolist()
             owners = np.array(owner[w * seq_len : (w + 1) * seq_len])
-            assert np.array_equal(windows.documents(w), owners - owners[0])
+            assert np.array_equal(found, owners - owners[0])
+        assert windows.labels(np.arange(len(windows))).tolist() == [seq_len] * len(windows)
     assert total == sum(lengths)
 
 
 @pytest.fixture(scope="module")
-def windows(tmp_path_factory: pytest.TempPathFactory) -> Windows:
+def samples(tmp_path_factory: pytest.TempPathFactory) -> Samples:
     store = make_store(tmp_path_factory.mktemp("w"), [list(range(i, i + 20)) for i in range(0, 200, 20)])
-    return Windows(store, 8, 0.0, validation=False)
+    return Samples([""], [ConcatWindows(store, 8, 0.0, validation=False)], [0])
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 9])
 @pytest.mark.parametrize("size", [1, 7, 12])
-def test_any_number_of_ranks_takes_any_global_batch(windows: Windows, ranks: int, size: int) -> None:
-    ids = window_ids(3, size, len(windows), seed=0)
+def test_any_number_of_ranks_takes_any_global_batch(samples: Samples, ranks: int, size: int) -> None:
+    ids = samples.ids(3, size)
     parts = [
-        step_batch(windows, ids, rank=r, ranks=ranks, micro_batch_size=2, document_mask=True) for r in range(ranks)
+        step_batch(samples, ids, rank=r, ranks=ranks, micro_batch_size=2, document_mask=True) for r in range(ranks)
     ]
     assert len({len(p.micro_batches) for p in parts}) == 1
-    assert np.array_equal(np.concatenate([p.ids for p in parts]), ids)
+    assert np.array_equal(np.concatenate([p.ids.windows for p in parts]), ids.windows)
     valid = sum(int((m.labels != IGNORE).sum()) for p in parts for m in p.micro_batches)
-    assert valid == size * windows.seq_len
+    assert valid == size * samples.seq_len
+    assert {tuple(p.labels.tolist()) for p in parts} == {(valid,)}
     for part in parts:
         for micro_batch in part.micro_batches:
             assert micro_batch.documents is not None
             assert micro_batch.tokens.shape == micro_batch.labels.shape == micro_batch.documents.starts.shape
 
 
-def test_labels_are_the_next_tokens(windows: Windows) -> None:
-    batch = step_batch(windows, np.array([4]), rank=0, ranks=1, micro_batch_size=1, document_mask=False)
+def test_labels_are_the_next_tokens(samples: Samples) -> None:
+    batch = step_batch(samples, samples.ids(4, 1), rank=0, ranks=1, micro_batch_size=1, document_mask=False)
     (micro_batch,) = batch.micro_batches
     assert torch.equal(micro_batch.tokens[0, 1:], micro_batch.labels[0, :-1])
     assert micro_batch.documents is None
 
 
-def prefetcher(windows: Windows, consumed: int, micro_batch_size: int = 5) -> Prefetcher:
+def prefetcher(samples: Samples, consumed: int, micro_batch_size: int = 5) -> Prefetcher:
     return Prefetcher(
-        windows,
-        seed=0,
+        samples,
         samples_consumed=consumed,
         global_batch_size=5,
         rank=0,
@@ -159,17 +168,17 @@ def prefetcher(windows: Windows, consumed: int, micro_batch_size: int = 5) -> Pr
     )
 
 
-def test_prefetching_continues_where_it_is_told(windows: Windows) -> None:
-    a, b = prefetcher(windows, 0), prefetcher(windows, 10)
-    first = [next(a).ids.tolist() for _ in range(4)]
-    second = [next(b).ids.tolist() for _ in range(2)]
+def test_prefetching_continues_where_it_is_told(samples: Samples) -> None:
+    a, b = prefetcher(samples, 0), prefetcher(samples, 10)
+    first = [next(a).ids.windows.tolist() for _ in range(4)]
+    second = [next(b).ids.windows.tolist() for _ in range(2)]
     a.close()
     b.close()
     assert first[2:] == second
 
 
-def test_an_error_while_reading_ahead_reaches_the_step(windows: Windows) -> None:
-    batches = prefetcher(windows, 0, micro_batch_size=0)
+def test_an_error_while_reading_ahead_reaches_the_step(samples: Samples) -> None:
+    batches = prefetcher(samples, 0, micro_batch_size=0)
     with pytest.raises(ValueError, match="must not be zero"):
         next(batches)
     batches.close()

@@ -9,6 +9,7 @@ import torch
 from regrow.models.documents import describe_documents
 from regrow.trainer.data.feed import DeviceFeed, feed
 from regrow.trainer.data.loader import Batches, MicroBatch, StepBatch
+from regrow.trainer.data.samples import SampleIds
 from regrow.trainer.device import is_accelerator
 
 META = torch.device("meta")
@@ -37,7 +38,8 @@ class Listed(Batches):
 def batch(number: int, *, documents: bool = True) -> StepBatch:
     rows = torch.full((2, 4), number)
     micro_batch = MicroBatch(tokens=rows, labels=rows + 1, documents=describe_documents(rows) if documents else None)
-    return StepBatch(micro_batches=[micro_batch] * 2, ids=np.array([number]), global_ids=np.array([number, 9]))
+    ids = SampleIds(np.array([number, 9]), np.zeros(2, dtype=np.int64))
+    return StepBatch(micro_batches=[micro_batch] * 2, ids=ids[0], global_ids=ids, labels=np.array([16]))
 
 
 def test_a_cpu_uses_batches_where_they_are() -> None:
@@ -56,22 +58,22 @@ def test_each_batch_is_on_the_device_and_the_next_is_copied_meanwhile() -> None:
     assert batches.taken == 2
     assert [t.device for m in first.micro_batches for t in (m.tokens, m.labels)] == [META] * 4
     assert all(m.documents is not None and m.documents.starts.device == META for m in first.micro_batches)
-    assert (first.ids.tolist(), first.global_ids.tolist()) == ([1], [1, 9])
+    assert (first.ids.windows.tolist(), first.global_ids.windows.tolist()) == ([1], [1, 9])
     # What has not been read yet is not waited for.
     batches.waiting = True
     assert given.ready(0.0)
-    assert next(given).ids.tolist() == [2]
+    assert next(given).ids.windows.tolist() == [2]
     assert batches.taken == 2
     assert not given.ready(0.0)
     third = next(given)
-    assert third.ids.tolist() == [3]
+    assert third.ids.windows.tolist() == [3]
     given.close()
     assert batches.closed
 
 
 def test_an_error_in_reading_ahead_comes_with_its_own_batch() -> None:
     given = DeviceFeed(Listed([batch(1), OSError("gone")]), META)
-    assert next(given).ids.tolist() == [1]
+    assert next(given).ids.windows.tolist() == [1]
     assert given.ready(0.0)
     with pytest.raises(OSError, match="gone"):
         next(given)

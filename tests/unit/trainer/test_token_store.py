@@ -16,7 +16,7 @@ from regrow.trainer.data.source import DataError
 from regrow.trainer.data.text import TextSource
 from regrow.trainer.data.token_store import StoreDamagedError, TokensSource, TokenStore
 from regrow.trainer.data.tokenizer import train_bpe
-from regrow.trainer.data.windows import Windows
+from regrow.trainer.data.windows import ConcatWindows
 
 TEXTS = [" ".join(["alpha beta gamma delta"] * (n % 7 + 1)) + str(n) for n in range(30)]
 
@@ -50,13 +50,13 @@ def stored(given: Path) -> Path:
 
 
 def all_ids(store: TokenStore) -> list[int]:
-    windows = Windows(store, 1, 0.0, validation=False)
-    out = np.zeros(2, dtype=np.int64)
+    windows = ConcatWindows(store, 1, 0.0, validation=False)
+    token, label = np.zeros((2, 1), dtype=np.int64)
     ids = []
     for n in range(len(windows)):
-        windows.read(n, out)
-        ids.append(int(out[0]))
-    return [*ids, int(out[1])]
+        windows.read(n, token, label, None)
+        ids.append(int(token[0]))
+    return [*ids, int(label[0])]
 
 
 def changed_tokenizer(work: Path) -> None:
