@@ -65,7 +65,7 @@ def _add_of_a_run(commands: Any) -> None:
     look.add_argument("--count", type=int, default=3, metavar="N", help="samples that are shown; 3")
     look.add_argument("--first", type=int, default=0, metavar="SAMPLE", help="samples of the run before them; 0")
     mix = commands.add_parser(
-        "mix", help="what a run takes of each source, by stage", usage="%(prog)s [-h] [--json] OVERRIDES…", **takes
+        "mix", help="what a run takes of each source, by stage", usage="%(prog)s [-h] [flags] OVERRIDES…", **takes
     )
     mix.add_argument("--json", action="store_true", help="print one JSON value")
     for command in (look, mix):
