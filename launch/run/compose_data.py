@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from regrow.trainer.data.token_bytes import bytes_of_tokens
-
 from regrow.launch.config.schema import Config
 from regrow.trainer.data.cache import cache_folder
 from regrow.trainer.data.config import DataConfig, Packing
@@ -17,6 +15,7 @@ from regrow.trainer.data.mixture_config import MixtureConfig
 from regrow.trainer.data.mixture_source import continue_mixture, declared_mixture
 from regrow.trainer.data.packed_windows import PackedWindows
 from regrow.trainer.data.samples import Samples, source_seed
+from regrow.trainer.data.token_bytes import bytes_of_tokens
 from regrow.trainer.data.token_store import TokenStore
 from regrow.trainer.data.tokenizer import load_tokenizer
 from regrow.trainer.data.windows import ConcatWindows, Int64s, Windows

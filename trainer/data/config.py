@@ -90,6 +90,7 @@ class DataConfig:
     """What every source has.
 
     Attributes:
+        TOKENISED: the source is a token store, which has its tokenizer.
         seq_len: tokens a sequence.
         global_batch_size: sequences an optimizer step, over all ranks.
         micro_batch_size: sequences a forward pass on a rank; the rest is accumulated.
@@ -110,6 +111,7 @@ class DataConfig:
         validation_sets: further sources, of which nothing is trained on, by a name of your choice.
     """
 
+    TOKENISED: ClassVar[bool] = False
     _target_: str = MISSING
     seq_len: int = MISSING
     global_batch_size: int = MISSING
@@ -236,5 +238,6 @@ class TokensConfig(DataConfig):
     """
 
     SCHEMA: ClassVar[tuple[str, str]] = ("data", "tokens_schema")
+    TOKENISED: ClassVar[bool] = True
     _target_: str = "regrow.trainer.data.token_store.TokensSource"
     path: str = MISSING

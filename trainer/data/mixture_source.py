@@ -36,8 +36,7 @@ class MixtureSource(Source):
                     f"data.sources must have names of letters, digits, - and _ that begin with a letter, but has "
                     f"{shown(repr(name))}; rename it"
                 )
-        texts = [n for n, part in config.sources.items() if "tokenizer" in _fields(part.alone(config))]
-        if texts and config.tokenizer is None:
+        if config.tokenizer is None and not all(part.CONFIG.TOKENISED for part in config.sources.values()):
             raise DataError(
                 "data.tokenizer must be set in a mixture, whose sources share it, but is null; give a tokenizer.json "
                 "(regrow-data tokenize DIR FILE… trains one)"
@@ -46,10 +45,6 @@ class MixtureSource(Source):
 
     def children(self) -> dict[str, DataConfig]:
         return {name: part.alone(self.config) for name, part in sorted(self.config.sources.items())}
-
-
-def _fields(config: DataConfig) -> set[str]:
-    return set(type(config).__dataclass_fields__)
 
 
 def declared_mixture(config: MixtureConfig) -> Mixture:

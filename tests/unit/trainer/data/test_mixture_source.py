@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from regrow.trainer.data.config import DataConfig, Packing, TextConfig, TooLong
-from regrow.trainer.data.mixture_config import MixtureConfig, OnExhausted, StageConfig, StdlibPart, TextPart
+from regrow.trainer.data.mixture_config import (
+    MixtureConfig,
+    OnExhausted,
+    StageConfig,
+    StdlibPart,
+    TextPart,
+    TokensPart,
+)
 from regrow.trainer.data.mixture_source import MixtureSource, continue_mixture
 from regrow.trainer.data.source import DataError
 from regrow.trainer.state import TrainState
@@ -84,6 +91,12 @@ def test_stages_are_of_steps_or_tokens() -> None:
     # The step after the 801st token begins with sample 110.
     assert {name for name, _ in located(mixture)[110:]} == {"books"}
     assert located(mixture)[100:110].count(("web", 80)) == 1
+
+
+def test_token_stores_have_their_tokenizer() -> None:
+    settings = config()
+    settings.sources = {"a": TokensPart(path="x"), "b": TokensPart(path="y")}
+    MixtureSource(settings).check()
 
 
 @pytest.mark.parametrize(
