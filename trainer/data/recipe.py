@@ -2,7 +2,7 @@
 decides the bytes of one file's shards.
 """
 
-import dataclasses
+import copy
 import hashlib
 import json
 from collections.abc import Sequence
@@ -69,9 +69,11 @@ def file_options(source: CorpusSource) -> dict[str, str] | None:
         DataError: see `CorpusSource.key`.
     """
     config = source.config
-    if not (isinstance(config, FileFields) and dataclasses.is_dataclass(config)):
+    if not isinstance(config, FileFields):
         return None
-    return type(source)(dataclasses.replace(config, files=[])).key()
+    without = copy.copy(config)
+    without.files = []
+    return type(source)(without).key()
 
 
 def file_key(
