@@ -93,17 +93,19 @@ def shard_places(
     Raises:
         DataError: a file cannot be read.
     """
-    config, options = source.config, file_options(source)
-    if options is None or not isinstance(config, FileFields):
+    config = source.config
+    if not isinstance(config, FileFields):
         return [_in_store(part, number, store, 0) for number, part in enumerate(parts)]
     files = {file.name: file for file in find_files(config.files)}
-    cache = _writable_cache(config) if encoding is not None else None
+    options = file_options(source) if encoding is not None else None
+    cache = _writable_cache(config) if options is not None else None
     places: list[ShardPlace] = []
     for name, group in itertools.groupby(parts, lambda part: part.path):
         of_file, file = list(group), files.get(name)
         size = _size(file) // len(of_file) if file is not None else 0
         # What has no name for its content would have to be read again after each part to know that it is the same.
-        if cache is None or encoding is None or file is None or not (isinstance(file, LocalFile) or file.tag):
+        named = file is not None and (isinstance(file, LocalFile) or file.tag is not None)
+        if file is None or not named or cache is None or options is None or encoding is None:
             places += [_in_store(part, n, store, size) for n, part in enumerate(of_file, len(places))]
             continue
         content, ending = files_content([file], config), ending_of(file)

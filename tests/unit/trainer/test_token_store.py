@@ -208,7 +208,7 @@ def test_a_cache_that_cannot_be_written_is_named(work: Path) -> None:
 
 
 INDEX_CHANGES: dict[str, Any] = {
-    "format": [0, 3, "1", None, 1e9],
+    "format": [0, 4, "1", None, 1e9],
     "dtype": ["<u8", "O", "<f4", "object", "|V1000000", 5],
     "shards": [-1, 0, 10**6, 10**9, 2**70, "1", 2, None],
     "tokens": [-1, 0, 2**62, 2**64, 1.5],
