@@ -144,9 +144,10 @@ def test_packed_documents_are_cut_and_continued(sources: list[str], tmp_path: Pa
         sources, "data.global_batch_size=6", "data.packing=best_fit", "data.seq_len=96",
         "data.sources.code.packing=concat", "train.z_loss=1e-4",
     )  # fmt: skip
-    train([*settings, "train.steps=6"], tmp_path / "whole", 2)
-    train([*settings, "train.steps=3"], tmp_path / "cut", 2)
-    train([*settings, "train.steps=6"], tmp_path / "cut", 2)
+    sharded = [*settings, "parallel.dp_shard=2"]
+    train([*sharded, "train.steps=6"], tmp_path / "whole", 2)
+    train([*sharded, "train.steps=3"], tmp_path / "cut", 2)
+    train([*sharded, "train.steps=6"], tmp_path / "cut", 2)
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
     assert samples(tmp_path / "cut") == samples(tmp_path / "whole")
     for name, (world, layout) in {"one": (1, []), "tp": (2, ["parallel.tp=2"]), "pp": (2, ["parallel.pp=2"])}.items():
