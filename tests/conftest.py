@@ -1,5 +1,6 @@
 """Fixtures: a cache of their own, a small corpus."""
 
+import importlib.util
 import os
 import random
 import sys
@@ -8,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
 
 from regrow.launch.config.run_name import register_resolver
 from regrow.launch.config.schema import register_schemas
 
 # One thread here and in every child: results then repeat, and ranks do not fight for cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Several processes share the cores, so that a clock says nothing of an example.
-settings.register_profile("shared cores", deadline=None)
-settings.load_profile("shared cores")
+# Machines with GPUs need not have it: what runs there does without.
+if importlib.util.find_spec("hypothesis") is not None:
+    from hypothesis import settings
+
+    # Several processes share the cores, so that a clock says nothing of an example.
+    settings.register_profile("shared cores", deadline=None)
+    settings.load_profile("shared cores")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
