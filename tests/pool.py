@@ -8,10 +8,12 @@ import pickle
 import random
 import signal
 import socket
+import tempfile
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 __all__ = ["context", "run_distributed"]
@@ -48,10 +50,17 @@ def _end_with(pid: int) -> None:
 
 
 def _rank(
-    body: Callable[..., Any], args: tuple[Any, ...], environ: dict[str, str], parent: int, answers: Connection
+    body: Callable[..., Any],
+    args: tuple[Any, ...],
+    environ: dict[str, str],
+    parent: int,
+    answers: Connection,
+    crash: str,
 ) -> None:
     _end_with(parent)
-    faulthandler.enable()
+    # Kept open as long as the process lives, since a crash writes into it.
+    stack = Path(crash).open("w")  # noqa: SIM115
+    faulthandler.enable(stack)
     os.environ.update(environ)
     try:
         answer = (True, body(*args))
@@ -63,12 +72,24 @@ def _rank(
     os._exit(0)
 
 
+def _stack(crash: Path) -> str:
+    """Where each thread of a crashed process was."""
+    return crash.read_text() if crash.exists() else ""
+
+
 def run_distributed(body: Callable[..., Any], *args: Any, world_size: int, timeout_s: float = 240.0) -> list[Any]:
     """Runs `body(*args)` on every rank, with torchrun's variables set; returns the ranks' results.
 
     Raises:
         AssertionError: with the tracebacks of the ranks that failed.
     """
+    with tempfile.TemporaryDirectory() as crashes:
+        return _run(body, args, world_size, timeout_s, [Path(crashes) / f"rank-{r}" for r in range(world_size)])
+
+
+def _run(
+    body: Callable[..., Any], args: tuple[Any, ...], world_size: int, timeout_s: float, crashes: Sequence[Path]
+) -> list[Any]:
     port = str(free_port())
     processes, pipes = [], []
     for rank in range(world_size):
@@ -82,7 +103,8 @@ def run_distributed(body: Callable[..., Any], *args: Any, world_size: int, timeo
             "OMP_NUM_THREADS": "1",
         }
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_rank, args=(body, args, environ, os.getpid(), sender), daemon=True)
+        given = (body, args, environ, os.getpid(), sender, str(crashes[rank]))
+        process = context.Process(target=_rank, args=given, daemon=True)
         process.start()
         sender.close()
         processes.append(process)
@@ -94,7 +116,7 @@ def run_distributed(body: Callable[..., Any], *args: Any, world_size: int, timeo
             ok, value = pickle.loads(pipe.recv_bytes()) if pipe.poll(timeout_s) else (False, "timed out")
         except EOFError:
             process.join(5.0)
-            ok, value = False, f"died without an answer, exit code {process.exitcode}"
+            ok, value = False, f"died without an answer, exit code {process.exitcode}\n{_stack(crashes[rank])}"
         results.append(value)
         if not ok:
             failures.append(f"rank {rank}: {value}")
