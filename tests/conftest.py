@@ -15,6 +15,9 @@ from regrow.launch.config.schema import register_schemas
 
 # One thread here and in every child: results then repeat, and ranks do not fight for cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Hundreds of processes are started, each of which would compile the sources again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # Machines with GPUs need not have it: what runs there does without.
 if importlib.util.find_spec("hypothesis") is not None:
     from hypothesis import settings
@@ -48,8 +51,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Tokenised corpora of the tests never meet those of the user."""
-    folder = tmp_path_factory.mktemp("cache")
+    """Tokenised corpora of the tests never meet those of the user; processes that share the tests out share them."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "cache"
+    folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
         patch.setenv("WANDB_SILENT", "true")

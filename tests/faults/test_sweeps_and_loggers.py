@@ -178,7 +178,7 @@ def words_in(text: str) -> int:
 
 
 def test_the_demo_learns_and_writes_english(tmp_path: Path) -> None:
-    code, out = regrow(["experiment=demo"], tmp_path, timeout_s=580, OMP_NUM_THREADS="")
+    code, out = regrow(["experiment=demo"], tmp_path, timeout_s=400)
     assert code == 0, out
     run_dir = tmp_path / "outputs" / "demo"
     validated: list[Any] = [r["val_loss"] for r in metrics(run_dir) if "val_loss" in r]
