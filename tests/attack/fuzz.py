@@ -94,6 +94,8 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--seconds", type=float, default=3600.0)
     arguments = parser.parse_args()
+    # The guard lets nothing be written outside of the input's folder.
+    sys.dont_write_bytecode = True
     # What readers warn of is part of what they make of an input, but thousands of lines of it help nobody.
     logging.disable(logging.CRITICAL)
     folder = Path(tempfile.mkdtemp(prefix="regrow-fuzz-"))

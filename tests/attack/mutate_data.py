@@ -22,7 +22,7 @@ import zstandard
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from regrow.trainer.data.config import TextConfig, TokensConfig
-from regrow.trainer.data.encoding import Encoded, encode_documents
+from regrow.trainer.data.encoding import DocumentMarks, Encoded, encode_documents
 from regrow.trainer.data.recipe import RECIPE, check_recipe
 from regrow.trainer.data.source import DataError
 from regrow.trainer.data.text import TextSource
@@ -192,7 +192,8 @@ def tokenizer_mutations(rng: random.Random, samples: Path, work: Path) -> Iterat
             with _removed(folder):
                 tokenizer = load_tokenizer(folder / TOKENIZER)
                 end, size = end_of_text_id(tokenizer, folder / TOKENIZER, None), vocabulary_size(tokenizer)
-                ids = [e.ids for e in encode_documents(iter([" ".join(_WORDS), "x" * 1000, "\n"]), tokenizer, end)]
+                texts = [" ".join(_WORDS), "x" * 1000, "\n"]
+                ids = [e.ids for e in encode_documents(iter(texts), tokenizer, DocumentMarks(end))]
                 assert all(0 <= int(i.max()) < size for i in ids)
                 return f"{len(ids)} documents"
 
