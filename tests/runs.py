@@ -2,20 +2,25 @@
 
 import dataclasses
 import os
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
+from regrow.launch.run import rank
 from regrow.launch.run.compose import compose_trainer
 from regrow.launch.run.prepare import prepare_run
 from regrow.launch.run.rank import run_rank
 from regrow.launch.run.rank_spec import RankSpec
 from regrow.launch.run.signals import StopFlag
 from regrow.launch.run.start import open_spec
+from regrow.trainer.hook import Hook
+from regrow.trainer.loop import Trainer
 from regrow.trainer.parallel.context import close_parallel, open_parallel
 from tests.composing import compose_config
 from tests.pool import run_distributed
@@ -48,6 +53,42 @@ def train(
     spec = dataclasses.replace(spec, record=opened.record)
     outcomes = run_distributed(_train_rank, spec, world_size=world_size, timeout_s=timeout_s)
     return Result(outcomes[0].kind, outcomes[0].step, outcomes[0].message)
+
+
+def train_until_killed(
+    overrides: Sequence[str], run_dir: Path, world_size: int, event: str, step: int, timeout_s: float = 240.0
+) -> None:
+    """As `train`, but all ranks are killed (SIGKILL).
+
+    Args:
+        overrides: of the run.
+        run_dir: its folder.
+        world_size: ranks.
+        event: of hooks, in which they are.
+        step: the first at which they are.
+        timeout_s: for all.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    spec = spec_of(overrides, run_dir, world_size)
+    spec = dataclasses.replace(spec, record=open_spec(spec).record)
+    with pytest.raises(AssertionError) as died:
+        run_distributed(_kill_rank, spec, event, step, world_size=world_size, timeout_s=timeout_s)
+    ends = [line for line in str(died.value).splitlines() if line.startswith("rank ")]
+    assert ends == [f"rank {r}: died without an answer, exit code -9" for r in range(world_size)]
+
+
+def _kill_rank(spec: RankSpec, event: str, step: int) -> Any:
+    def die(_hook: Hook, trainer: Trainer, *_rest: Any) -> None:
+        if trainer.state.step >= step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def composed(*arguments: Any) -> Trainer:
+        trainer = compose_trainer(*arguments)
+        trainer.hooks.append(type("Killer", (Hook,), {event: die})())
+        return trainer
+
+    rank.compose_trainer = composed
+    return run_rank(spec, StopFlag())
 
 
 def _train_rank(spec: RankSpec) -> Any:

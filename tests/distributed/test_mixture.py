@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from regrow.launch.config.errors import UserError
 from regrow.launch.config.refusals import Refused
-from tests.runs import train
-from tests.support import ONE_THREAD, TINY_MODEL, curve, metrics, samples
+from tests.runs import train, train_until_killed
+from tests.support import ONE_THREAD, TINY_MODEL, curve, metrics, record, samples
 
 pytestmark = pytest.mark.slow
 
@@ -64,13 +64,21 @@ def counted(rows: Sequence[dict[str, Any]], weights: dict[str, Fraction]) -> Non
 
 
 @pytest.mark.parametrize("size", [12, 7])
-def test_cut_six_times_on_any_number_of_ranks(sources: list[str], tmp_path: Path, size: int) -> None:
+def test_killed_six_times_on_any_number_of_ranks(sources: list[str], tmp_path: Path, size: int) -> None:
+    """Between steps, and between the writing of a checkpoint and its commit."""
     stages = f"data.stages=[{{from_step: {STAGE}, weights: {{web: 0.1, code: 0.1, books: 0.8}}}}]"
     settings = run_on(sources, f"data.global_batch_size={size}", stages)
     train([*settings, f"train.steps={STEPS}"], tmp_path / "whole")
-    for cut, ranks in enumerate((2, 1, 3, 2, 1, 3, 2), 1):
+    for cut, ranks in enumerate((2, 1, 3, 2, 1, 3), 1):
         layout = ["parallel.dp_shard=-1"] if ranks > 1 else []
-        assert train([*settings, f"train.steps={2 * cut}", *layout], tmp_path / "cut", ranks).step == 2 * cut
+        event = "after_step" if cut % 2 else "before_commit"
+        train_until_killed([*settings, f"train.steps={STEPS}", *layout], tmp_path / "cut", ranks, event, 2 * cut)
+        assert len(samples(tmp_path / "cut")) >= 2 * cut
+    last = train([*settings, f"train.steps={STEPS}", "parallel.dp_shard=-1"], tmp_path / "cut", 2)
+    assert (last.kind, last.step) == ("finished", STEPS)
+    starts = [attempt["from_step"] for attempt in record(tmp_path / "cut")["attempts"]]
+    assert len(starts) == 7
+    assert all(2 * cut - 2 <= start < 2 * cut + 1 for cut, start in enumerate(starts[1:], 1)), starts
     whole, cut_rows = samples(tmp_path / "whole"), samples(tmp_path / "cut")
     assert cut_rows == whole
     counted(whole[:STAGE], WEIGHTS)
@@ -138,17 +146,30 @@ def test_a_source_that_is_used_up(sources: list[str], tmp_path: Path) -> None:
     assert sum(books[-3:]) == 0
 
 
-def test_packed_documents_are_cut_and_continued(sources: list[str], tmp_path: Path) -> None:
-    """And their loss is that of the same run on other ranks: it is divided by the labels of all of them."""
+def test_packed_documents_are_killed_and_continued(sources: list[str], tmp_path: Path) -> None:
+    """With positions and validation sets of their own. And their loss is that of the same run on other ranks: it is
+    divided by the labels of all of them.
+    """
     settings = run_on(
         sources, "data.global_batch_size=6", "data.packing=best_fit", "data.seq_len=96",
-        "data.sources.code.packing=concat", "train.z_loss=1e-4",
+        "data.sources.code.packing=concat", "train.z_loss=1e-4", "data.reset_positions=true",
+        "data.document_mask=true", "+data_source@data.validation_sets.held=text",
+        f"data.validation_sets.held.files={next(o for o in sources if '.books.files=' in o).partition('=')[2]}",
+        "+hook@hooks.validation=validation", "hooks.validation.every=2", "hooks.validation.max_batches=2",
     )  # fmt: skip
     sharded = [*settings, "parallel.dp_shard=2"]
     train([*sharded, "train.steps=6"], tmp_path / "whole", 2)
-    train([*sharded, "train.steps=3"], tmp_path / "cut", 2)
+    for event, step in (("before_commit", 2), ("after_step", 3), ("after_step", 5)):
+        train_until_killed([*sharded, "train.steps=6"], tmp_path / "cut", 2, event, step)
     train([*sharded, "train.steps=6"], tmp_path / "cut", 2)
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+    measured = ("loss/", "val_loss", "bits_per_byte", "val_bits_per_byte")
+    rows = [
+        [{n: v for n, v in r.items() if n.startswith(measured)} for r in metrics(tmp_path / n)]
+        for n in ("cut", "whole")
+    ]
+    assert rows[0] == rows[1]
+    assert {"val_loss", "val_loss/held", "bits_per_byte"} <= rows[0][1].keys(), rows[0][1]
     assert samples(tmp_path / "cut") == samples(tmp_path / "whole")
     for name, (world, layout) in {"one": (1, []), "tp": (2, ["parallel.tp=2"]), "pp": (2, ["parallel.pp=2"])}.items():
         train([*settings, "train.steps=3", *layout], tmp_path / name, world)
