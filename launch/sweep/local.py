@@ -22,7 +22,7 @@ from regrow.launch.config.errors import UserError
 from regrow.launch.exit_code import ExitCode, gravest
 from regrow.launch.run.signals import SIGNALS
 from regrow.launch.sweep.launcher_config import LocalConfig
-from regrow.launch.sweep.plan import plan_runs
+from regrow.launch.sweep.plan import compose_runs_once, plan_runs
 from regrow.launch.sweep.status import RunFailed, SweepRun, open_sweep, result_of
 from regrow.trainer.process import PARENT_VARIABLE
 
@@ -73,6 +73,7 @@ class LocalLauncher(Launcher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self._context, self._config = hydra_context, config
+        compose_runs_once(hydra_context)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         assert self._config is not None

@@ -16,7 +16,7 @@ from regrow.launch.config.schema import Config, Device
 from regrow.launch.config.typed import to_config
 from regrow.launch.sweep.status import SweepRun, run_name_override
 
-__all__ = ["kept_hydra_overrides", "plan_runs", "ranks_of"]
+__all__ = ["compose_runs_once", "kept_hydra_overrides", "plan_runs", "ranks_of"]
 
 # What says where a sweep runs, and what the run's own command must not repeat.
 _DROPPED = (
@@ -28,6 +28,30 @@ _DROPPED = (
     "hydra.run",
     "hydra.mode",
 )
+# Configs that are kept between the two times that Hydra asks for them; one takes about half a megabyte.
+_KEPT = 64
+
+
+def compose_runs_once(context: HydraContext) -> None:
+    """Lets Hydra's sweeper, which composes each run to see whether that can be done, do so in place of `plan_runs`.
+
+    Args:
+        context: Hydra's, shared by its sweeper and the launcher.
+    """
+    loader = context.config_loader
+    compose = loader.load_sweep_config
+    kept: dict[tuple[str, ...], DictConfig] = {}
+
+    def load(master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        key = tuple(sweep_overrides)
+        if key in kept:
+            return kept.pop(key)
+        composed = compose(master_config, sweep_overrides)
+        if len(kept) < _KEPT:
+            kept[key] = composed
+        return composed
+
+    vars(loader)["load_sweep_config"] = load
 
 
 def plan_runs(

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from regrow.launch.config.errors import UserError
 from regrow.launch.sweep.launcher_config import SlurmConfig
-from regrow.launch.sweep.plan import plan_runs
+from regrow.launch.sweep.plan import compose_runs_once, plan_runs
 from regrow.launch.sweep.slurm_jobs import (
     ClusterError,
     Job,
@@ -57,6 +57,7 @@ class SlurmLauncher(Launcher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self._context, self._config = hydra_context, config
+        compose_runs_once(hydra_context)
 
     def _partition_if_there(self) -> Partition | None:
         """The cluster's partition, for a script that is only shown: there need not be a cluster here."""

@@ -3,16 +3,20 @@
 import dataclasses
 import json
 import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_module
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.errors import ConfigCompositionException
 
+from regrow.launch.app import run_command
 from regrow.launch.config.errors import UserError
 from regrow.launch.run.ranks import detect_ranks
+from regrow.launch.run.signals import StopFlag
 from regrow.launch.sweep.launcher_config import LocalConfig, SlurmConfig
 from regrow.launch.sweep.launchers import register_launchers
 from regrow.launch.sweep.local import Budget, local_config
@@ -233,3 +237,24 @@ def test_the_budget_is_never_exceeded() -> None:
         assert sorted(gpus) == ["0", "1"]
     with pytest.raises(UserError, match=r"hydra\.launcher\.n_jobs must be at least 1, but is 0; use 1"):
         local_config({"n_jobs": 0})
+
+
+@pytest.mark.parametrize("launcher", ["slurm", "local"])
+def test_each_run_of_a_sweep_is_composed_once(
+    launcher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Besides what Hydra composes for the sweep itself."""
+    composed: list[str] = []
+    compose = ConfigLoaderImpl.load_sweep_config
+
+    def counting(self: ConfigLoaderImpl, master: Any, overrides: list[str]) -> Any:
+        composed.append(" ".join(overrides))
+        return compose(self, master, overrides)
+
+    monkeypatch.setattr(ConfigLoaderImpl, "load_sweep_config", counting)
+    monkeypatch.setattr("regrow.launch.sweep.local.run_here", lambda _folder, runs: [1] * len(runs))
+    monkeypatch.setattr(sys, "argv", ["regrow"])
+    monkeypatch.chdir(tmp_path)
+    shown = ["hydra.launcher.dry_run=true"] if launcher == "slurm" else []
+    run_command(["-m", "seed=1,2,3", f"hydra/launcher={launcher}", *shown], StopFlag())
+    assert composed == ["seed=1", "seed=2", "seed=3"], capfd.readouterr()
