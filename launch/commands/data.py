@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import os
+import re
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,11 @@ __all__ = ["main"]
 
 log = logging.getLogger(__name__)
 
+# Of `tokenize`, by the names of their fields; and those that only files have.
+_OF_FILES = ("field", "txt_document_bytes")
+_OPTIONS = (*_OF_FILES, "tokenizer", "tokenizer_vocab_size", "eos_token", "bos_token", "workers")
+_OVERRIDE = re.compile(r"[+~]{0,2}(data|data_source|seed)(@[\w.]+|\.[\w.@]+)?=")
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="regrow-data", description=__doc__)
@@ -35,14 +41,16 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument(
         "files",
         nargs="*",
-        help=".txt, .jsonl(.gz/.zst) and .parquet files and globs; none: the standard library",
+        help="files and globs as data.files has them; none: the standard library. Or overrides of `regrow` for its "
+        "data, for instance data=chat data.files=[chats.jsonl] data.tokenizer=DIR",
     )
-    make.add_argument("--field", default="text", help="the text's field in .jsonl and .parquet")
-    make.add_argument("--txt-document-bytes", type=int, default=16384, help="0 leaves a .txt file whole")
+    make.add_argument("--field", help="the text's field in records; text")
+    make.add_argument("--txt-document-bytes", type=int, help="0 leaves a .txt file whole; 16384")
     make.add_argument("--tokenizer", help="tokenizer.json or its folder; none trains a BPE")
-    make.add_argument("--vocab-size", type=int, default=4096, help="of that BPE")
-    make.add_argument("--eos-token", help="the token between documents")
-    make.add_argument("--workers", type=int, default=0, help="processes; 0 is one per core")
+    make.add_argument("--vocab-size", dest="tokenizer_vocab_size", type=int, help="of that BPE; 4096")
+    make.add_argument("--eos-token", help="the token after each document")
+    make.add_argument("--bos-token", help="the token before each document; none")
+    make.add_argument("--workers", type=int, help="processes; 0 is one per core; 0")
     show = commands.add_parser("show", help="what a folder holds: documents, tokens, bytes per token, lengths")
     show.add_argument("folder", type=Path)
     show.add_argument(
@@ -73,20 +81,26 @@ def _add_of_a_run(commands: Any) -> None:
 
 
 def _source(args: argparse.Namespace) -> CorpusSource:
-    common = {
-        "tokenizer": args.tokenizer,
-        "tokenizer_vocab_size": args.vocab_size,
-        "eos_token": args.eos_token,
-        "workers": args.workers,
-    }
+    given = {name: value for name in _OPTIONS if (value := getattr(args, name)) is not None}
+    overrides = [a for a in args.files if _OVERRIDE.match(a)]
+    if overrides:
+        if given or len(overrides) < len(args.files):
+            other = next(iter(set(args.files) - set(overrides)), None) or f"--{next(iter(given)).replace('_', '-')}"
+            raise DataError(
+                f"overrides must say everything about the data, but {other} stands beside {overrides[0]}; give it as "
+                "an override too (data.files=[…], data.tokenizer=DIR)"
+            )
+        # What composes a config imports torch, which takes seconds and files by themselves do without.
+        of_run: CorpusSource = import_module("regrow.launch.commands.data_run").composed_source(overrides)
+        return of_run
     if not args.files:
-        return StdlibSource(StdlibConfig(**common))
-    text = TextConfig(files=args.files, field=args.field, txt_document_bytes=args.txt_document_bytes, **common)
-    return TextSource(text)
+        given = {name: value for name, value in given.items() if name not in _OF_FILES}
+        return StdlibSource(StdlibConfig(**given))
+    return TextSource(TextConfig(files=args.files, **given))
 
 
 def _tokenize(args: argparse.Namespace) -> None:
-    if args.workers < 0:
+    if args.workers is not None and args.workers < 0:
         raise DataError(f"--workers must be at least 0, but is {args.workers}; use 0")
     source = _source(args)
     source.check()

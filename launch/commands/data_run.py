@@ -9,7 +9,8 @@ from regrow.launch.config.composition import compose_config
 from regrow.launch.config.errors import check_arguments
 from regrow.launch.config.refusals import Refused, refusing
 from regrow.launch.config.schema import Config
-from regrow.launch.run.compose_data import compose_windows
+from regrow.launch.run.build import build_source
+from regrow.launch.run.compose_data import compose_samples, compose_windows
 from regrow.launch.run.preflight import check_config
 from regrow.launch.run.preflight_data import prepare_data
 from regrow.launch.run.prepare import convert_config
@@ -17,10 +18,11 @@ from regrow.trainer.data.corpus import Corpus
 from regrow.trainer.data.mixture import Mixture, Stage
 from regrow.trainer.data.mixture_config import MixtureConfig
 from regrow.trainer.data.mixture_source import continue_mixture, declared_mixture
-from regrow.trainer.data.samples import Samples, source_seed
+from regrow.trainer.data.samples import Samples
+from regrow.trainer.data.source import CorpusSource
 from regrow.trainer.data.windows import Windows
 
-__all__ = ["ONLY", "RunData", "composed", "prepare_run_data"]
+__all__ = ["ONLY", "RunData", "composed", "composed_source", "prepare_run_data"]
 
 # What the source of a run without a mixture is called.
 ONLY = "data"
@@ -51,13 +53,8 @@ class RunData:
 
     def samples(self) -> Samples:
         """In the order in which they are read."""
-        data = self.config.data
-        if not isinstance(data, MixtureConfig):
-            return Samples([ONLY], [self.windows[ONLY]], [self.config.seed])
-        names = self.mixture.names
-        own = {name: data.sources[name].seed for name in names}
-        seeds = [source_seed(self.config.seed, n) if (seed := own[n]) is None else seed for n in names]
-        return Samples(names, [self.windows[name] for name in names], seeds, self.mixture)
+        mixture = self.mixture if isinstance(self.config.data, MixtureConfig) else None
+        return compose_samples(self.config, self.corpus, self.windows, mixture)
 
 
 def composed(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
@@ -81,6 +78,23 @@ def composed(overrides: Sequence[str], config_dir: Path | None = None) -> Config
         config, _ = convert_config(compose_config([*searched, *overrides]))
         check_config(config)
     return config
+
+
+def composed_source(overrides: Sequence[str]) -> CorpusSource:
+    """The source of text that overrides of `data` name.
+
+    Raises:
+        Refused: in the sentence that a run would give, or because there is nothing to tokenise.
+    """
+    config = composed(overrides)
+    with refusing():
+        source = build_source(config.data)
+    if not isinstance(source, CorpusSource):
+        raise Refused(
+            f"data must be a source of documents to tokenise, but is {config.data._target_}; tokenise the sources of "
+            "a mixture one by one, or let the run do it"
+        )
+    return source
 
 
 def prepare_run_data(config: Config) -> RunData:

@@ -22,7 +22,7 @@ from regrow.trainer.data.windows import ConcatWindows, Int64s, Windows
 from regrow.trainer.parallel.context import ParallelContext
 from regrow.trainer.state import TrainState
 
-__all__ = ["batches_of", "compose_windows", "validation_samples"]
+__all__ = ["batches_of", "compose_samples", "compose_windows", "validation_samples"]
 
 
 def compose_windows(config: Config, corpus: Corpus, *, validation: bool) -> dict[str, Windows]:
@@ -50,8 +50,16 @@ def _windows_of(data: DataConfig, store: TokenStore, *, validation: bool) -> Win
     )
 
 
-def _samples(config: Config, corpus: Corpus, windows: dict[str, Windows], mixture: Mixture | None) -> Samples:
-    """The sequence of samples; a mixture may have more sources than there are now, which have been read before."""
+def compose_samples(config: Config, corpus: Corpus, windows: dict[str, Windows], mixture: Mixture | None) -> Samples:
+    """The samples in the order in which they are read.
+
+    Args:
+        config: of the run.
+        corpus: its token stores.
+        windows: of one split, by source.
+        mixture: which sample is of which source; it may have more sources than there are now, which have been read
+            before. None: there is one source.
+    """
     token_bytes = _token_bytes(corpus.tokenizer_file)
     if mixture is None:
         return Samples(list(windows), list(windows.values()), [config.seed], token_bytes=token_bytes)
@@ -73,7 +81,7 @@ def validation_samples(config: Config, corpus: Corpus, sets: Mapping[str, Path])
     """
     windows = compose_windows(config, corpus, validation=True)
     mixture = declared_mixture(config.data) if isinstance(config.data, MixtureConfig) else None
-    found = {"": _samples(config, corpus, windows, mixture)}
+    found = {"": compose_samples(config, corpus, windows, mixture)}
     whole = dataclasses.replace(config.data, validation_fraction=0.0)
     for name, folder in sets.items():
         store = TokenStore(folder)
@@ -82,7 +90,7 @@ def validation_samples(config: Config, corpus: Corpus, sets: Mapping[str, Path])
     return found
 
 
-def _token_bytes(file: Path) -> Int64s | None:
+def _token_bytes(file: Path) -> Int64s:
     return bytes_of_tokens(load_tokenizer(file))
 
 
@@ -102,7 +110,7 @@ def batches_of(config: Config, context: ParallelContext, corpus: Corpus) -> Call
                 at_sample=state.samples_consumed,
             )
         batches = Prefetcher(
-            _samples(config, corpus, windows, mixture),
+            compose_samples(config, corpus, windows, mixture),
             samples_consumed=state.samples_consumed,
             global_batch_size=data.global_batch_size,
             rank=context.data_rank,

@@ -74,8 +74,8 @@ def test_killed_six_times_on_any_number_of_ranks(sources: list[str], tmp_path: P
         event = "after_step" if cut % 2 else "before_commit"
         train_until_killed([*settings, f"train.steps={STEPS}", *layout], tmp_path / "cut", ranks, event, 2 * cut)
         assert len(samples(tmp_path / "cut")) >= 2 * cut
-    last = train([*settings, f"train.steps={STEPS}", "parallel.dp_shard=-1"], tmp_path / "cut", 2)
-    assert (last.kind, last.step) == ("finished", STEPS)
+    end = train([*settings, f"train.steps={STEPS}", "parallel.dp_shard=-1"], tmp_path / "cut", 2)
+    assert (end.kind, end.step) == ("finished", STEPS)
     starts = [attempt["from_step"] for attempt in record(tmp_path / "cut")["attempts"]]
     assert len(starts) == 7
     assert all(2 * cut - 2 <= start < 2 * cut + 1 for cut, start in enumerate(starts[1:], 1)), starts

@@ -103,7 +103,8 @@ class DataConfig:
         tokenizer: a Hugging Face `tokenizer.json` or a folder that holds one; null trains a byte-level BPE
             on the corpus.
         tokenizer_vocab_size: size of that BPE.
-        eos_token: the token between documents; null finds the tokenizer's own.
+        eos_token: the token after each document; null finds the tokenizer's own.
+        bos_token: the token before each document of text; null is none. Conversations begin as their template says.
         cache: where tokenised corpora are kept; null is `~/.cache/regrow`.
         workers: processes that tokenise; 0 is one per core.
         prefetch: batches read ahead.
@@ -124,6 +125,7 @@ class DataConfig:
     tokenizer: str | None = None
     tokenizer_vocab_size: int = 4096
     eos_token: str | None = None
+    bos_token: str | None = dataclasses.field(default=None, metadata=_LATER)
     cache: str | None = None
     workers: int = 0
     prefetch: int = 2

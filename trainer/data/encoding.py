@@ -10,10 +10,22 @@ from tokenizers import Tokenizer
 
 from regrow.trainer.data.tokenizer import tokenizer_errors
 
-__all__ = ["Encoded", "encode_documents"]
+__all__ = ["DocumentMarks", "Encoded", "encode_documents"]
 
 _BATCH = 64
 _BATCH_CHARACTERS = 1 << 20
+
+
+class DocumentMarks(NamedTuple):
+    """What stands around each document of text.
+
+    Attributes:
+        end: the id after it.
+        begin: the id before it; None: none.
+    """
+
+    end: int
+    begin: int | None = None
 
 
 class Encoded(NamedTuple):
@@ -44,16 +56,20 @@ def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def encode_documents(documents: Iterator[str], tokenizer: Tokenizer, end: int) -> Iterator[Encoded]:
-    """The ids of each document that has some, with the end of text, and the hash of its content.
+def encode_documents(documents: Iterator[str], tokenizer: Tokenizer, marks: DocumentMarks) -> Iterator[Encoded]:
+    """The ids of each document that has some, between its marks, and the hash of its content.
 
     Raises:
         DataError: the tokenizer fails.
     """
+    before = [] if marks.begin is None else [marks.begin]
     for batch in _batches(documents):
         with tokenizer_errors("data.tokenizer must encode the corpus, but fails"):
-            encodings = tokenizer.encode_batch(batch, add_special_tokens=False)
+            # Without keeping track of where in the text each token lies, which nobody asks for.
+            encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
         for text, encoding in zip(batch, encodings, strict=True):
-            if encoding.ids:
+            # A list of its own at each call.
+            if ids := encoding.ids:
+                ids.append(marks.end)
                 content = hashlib.blake2b(text.encode(), digest_size=8).digest()
-                yield Encoded(np.array([*encoding.ids, end]), int.from_bytes(content, "little"))
+                yield Encoded(np.array(before + ids if before else ids), int.from_bytes(content, "little"))

@@ -13,8 +13,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 from regrow.trainer.data.cache import cache_folder, writing_to
 from regrow.trainer.data.config import DataConfig
+from regrow.trainer.data.encoding import DocumentMarks
 from regrow.trainer.data.file_shards import shard_places
 from regrow.trainer.data.recipe import check_recipe, recipe_key, recipe_of
 from regrow.trainer.data.source import CorpusPart, CorpusSource, DataError, Source
@@ -162,9 +165,14 @@ def _place_tokenizer(
         file, tokenizer, body, ends = placed, parse_tokenizer(trained.body, placed), trained.body, trained.ends
     return Encoding(
         tokenizer_hash=tokenizer_hash(body),
-        end_of_text=first_token_id(tokenizer, file, ends),
+        marks=DocumentMarks(first_token_id(tokenizer, file, ends), _begin_id(tokenizer, file, source.config)),
         vocab_size=vocabulary_size(tokenizer),
     )
+
+
+def _begin_id(tokenizer: Tokenizer, file: Path, config: DataConfig) -> int | None:
+    name = config.bos_token
+    return None if name is None else first_token_id(tokenizer, file, (name,), "data.bos_token")
 
 
 def _is_tokenizer(file: Path) -> bool:
@@ -211,7 +219,7 @@ def tokenize(
         len(units),
         encoding.vocab_size,
         encoding.tokenizer_hash,
-        encoding.end_of_text,
+        encoding.marks.end,
         labels=source.HAS_LABELS,
     )
     if index.documents == 0:

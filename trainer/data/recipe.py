@@ -51,7 +51,8 @@ def recipe_of(source: CorpusSource, given: TokenizerFiles | None) -> dict[str, s
             "data.tokenizer": f"a file with hash {tokenizer_hash(given.body)}",
             "data.eos_token": " or ".join(given.ends),
         }
-    return {"the version of the reader": _READER, **source.key(), **tokenizer}
+    begin = {} if config.bos_token is None else {"data.bos_token": config.bos_token}
+    return {"the version of the reader": _READER, **source.key(), **tokenizer, **begin}
 
 
 def recipe_key(recipe: dict[str, str]) -> str:

@@ -9,7 +9,7 @@ from typing import ClassVar, final
 from tokenizers import Tokenizer
 
 from regrow.trainer.data.config import DataConfig
-from regrow.trainer.data.encoding import Encoded, encode_documents
+from regrow.trainer.data.encoding import DocumentMarks, Encoded, encode_documents
 from regrow.trainer.data.errors import DataError as DataError
 from regrow.trainer.data.errors import digest as digest
 from regrow.trainer.data.errors import shown as shown
@@ -100,18 +100,18 @@ class CorpusSource(Source):
             DataError: naming the file and the line or row.
         """
 
-    def encode(self, unit: CorpusPart, tokenizer: Tokenizer, end: int) -> Iterator[Encoded]:
+    def encode(self, unit: CorpusPart, tokenizer: Tokenizer, marks: DocumentMarks) -> Iterator[Encoded]:
         """The documents of one part as ids.
 
         Args:
             unit: the part.
             tokenizer: makes them.
-            end: the id after each document of text.
+            marks: what stands around each document of text.
 
         Raises:
             DataError: see `read`; or the tokenizer fails.
         """
-        return encode_documents(self.read(unit), tokenizer, end)
+        return encode_documents(self.read(unit), tokenizer, marks)
 
     @abstractmethod
     def key(self) -> dict[str, str]:

@@ -245,8 +245,14 @@ def end_of_text_id(tokenizer: Tokenizer, file: Path, eos_token: str | None) -> i
     return first_token_id(tokenizer, file, _read_ends(file, eos_token)[1])
 
 
-def first_token_id(tokenizer: Tokenizer, file: Path, names: tuple[str, ...]) -> int:
+def first_token_id(tokenizer: Tokenizer, file: Path, names: tuple[str, ...], option: str = "data.eos_token") -> int:
     """The id of the first of the names that is a token.
+
+    Args:
+        tokenizer: the tokenizer.
+        file: where it was read from.
+        names: to look for.
+        option: that names them.
 
     Raises:
         DataError: none is.
@@ -260,8 +266,7 @@ def first_token_id(tokenizer: Tokenizer, file: Path, names: tuple[str, ...]) -> 
             log.warning(words, TOKENIZER_CONFIG, names[0], file, candidate)
         return found
     raise DataError(
-        f"data.eos_token must name a token of {file}, but none of {', '.join(map(shown, names))} is one; "
-        "set data.eos_token"
+        f"{option} must name a token of {file}, but none of {', '.join(map(shown, names))} is one; set {option}"
     )
 
 

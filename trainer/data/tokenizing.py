@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from regrow.checkpoint.scratch import tag_semaphores
 from regrow.trainer.data.cache import writing_to
 from regrow.trainer.data.config import DataConfig
-from regrow.trainer.data.encoding import Encoded
+from regrow.trainer.data.encoding import DocumentMarks, Encoded
 from regrow.trainer.data.file_shards import (
     ShardPlace,
     check_unchanged,
@@ -53,12 +53,12 @@ class Encoding:
 
     Attributes:
         tokenizer_hash: of the file in the store.
-        end_of_text: the id after each document.
+        marks: what stands around each document of text.
         vocab_size: one more than the largest id.
     """
 
     tokenizer_hash: str
-    end_of_text: int
+    marks: DocumentMarks
     vocab_size: int
 
     @property
@@ -68,7 +68,8 @@ class Encoding:
 
     def identity(self) -> dict[str, str]:
         """What decides the bytes of a shard."""
-        return {"tokenizer": self.tokenizer_hash, "end": str(self.end_of_text), "dtype": self.dtype.str}
+        begin = {} if self.marks.begin is None else {"begin": str(self.marks.begin)}
+        return {"tokenizer": self.tokenizer_hash, "end": str(self.marks.end), "dtype": self.dtype.str, **begin}
 
 
 def write_shards(source: CorpusSource, places: Sequence[ShardPlace], encoding: Encoding, store: Path) -> None:
@@ -131,7 +132,7 @@ def _tokenize(
             while True:
                 # Of a corpus of many small files not all wait in the pool at once.
                 for place in itertools.islice(left, workers * _WAITING - len(waiting)):
-                    job = pool.submit(make_shard, type(source), source.config, place, encoding, tokenizer)
+                    job = pool.submit(_make_shard_here, type(source), source.config, place, encoding, tokenizer)
                     waiting[job] = place
                 if not waiting:
                     break
@@ -191,6 +192,20 @@ class _Made(NamedTuple):
     notes: dict[str, tuple[int, str]]
 
 
+def _make_shard_here(
+    kind: type[CorpusSource], config: DataConfig, place: ShardPlace, encoding: Encoding, tokenizer: Path
+) -> _Made:
+    """`make_shard`, with errors that can be sent to another process: what they say, without what they hold.
+
+    Raises:
+        DataError: see `make_shard`.
+    """
+    try:
+        return make_shard(kind, config, place, encoding, tokenizer)
+    except DataError as error:
+        raise DataError(str(error)) from None
+
+
 def make_shard(
     kind: type[CorpusSource], config: DataConfig, place: ShardPlace, encoding: Encoding, tokenizer: Path
 ) -> _Made:
@@ -220,7 +235,7 @@ def make_shard(
 
 
 def _write(source: CorpusSource, place: ShardPlace, encoding: Encoding, tokenizer: Path) -> int:
-    documents = source.encode(place.part, _loaded(tokenizer, encoding.tokenizer_hash), encoding.end_of_text)
+    documents = source.encode(place.part, _loaded(tokenizer, encoding.tokenizer_hash), encoding.marks)
     return write_shard(place.folder, place.number, _Written.counting(documents), encoding.dtype)
 
 

@@ -19,7 +19,7 @@ from regrow.trainer.data.config import ChatConfig, OnBadRecord, Packing
 from regrow.trainer.data.corpus_content import files_content
 from regrow.trainer.data.corpus_files import reading
 from regrow.trainer.data.corpus_paths import ENDINGS, ending_of, find_files, open_file
-from regrow.trainer.data.encoding import Encoded
+from regrow.trainer.data.encoding import DocumentMarks, Encoded
 from regrow.trainer.data.record_files import read_records, record_parts, table_of
 from regrow.trainer.data.records import BadRecordError, BadRecords, Record, sound
 from regrow.trainer.data.selection import Filters
@@ -115,8 +115,8 @@ class ChatSource(CorpusSource):
         template = self._template()
         yield from (template.render(c).text for _, c in self._conversations(unit, self.notes))
 
-    def encode(self, unit: CorpusPart, tokenizer: Tokenizer, end: int) -> Iterator[Encoded]:
-        """The conversations of one part as ids; the template says how they end, not `end`."""
+    def encode(self, unit: CorpusPart, tokenizer: Tokenizer, marks: DocumentMarks) -> Iterator[Encoded]:
+        """The conversations of one part as ids; the template says how they begin and end, not `marks`."""
         template, bad = self._template(), self._bad(self.notes)
         for record, conversation in self._conversations(unit, self.notes, bad):
             where = record.place.__str__

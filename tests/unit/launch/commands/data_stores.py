@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from regrow.trainer.data.encoding import Encoded, encode_documents
+from regrow.trainer.data.encoding import DocumentMarks, Encoded, encode_documents
 from regrow.trainer.data.token_store import token_dtype, write_index, write_shard
 from regrow.trainer.data.tokenizer import END_OF_TEXT, load_tokenizer, tokenizer_hash, train_bpe, vocabulary_size
 
@@ -33,7 +33,7 @@ def write_store(
     tokenizer = load_tokenizer(tokenizer_file)
     end, size = tokenizer.encode(END_OF_TEXT).ids[0], vocabulary_size(tokenizer)
     for number, texts in enumerate(shards):
-        documents = list(encode_documents(iter(texts), tokenizer, end))
+        documents = list(encode_documents(iter(texts), tokenizer, DocumentMarks(end)))
         if labels is not None:
             documents = [Encoded(d.ids, d.content, labels(d.ids)) for d in documents]
         write_shard(folder, number, documents, token_dtype(size))

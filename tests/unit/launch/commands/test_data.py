@@ -13,6 +13,7 @@ from regrow.launch.commands.data_mix import mix_of
 from regrow.launch.commands.data_run import composed
 from tests.support import TINY_MODEL
 from tests.unit.launch.commands.data_stores import tokenizer_of, write_store
+from tests.unit.trainer.data.chat.families import FAMILIES, save_family
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -127,3 +128,27 @@ def test_tokenizing_and_showing_wait_for_nothing_heavy() -> None:
     program = "import sys, regrow.launch.commands.data; print({'torch', 'matplotlib', 'pyarrow'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_tokenize_takes_what_data_takes(command: Command, tmp_path: Path) -> None:
+    """Overrides give the store that a run would make, labels included."""
+    save_family(tmp_path / "tokenizer", FAMILIES["marks"])
+    turns = [{"role": "user", "content": "tea?"}, {"role": "assistant", "content": "for two"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"messages": turns, "n": n}) + "\n" for n in range(9)))
+    chat = [
+        "data=chat", f"data.files=[{tmp_path / 'a.jsonl'}]", f"data.tokenizer={tmp_path / 'tokenizer'}",
+        "+data.where_min={n: 4}", "data.workers=1",
+    ]  # fmt: skip
+    code, out, err = command("tokenize", str(tmp_path / "out"), *chat)
+    assert (code, out.splitlines()[0].split(",")[0]) == (0, "5 documents"), err
+    code, out, _ = command("show", "--json", str(tmp_path / "out"))
+    assert 0 < json.loads(out)["labels"] < json.loads(out)["tokens"]
+    code, _, err = command("tokenize", str(tmp_path / "other"), *chat, "--workers", "2")
+    assert code == 2
+    assert "overrides must say everything about the data, but --workers stands beside data=chat" in err
+    code, _, err = command("tokenize", str(tmp_path / "other"), "data=tokens", f"data.path={tmp_path / 'out'}")
+    assert code == 2
+    assert (
+        "data must be a source of documents to tokenise, but is regrow.trainer.data.token_store.TokensSource" in err
+    )
+    assert not (tmp_path / "other").exists()

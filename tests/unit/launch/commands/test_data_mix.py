@@ -4,14 +4,12 @@ import json
 import random
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from regrow.errors import ConfigError
 from regrow.launch.commands.data_mix import mix_of, mix_text
 from regrow.launch.commands.data_run import prepare_run_data
 from regrow.launch.config.refusals import Refused
-from regrow.launch.run.compose_data import _samples
 from regrow.launch.run.preflight_data import prepare_data
 from tests.support import TINY_MODEL, typed_config
 from tests.unit.launch.commands.data_stores import tokenizer_of, write_store
@@ -70,16 +68,6 @@ def test_it_is_what_a_run_reads(mixture: list[str], more: list[str]) -> None:
     found = use.as_json()
     assert json.loads(json.dumps(found)) == found
     assert found["tokens"] == sum(s["tokens"] for stage in found["stages"] for s in stage["sources"]) == steps * 96
-
-
-def test_samples_are_read_in_the_order_of_a_run(mixture: list[str]) -> None:
-    for more in ([], STAGES, ["data.sources.web.seed=4", "data.sources.web.packing=best_fit"]):
-        config = typed_config([*mixture, *more, "train.steps=50"])
-        run = prepare_run_data(config)
-        theirs = _samples(config, run.corpus, run.windows, run.mixture).ids(0, 300)
-        ours = run.samples().ids(0, 300)
-        assert np.array_equal(ours.sources, theirs.sources)
-        assert np.array_equal(ours.windows, theirs.windows)
 
 
 def test_a_source_that_is_used_up_begins_a_stage(mixture: list[str]) -> None:

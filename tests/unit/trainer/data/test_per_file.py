@@ -27,7 +27,7 @@ from regrow.trainer.data.chat.source import ChatSource
 from regrow.trainer.data.config import ChatConfig, OnBadRecord, TextConfig
 from regrow.trainer.data.corpus_content import files_content
 from regrow.trainer.data.corpus_paths import find_files
-from regrow.trainer.data.encoding import Encoded
+from regrow.trainer.data.encoding import DocumentMarks, Encoded
 from regrow.trainer.data.prepare import prepare, tokenize
 from regrow.trainer.data.progress import Amount, figures, showing_progress
 from regrow.trainer.data.recipe import file_key
@@ -111,7 +111,7 @@ def reference(source: CorpusSource, folder: Path) -> dict[str, bytes]:
     end = end_of_text_id(loaded, file, None)
     folder.mkdir(parents=True)
     for number, part in enumerate(parts):
-        write_shard(folder, number, source.encode(part, loaded, end), np.dtype("<u2"))
+        write_shard(folder, number, source.encode(part, loaded, DocumentMarks(end)), np.dtype("<u2"))
     hashed = tokenizer_hash(file.read_bytes())
     write_index(folder, len(parts), vocabulary_size(loaded), hashed, end, labels=source.HAS_LABELS)
     return contents(folder)
@@ -326,7 +326,7 @@ def encoding_of(tokenizer: Path) -> Encoding:
     hashed = tokenizer_hash(file.read_bytes())
     return Encoding(
         tokenizer_hash=hashed,
-        end_of_text=end_of_text_id(loaded, file, None),
+        marks=DocumentMarks(end_of_text_id(loaded, file, None)),
         vocab_size=vocabulary_size(loaded),
     )
 

@@ -8,8 +8,8 @@ from regrow.trainer.data.chat.conversation import Conversation
 from regrow.trainer.data.chat.labels import encode_conversation
 from regrow.trainer.data.chat.template import ChatTemplate
 from regrow.trainer.data.config import LabelMode
-from tests.unit.trainer.data.chat.conftest import Made
 from tests.unit.trainer.data.chat.conversations import SUNNY, USER
+from tests.unit.trainer.data.conftest import Made
 
 MESSAGES: list[dict[str, Any]] = [USER, SUNNY, {"role": "user", "content": "Sure?"}, {**SUNNY, "content": "Yes. 🌤️"}]
 LOOP = "{{% for m in messages %}}{{% if m.role == 'assistant' %}}{0}{{% else %}}<{{{{ m.content }}}}>{{% endif %}}{{% endfor %}}"

@@ -14,7 +14,6 @@ from regrow.trainer.data.chat.labels import REWRITTEN_TURN, encode_conversation
 from regrow.trainer.data.chat.template import ChatTemplate
 from regrow.trainer.data.config import LabelMode
 from regrow.trainer.data.source import DataError
-from tests.unit.trainer.data.chat.conftest import Made
 from tests.unit.trainer.data.chat.conversations import (
     CALL,
     PLAIN,
@@ -28,6 +27,7 @@ from tests.unit.trainer.data.chat.conversations import (
     WITH_TOOLS,
 )
 from tests.unit.trainer.data.chat.families import FAMILIES
+from tests.unit.trainer.data.conftest import Made
 
 # What each family's template takes besides plain conversations.
 GROUPS: dict[str, list[dict[str, list[dict[str, Any]]]]] = {

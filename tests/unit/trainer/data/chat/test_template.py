@@ -15,9 +15,9 @@ from regrow.trainer.data.chat.conversation import Conversation
 from regrow.trainer.data.chat.template import ChatTemplate
 from regrow.trainer.data.chat.template_files import read_chat_template
 from regrow.trainer.data.source import DataError
-from tests.unit.trainer.data.chat.conftest import Made
 from tests.unit.trainer.data.chat.conversations import SUNNY, USER, WEATHER
 from tests.unit.trainer.data.chat.families import change_config
+from tests.unit.trainer.data.conftest import Made
 
 MESSAGES: list[dict[str, Any]] = [USER, SUNNY]
 TOOLS: list[dict[str, Any]] = [WEATHER]
