@@ -87,7 +87,7 @@ def _kill_rank(spec: RankSpec, event: str, step: int) -> Any:
         trainer.hooks.append(type("Killer", (Hook,), {event: die})())
         return trainer
 
-    rank.compose_trainer = composed
+    vars(rank)["compose_trainer"] = composed
     return run_rank(spec, StopFlag())
 
 
