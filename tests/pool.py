@@ -74,7 +74,8 @@ def _rank(
 
 def _stack(crash: Path) -> str:
     """Where each thread of a crashed process was."""
-    return crash.read_text() if crash.exists() else ""
+    text = crash.read_text() if crash.exists() else ""
+    return f"\n{text}" if text else ""
 
 
 def run_distributed(body: Callable[..., Any], *args: Any, world_size: int, timeout_s: float = 240.0) -> list[Any]:
@@ -116,7 +117,7 @@ def _run(
             ok, value = pickle.loads(pipe.recv_bytes()) if pipe.poll(timeout_s) else (False, "timed out")
         except EOFError:
             process.join(5.0)
-            ok, value = False, f"died without an answer, exit code {process.exitcode}\n{_stack(crashes[rank])}"
+            ok, value = False, f"died without an answer, exit code {process.exitcode}{_stack(crashes[rank])}"
         results.append(value)
         if not ok:
             failures.append(f"rank {rank}: {value}")

@@ -103,6 +103,22 @@ class SaveCoordinator:
         """From here on, other ranks are waited for as little as those need that are done, too."""
         self._hurried_at = time.monotonic()
 
+    def leave(self) -> None:
+        """Says that this rank saves nothing more: whoever waits for it need not, but for what it is at just now."""
+        try:
+            if self._store is not None:
+                self._store.set(f"left/{self._rank}", "")
+                self._store.add("left/count", 1)
+        except RuntimeError as error:
+            self._give_up_store(error)
+
+    def _has_left(self, store: dist.Store, rank: int | None = None) -> bool:
+        """Whether a rank, or any of them, saves nothing more; from then on nobody is waited for long."""
+        left = store.add("left/count", 0) > 0 and (rank is None or store.check([f"left/{rank}"]))
+        if left and self._hurried_at is None:
+            self.hurry()
+        return bool(left)
+
     def report(self, key: str, report: Report, place: WorkingPlace) -> None:
         """Tells rank 0 how this rank's part ended."""
         self._own = report
@@ -127,14 +143,22 @@ class SaveCoordinator:
         return self._collect_from_files(place, deadline)
 
     def _collect_from_store(self, store: dist.Store, key: str, place: WorkingPlace, deadline: float) -> list[Report]:
-        self._poll(lambda: store.add(f"{key}/count", 0) >= self._ranks, deadline)
+        everyone = range(self._ranks)
+
+        def settled() -> bool:
+            if store.add(f"{key}/count", 0) >= self._ranks:
+                return True
+            # One that ended in the middle of its report may not have been counted.
+            return self._has_left(store) and store.check([f"{key}/{rank}" for rank in everyone])
+
+        self._poll(settled, deadline)
         reports: list[Report] = []
-        for rank in range(self._ranks):
+        for rank in everyone:
             name = f"{key}/{rank}"
             there = store.check([name])
             reports.append(json.loads(store.get(name)) if there else self._report_from_file(rank, place, deadline))
         self._forget(store)
-        self._spent = [*(f"{key}/{rank}" for rank in range(self._ranks)), f"{key}/count", f"{key}/verdict"]
+        self._spent = [*(f"{key}/{rank}" for rank in everyone), f"{key}/count", f"{key}/verdict"]
         return reports
 
     def _collect_from_files(self, place: WorkingPlace, deadline: float) -> list[Report]:
@@ -176,10 +200,18 @@ class SaveCoordinator:
         try:
             store = self._store
             if store is not None:
-                if not self._poll(lambda: bool(store.check([f"{key}/verdict"])), deadline):
+                name = f"{key}/verdict"
+
+                def said() -> bool:
+                    if store.check([name]):
+                        return True
+                    self._has_left(store, 0)
+                    return False
+
+                if not self._poll(said, deadline):
                     # Rank 0 may have lost the store alone.
                     return None if is_committed() else "rank 0 did not say in time whether the step is complete"
-                found: str | None = json.loads(store.get(f"{key}/verdict"))
+                found: str | None = json.loads(store.get(name))
                 return found
         except RuntimeError as error:
             self._give_up_store(error)

@@ -220,7 +220,10 @@ class StepSaver:
         if wait:
             self._thread.shutdown()
             self._pool.shutdown()
+            self._coordinator.leave()
             return
+        # Now and not when all is done, because this process may end at any moment.
+        self._coordinator.leave()
         with contextlib.suppress(RuntimeError):  # closed already
             # The save still needs the other thread.
             self._thread.submit(self._pool.shutdown)

@@ -5,6 +5,7 @@ import pickle
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -469,3 +470,30 @@ def test_ranks_agree_by_files(tmp_path: Path, breaks: bool) -> None:
     results = run_distributed(_save_without_a_store, tmp_path, breaks, world_size=2)
     assert results == [[None] * 3] * 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-1", "step-2", "step-3"]
+
+
+def _save_where_one_has_left(folder: Path, leaving: int) -> tuple[str | None, float]:
+    dist.init_process_group("gloo")
+    assert dist.group.WORLD is not None
+    options = SaverOptions(commit_timeout_s=60.0)
+    saver = StepSaver(folder, AsyncMode.async_with_pinned_mem, torch.device("cpu"), dist.group.WORLD, options)
+    began = time.monotonic()
+    if dist.get_rank() == leaving:
+        saver.close(wait=False)
+        dist.barrier()
+        return None, 0.0
+    found = [*saver.save(state(), Manifest(step=1, lineage="a")), *saver.wait()]
+    seconds = time.monotonic() - began
+    saver.close()
+    dist.barrier()
+    return found[0].error, seconds
+
+
+@pytest.mark.parametrize("leaving", [0, 1])
+def test_a_rank_that_has_ended_is_not_waited_for(tmp_path: Path, leaving: int) -> None:
+    """As where an error ends one of them, and nobody kills the other."""
+    answers = run_distributed(_save_where_one_has_left, tmp_path, leaving, world_size=2)
+    error, seconds = answers[1 - leaving]
+    assert error is not None
+    assert seconds < 20.0
+    assert [p.name for p in tmp_path.iterdir() if p.name == "step-1"] == []
