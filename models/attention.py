@@ -15,10 +15,11 @@ from torch import Tensor
 from regrow.models.config import WIDEST_SEGMENT_HEAD, AttentionKernel
 from regrow.models.cpu import Kind, causal_attention, is_used, plain_attention
 from regrow.models.documents import Documents
+from regrow.models.key_value_cache import KeyValueCache
 
 __all__ = ["DenseMask", "Mask", "Sight", "attend", "choose_kernel", "dense_mask", "first_seen", "prepared_for"]
 
-Mask = Tensor | Documents | None
+Mask = Tensor | Documents | KeyValueCache | None
 
 
 class Sight(Protocol):
@@ -81,11 +82,13 @@ def attend(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, mask: Mask, window: i
         q_BTNH: queries.
         k_BTKH: keys.
         v_BTKH: values.
-        mask: documents that have been prepared; or bool, broadcastable to `(B, N, T, T)`, true where attention is
-            allowed; None is causal.
+        mask: documents that have been prepared; or keys and values of what was read before; or bool, broadcastable to
+            `(B, N, T, T)`, true where attention is allowed; None is causal.
         window: keys that a position sees at most, itself among them; 0 is no limit.
     """
     b, t, n, h = q_BTNH.shape
+    if isinstance(mask, KeyValueCache):
+        return mask.attend(q_BTNH, k_BTKH, v_BTKH, window)
     if isinstance(mask, Documents):
         return prepared_for(mask, window).attend(q_BTNH, k_BTKH, v_BTKH, window)
     if 0 < window < t:

@@ -107,6 +107,7 @@ class Decoder(LanguageModel):
     """Embedding, blocks, norm and output; a family gives the block and the frequencies of RoPE."""
 
     config: DecoderConfig
+    keeps_keys = True
     rope: Tensor
 
     def __init__(self, config: DecoderConfig) -> None:

@@ -1,31 +1,14 @@
 """`regrow.load_model`: a model and its tokenizer out of a run, a step or a Hugging Face folder, for a notebook."""
 
-from collections import Counter
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from torch import nn
 
-from regrow.checkpoint.errors import CheckpointError
-from regrow.checkpoint.load.initial_load import LoadRules, load_from, pin_source
-from regrow.checkpoint.load.loading import is_verified
-from regrow.checkpoint.run.reader_lock import reading
-from regrow.checkpoint.storage.base import Storage
-from regrow.checkpoint.storage.opening import as_storage
-from regrow.launch.commands.convert import check_fit
-from regrow.launch.commands.identify_model import model_of, run_folder_of
-from regrow.launch.run.stored_run import steps_place
-from regrow.launch.run.weights import OpenedWeights, buffers_of, model_on_meta, open_weights
+from regrow.launch.commands.loaded_model import open_model
 from regrow.models.base import LanguageModel
-from regrow.models.config import DecoderConfig
-from regrow.trainer.data.tokenizer import load_tokenizer, parse_tokenizer, tokenizer_file
 
 __all__ = ["load_model"]
-
-TOKENIZER = "tokenizer.json"
-_TOKENIZER_BYTES = 256 << 20
 
 
 def load_model(
@@ -55,56 +38,5 @@ def load_model(
         ValueError: there is no such checkpoint, its model or its tokenizer cannot be found out, or a byte of it is
             not what was written.
     """
-    given = as_storage(str(place) if "://" in str(place) else Path(place).expanduser())
-    with ExitStack() as held:
-        stored = pin_source(steps_place(given))
-        if is_verified(stored):
-            held.enter_context(reading(stored))
-        config = model_of(stored, None)
-        found = _tokenizer(given, stored, tokenizer)
-        opened = open_weights(stored, config)
-        held.callback(opened.source.close)
-        check_fit(opened, config)
-        model = model_on_meta(config)
-        _give_memory(model, dtype or _stored_dtype(opened, model), torch.device(device))
-        assert isinstance(config, DecoderConfig), "other models have no tables of positions"
-        model.init_buffers(torch.device(device), config.max_seq_len)
-        tensors = dict(model.named_parameters()) | {
-            n: b for n, b in model.named_buffers() if n in buffers_of(config) and n in opened.source.infos
-        }
-        load_from(opened.source, tensors, LoadRules(strict=True))
-    return model.eval(), found
-
-
-def _stored_dtype(opened: OpenedWeights, model: nn.Module) -> torch.dtype:
-    """That of most of the stored weights."""
-    infos = opened.source.infos
-    counts = Counter({infos[n].dtype: 0 for n, _ in model.named_parameters()})
-    for name, parameter in model.named_parameters():
-        counts[infos[name].dtype] += parameter.numel()
-    return counts.most_common(1)[0][0]
-
-
-def _give_memory(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Replaces the parameters of a model on the meta device; what is one parameter under two names stays one."""
-    made: dict[nn.Parameter, nn.Parameter] = {}
-    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-        if parameter not in made:
-            made[parameter] = nn.Parameter(torch.empty_like(parameter, dtype=dtype, device=device))
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, made[parameter])
-
-
-def _tokenizer(given: Storage, stored: Storage, path: str | Path | None) -> Tokenizer:
-    """The one that is named, or that lies beside the weights or in their run's directory."""
-    if path is not None:
-        return load_tokenizer(tokenizer_file(str(path)))
-    for place in (given, stored):
-        if place.exists(TOKENIZER):
-            return parse_tokenizer(place.read(TOKENIZER, _TOKENIZER_BYTES), Path(place.url) / TOKENIZER)
-    run = run_folder_of(stored)
-    if run is not None and (run / TOKENIZER).is_file():
-        return load_tokenizer(run / TOKENIZER)
-    raise CheckpointError(
-        f"{stored.url} must have a {TOKENIZER} beside it or in its run's directory, but has none; give tokenizer=PATH"
-    )
+    loaded = open_model(place, dtype=dtype, device=device, tokenizer=tokenizer)
+    return loaded.model, loaded.tokenizer

@@ -1,0 +1,1 @@
+"""Continuing token ids with a model."""
