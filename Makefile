@@ -29,12 +29,14 @@ install: $(STAMP)  ## the virtual environment with everything in it
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade setuptools wheel
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	# By all cores, which pip does not; some packages hold templates that are no Python.
+	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true
 	touch $@
 
 $(TORCHTUNE)/.installed: constraints-torchtune.txt
 	$(PYTHON) -m venv $(TORCHTUNE)
-	$(TORCHTUNE)/bin/python -m pip install --quiet --requirement constraints-torchtune.txt
+	$(TORCHTUNE)/bin/python -m pip install --quiet --no-compile --requirement constraints-torchtune.txt
 	touch $@
 
 demo: $(STAMP)  ## train the debug model on the standard library's own text, on the CPU

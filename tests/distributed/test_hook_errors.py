@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import torch
 
 from regrow.launch.run.compose import compose_trainer
@@ -21,6 +22,8 @@ from regrow.trainer.parallel.context import close_parallel, open_parallel
 from tests.pool import run_distributed
 from tests.runs import spec_of
 from tests.support import tiny
+
+pytestmark = pytest.mark.slow
 
 EVENTS = [
     "before_fit", "before_step", "before_optimizer_step", "after_optimizer_step", "after_step", "after_metrics",

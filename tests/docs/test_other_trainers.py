@@ -16,6 +16,8 @@ from regrow.checkpoint import Checkpointer, CheckpointerOptions
 from tests.pool import run_distributed
 from tests.support import REPO
 
+pytestmark = pytest.mark.slow
+
 BLOCKS = {
     match[1]: match[0]
     for match in re.finditer(

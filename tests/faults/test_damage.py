@@ -19,6 +19,8 @@ from regrow.trainer.jsonlines import read_rows
 from tests.runs import train
 from tests.support import curve, record, tiny
 
+pytestmark = pytest.mark.slow
+
 
 def overrides(corpus: Path) -> list[str]:
     return tiny(corpus, "data.global_batch_size=8", "checkpoint.interval=5", "hooks=none", "scheduler.total_steps=20")

@@ -25,6 +25,8 @@ from tests.interop.hf_models import KINDS, make
 from tests.runs import train
 from tests.support import stored_tensors, tiny
 
+pytestmark = pytest.mark.slow
+
 Command = Callable[..., tuple[int, str, str]]
 
 

@@ -28,6 +28,8 @@ from tests.interop.hf_models import make, ours, tokens
 from tests.interop.test_torchtitan import Held
 from tests.support import compose_config, typed_config
 
+pytestmark = pytest.mark.slow
+
 
 def one_file(folder: Path) -> dict[str, Tensor]:
     """The folder's weights."""

@@ -38,6 +38,8 @@ from regrow.checkpoint.load.loading import load_tensors
 from regrow.checkpoint.save.dcp_writer import ImageWriter
 from tests.pool import run_distributed
 
+pytestmark = pytest.mark.slow
+
 Way = tuple[Callable[[Path], StorageWriter], Callable[[Path], StorageReader]]
 WAYS: dict[str, Way] = {
     "our writer": (ImageWriter, FileSystemReader),

@@ -28,6 +28,8 @@ from tests.pool import run_distributed
 from tests.runs import train
 from tests.support import record, stored_tensors, tiny, typed_config
 
+pytestmark = pytest.mark.slow
+
 
 def config_of(**changes: Any) -> Llama3Config:
     """The tests' tiny model."""

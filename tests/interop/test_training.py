@@ -14,6 +14,8 @@ from tests.interop.hf_models import KINDS, make
 from tests.runs import train
 from tests.support import TINY_DATA, metrics, record, stored_tensors, tiny
 
+pytestmark = pytest.mark.slow
+
 FSDP = ["parallel=fsdp", "parallel.dp_shard=2"]
 
 

@@ -21,7 +21,7 @@ from tests.configs.test_configs import CHOICES
 from tests.interop.hf_models import KINDS, make, ours, tokens
 from tests.support import typed_config
 
-VARIANTS = [c for c in CHOICES if c.startswith("model=") and c != "model=from_hf"]
+VARIANTS = [c for c in CHOICES["model"] if c != "model=from_hf"]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -10,6 +10,8 @@ import pytest
 from benchmarks.tokenizing import BARE, MAP, OURS, Measured, make_corpus, run, summary
 from tests.support import REPO
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_corpus_has_the_size_that_was_asked_for(tmp_path: Path) -> None:
     make_corpus(tmp_path, 0.5, files=3, vocab_size=300)

@@ -13,6 +13,8 @@ from regrow.trainer.loop import Trainer
 from tests.no_sync import HostSyncError, meta_trainer, one_step
 from tests.support import TINY_MODEL, tiny
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["data.global_batch_size=8", "data.micro_batch_size=2", "train.grad_clip=1.0", "precision=bf16"]
 MOE = ["model=qwen3_moe_debug", *(o for o in TINY_MODEL if not o.startswith("model.ffn")), "model.head_dim=8",
        "model.n_experts=4", "model.expert_ffn_dim=24"]  # fmt: skip

@@ -10,6 +10,8 @@ from regrow.trainer.parallel.ring import block_attention, block_gradients, ring_
 from regrow.trainer.parallel.sequence_chunks import positions_of
 from tests.pool import run_distributed
 
+pytestmark = pytest.mark.slow
+
 
 def whole(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Attention in plain words; heads second."""

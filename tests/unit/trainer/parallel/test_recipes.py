@@ -6,6 +6,8 @@ from regrow.launch.run.preflight import check_parallel
 from regrow.trainer.parallel.layout import resolve_layout
 from tests.support import REPO, typed_config
 
+pytestmark = pytest.mark.slow
+
 RECIPES = sorted(p.stem for p in (REPO / "conf/parallel").glob("*.yaml"))
 WITH_EXPERTS = {"ep", "ep_fsdp"}
 
