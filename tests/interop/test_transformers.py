@@ -21,6 +21,8 @@ from tests.configs.test_configs import CHOICES
 from tests.interop.hf_models import KINDS, make, ours, tokens
 from tests.support import typed_config
 
+pytestmark = pytest.mark.slow
+
 VARIANTS = [c for c in CHOICES["model"] if c != "model=from_hf"]
 
 

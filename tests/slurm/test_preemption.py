@@ -1,6 +1,7 @@
 """Runs on a real Slurm, stopped in every way that it has: each ends as it would have undisturbed."""
 
 import os
+import resource
 import signal
 import time
 from itertools import pairwise
@@ -22,7 +23,7 @@ from tests.slurm.sweeps import (
     wait_finished,
     wait_for_step,
 )
-from tests.support import record, start, wait_until
+from tests.support import record, regrow, start, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(600)]
 
@@ -31,14 +32,20 @@ LONG = 300
 SEEDS = "seed=1,2,3,4"
 
 
+def _children_s() -> float:
+    """Seconds of the processor that processes took which this one has waited for."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def test_a_sweep_outlives_its_login_and_every_kind_of_stop(cluster: Cluster, corpus: Path, tmp_path: Path) -> None:
     """Four runs of two ranks on two nodes each, and one that reaches its wall limit."""
     grid = [*base(corpus, STEPS, "parallel.dp_shard=2"), "-m", SEEDS]
     # What the processor is worth while other tests have the cores too.
-    showing = start([*grid[:-2], "--cfg", "job"], tmp_path)
-    assert showing.stdout is not None
-    showing.stdout.read()
-    shown_s = sum(os.wait4(showing.pid, 0)[2][:2])
+    before_s = _children_s()
+    code, out = regrow([*grid[:-2], "--cfg", "job"], tmp_path)
+    assert code == 0, out
+    shown_s = _children_s() - before_s
     login = start([*grid, *slurm(0.1, "hydra.launcher.nodes=2"), "run.root=sweep"], tmp_path, **cluster.environ)
     sweep = tmp_path / "sweep" / "sweep.json"
     wait_until(lambda: sweep.exists() and all(r.jobs for r in Runs(sweep.parent).all().values()), 30.0, 0.02)

@@ -1,6 +1,7 @@
 """Who may import whom, read from the sources."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -19,6 +20,7 @@ FORBIDDEN = {
 STANDARD_FOR_CONFIGS = {"abc", "dataclasses", "enum", "typing", "omegaconf", "regrow"}
 
 
+@functools.cache
 def imports_of(path: Path) -> set[str]:
     """The full names of all modules that a file imports, at any depth."""
     found: set[str] = set()

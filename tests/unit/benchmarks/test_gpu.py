@@ -22,6 +22,8 @@ from benchmarks.gpu_wheels import LARGEST_MIB, MADE_HERE, WHEELS, check
 from regrow.trainer.config import PrecisionName
 from tests.support import REPO
 
+pytestmark = pytest.mark.slow
+
 # Parts whose precision this version may lack; then they say so.
 NEEDED = {"8b_bf16_params": "bf16_params", "8b_fp8": "fp8"}
 

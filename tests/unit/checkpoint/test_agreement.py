@@ -14,6 +14,8 @@ from regrow.checkpoint.ranks import broadcast_value, gather_values, on_first_ran
 from regrow.checkpoint.storage.local import LocalStorage
 from tests.pool import run_distributed
 
+pytestmark = pytest.mark.slow
+
 
 def newest(steps: set[int], damaged: Mapping[int, str]) -> int:
     left = steps - set(damaged)

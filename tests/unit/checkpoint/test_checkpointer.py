@@ -391,6 +391,7 @@ def refused_on_one(folder: Path) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_what_one_rank_refuses_is_refused_on_all(tmp_path: Path) -> None:
     first, second = run_distributed(refused_on_one, tmp_path, world_size=2)
     assert first == second
@@ -464,6 +465,7 @@ def test_a_folder_that_cannot_be_looked_through_is_let_go_on_all_ranks(tmp_path:
         assert not beats
 
 
+@pytest.mark.slow
 def test_ranks_reshard_and_fall_back_together(tmp_path: Path) -> None:
     assert run_distributed(sharded, tmp_path, 1, world_size=2) == [([1], True)] * 2
     assert run_distributed(sharded, tmp_path, 2, world_size=3) == [([1, 2], True)] * 3

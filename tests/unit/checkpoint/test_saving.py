@@ -127,6 +127,7 @@ def test_ours_opens_stock_checkpoints(tmp_path: Path, group: dist.ProcessGroup) 
     assert_equal(loaded, tensors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES, ids=lambda m: str(m.name))
 def test_a_snapshot_is_never_torn(tmp_path: Path, group: dist.ProcessGroup, mode: AsyncMode) -> None:
     """Everything changes from the moment the call allows it; what was written is what was there."""
@@ -431,6 +432,7 @@ def _fail_by_files(folder: Path, failing: int) -> list[tuple[str, bool]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failing", [0, 1])
 def test_ranks_learn_from_files_why_one_has_failed(tmp_path: Path, failing: int) -> None:
     for errors in run_distributed(_fail_by_files, tmp_path, failing, world_size=2):
@@ -465,6 +467,7 @@ def _save_without_a_store(folder: Path, breaks: bool) -> list[str | None]:
     return errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("breaks", [False, True], ids=["no store", "a store that fails"])
 def test_ranks_agree_by_files(tmp_path: Path, breaks: bool) -> None:
     results = run_distributed(_save_without_a_store, tmp_path, breaks, world_size=2)
@@ -489,6 +492,7 @@ def _save_where_one_has_left(folder: Path, leaving: int) -> tuple[str | None, fl
     return found[0].error, seconds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("leaving", [0, 1])
 def test_a_rank_that_has_ended_is_not_waited_for(tmp_path: Path, leaving: int) -> None:
     """As where an error ends one of them, and nobody kills the other."""

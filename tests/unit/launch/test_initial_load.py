@@ -17,6 +17,8 @@ from regrow.launch.run.weights import shapes_of
 from tests.runs import train
 from tests.support import stored_tensors, tiny, typed_config
 
+pytestmark = pytest.mark.slow
+
 TINY = [
     "model.dim=32",
     "model.n_layers=2",

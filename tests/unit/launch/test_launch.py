@@ -148,6 +148,7 @@ def in_sweep(swept: list[str], *overrides: str) -> str:
         register_resolver()
 
 
+@pytest.mark.slow
 def test_what_is_swept_comes_first_and_constants_stay_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     constants = ["data.seq_len=64", "model.n_layers=2", "train.steps=9", "data.eos_token=" + "x" * 200]

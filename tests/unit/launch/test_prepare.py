@@ -21,6 +21,8 @@ from regrow.trainer.config import ParallelConfig
 from tests.pool import run_distributed
 from tests.support import REPO, compose_config, tiny
 
+pytestmark = pytest.mark.slow
+
 CHOICES = [
     [],
     ["model=qwen3_debug", "optimizer.lr=1", "hooks=none"],

@@ -167,6 +167,7 @@ def test_auto_takes_what_the_device_and_the_numbers_allow() -> None:
     assert choose_kernel(AttentionKernel.flex, bf16, 128, accelerator=True) is AttentionKernel.flex
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["sdpa", "flex", "varlen"])
 def test_a_compiled_layer_takes_them_in_one_graph(kernel: str) -> None:
     """With segments of two lengths it is compiled twice at most."""

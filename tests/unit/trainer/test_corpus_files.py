@@ -276,6 +276,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, n)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*COMPRESSED, ".parquet", "nested.parquet"])
 def test_a_small_file_does_not_fill_the_memory(tmp_path: Path, kind: str) -> None:
     """600 MiB in one line, or as one long text that many rows name."""

@@ -284,6 +284,7 @@ def test_a_given_tokenizer_is_used_and_its_end_found(tmp_path: Path) -> None:
     assert store.tokenizer_file.read_bytes() == (folder / "tokenizer.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_bpe_training_repeats(tmp_path: Path) -> None:
     source = StdlibSource(StdlibConfig())
     texts = list(source.read(source.units()[0]))[:60]
@@ -300,6 +301,7 @@ def test_the_standard_library_is_english_and_code() -> None:
     assert code.count("def ") > 300
 
 
+@pytest.mark.slow
 def test_the_data_command_makes_a_store(tmp_path: Path) -> None:
     files = str(write_sources(tmp_path)[".jsonl.zst"])
     command = [sys.executable, "-P", "-m", "regrow.launch.commands.data"]

@@ -22,6 +22,7 @@ def run_dir(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_newest_step_of_a_run(run_dir: Path) -> None:
     model, tokenizer = regrow.load_model(run_dir)
     assert not model.training

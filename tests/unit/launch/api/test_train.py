@@ -73,6 +73,7 @@ def test_it_computes_what_the_command_computes(corpus: Path, tmp_path: Path) -> 
     assert curve(tmp_path / "a/r") == curve(tmp_path / "b/r")
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_sentence(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.vocab_size"):
         regrow.train(regrow.compose(run_of(corpus, tmp_path, "model.vocab_size=3")))
@@ -83,6 +84,7 @@ def test_bad_input_is_one_sentence(corpus: Path, tmp_path: Path) -> None:
         regrow.train(regrow.compose(run_of(corpus, tmp_path, "checkpoint.load_step=7")))
 
 
+@pytest.mark.slow
 def test_a_failure_is_an_error_with_what_was_reached(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(regrow.TrainingFailedError, match="loss") as caught:
         regrow.train(regrow.compose(run_of(corpus, tmp_path, "optimizer.lr=1e30", "train.steps=9")))

@@ -130,6 +130,7 @@ def test_tokenizing_and_showing_wait_for_nothing_heavy() -> None:
     assert done.stdout.strip() == "set()"
 
 
+@pytest.mark.slow
 def test_tokenize_takes_what_data_takes(command: Command, tmp_path: Path) -> None:
     """Overrides give the store that a run would make, labels included."""
     save_family(tmp_path / "tokenizer", FAMILIES["marks"])

@@ -254,6 +254,7 @@ def shared(vocabularies: list[int]) -> list[tuple[float, ...]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_share_a_vocabulary_of_any_size(world: int) -> None:
     """In parts of the same size, with fewer tokens on the last rank, and with none."""
