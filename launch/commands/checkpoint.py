@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from regrow.checkpoint.convert.average import shares_of
 from regrow.checkpoint.inspect.compare import compare
 from regrow.checkpoint.inspect.maintenance import Row, list_steps, pin, prune, repair, show, tree, unpin, verify
 from regrow.checkpoint.scratch import clear_dead_scratch
@@ -13,6 +14,7 @@ from regrow.checkpoint.storage.opening import as_storage
 from regrow.launch.commands.convert import (
     ConversionRequest,
     add_conversions,
+    average_checkpoints,
     buffers_beside,
     export_checkpoint,
     import_checkpoint,
@@ -196,6 +198,12 @@ def _import(args: argparse.Namespace) -> int:
     return _converted(args, import_checkpoint(ConversionRequest.from_arguments(args)))
 
 
+def _average(args: argparse.Namespace) -> int:
+    shares = shares_of(len(args.checkpoints), args.weights, args.decay)
+    args.checkpoint = args.checkpoints[0]
+    return _converted(args, average_checkpoints(args.checkpoints, shares, ConversionRequest.from_arguments(args)))
+
+
 def _converted(args: argparse.Namespace, result: Any) -> int:
     value = {
         "out": str(result.out),
@@ -221,6 +229,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "repair": _repair,
     "export": _export,
     "import": _import,
+    "average": _average,
 }
 
 

@@ -6,8 +6,8 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
+from regrow.checkpoint.convert.average import AveragedSource
 from regrow.checkpoint.convert.conversion_plan import plan_safetensors, plan_step, plan_torch, size_in_bytes
 from regrow.checkpoint.convert.convert import CastSource, ConversionResult, convert
 from regrow.checkpoint.format.manifest import Manifest
@@ -38,6 +39,7 @@ from regrow.trainer.hf_folder import HfExport, export_hf
 __all__ = [
     "ConversionRequest",
     "add_conversions",
+    "average_checkpoints",
     "buffers_beside",
     "export_checkpoint",
     "import_checkpoint",
@@ -142,7 +144,13 @@ def add_conversions(command: Callable[[str, str], argparse.ArgumentParser]) -> N
     )
     back.add_argument("out", type=Path, help="a new or empty folder")
     back.add_argument("--format", choices=("hf", "torch", "safetensors", "dcp"), help="of IN; found out without it")
-    for parser in (out, back):
+    mean = command("average", "the mean weights of several checkpoints, as a step")
+    mean.add_argument("checkpoints", nargs="+", metavar="checkpoint", help="steps, runs, folders, files of one model")
+    mean.add_argument("-o", "--out", type=Path, required=True, help="a new or empty folder")
+    mean.add_argument("--weights", type=float, nargs="+", metavar="W", help="of each, in their order; alike without")
+    mean.add_argument("--decay", type=float, metavar="D", help="each counts D times the one after it")
+    mean.set_defaults(format=None)
+    for parser in (out, back, mean):
         parser.add_argument("--dtype", choices=DTYPES, help="of the floating-point weights; theirs without it")
         parser.add_argument("--model", help="a variant like llama3_8b, where the checkpoint does not say or is wrong")
         parser.add_argument(
@@ -270,6 +278,49 @@ def import_checkpoint(request: ConversionRequest) -> ConversionResult:
             threads=request.threads,
             progress=progress,
         )
+
+
+def average_checkpoints(
+    places: Sequence[str], shares: Sequence[float], request: ConversionRequest
+) -> ConversionResult:
+    """`regrow-ckpt average`: a step of the mean weights, of the model that the first checkpoint is of.
+
+    Args:
+        places: checkpoints, of any formats.
+        shares: of each.
+        request: where it goes; its checkpoint is the first of the places.
+
+    Raises:
+        ConfigError: one sentence.
+    """
+    _check(request)
+    config = _model_or_none(request.checkpoint, request.model, request.overrides)
+    with ExitStack() as held:
+        sources: list[TensorSource] = []
+        for place in places:
+            opened = open_weights(as_storage(place), config)
+            held.callback(opened.source.close)
+            if config is not None:
+                check_fit(opened, config)
+            sources.append(_without(WeightsSource(opened.source), opened.same))
+        mean = AveragedSource(sources, shares)
+        manifest = Manifest(
+            step=0,
+            lineage="average",
+            kind="model",
+            model=settings_of_model(config) if config is not None else {},
+            versions=software_versions(),
+        )
+        parts = json.dumps([[source.place, share] for source, share in zip(sources, shares, strict=True)])
+        with _progress(request) as progress:
+            return convert(
+                _cast(mean, request),
+                lambda infos, _work: plan_step(infos, manifest),
+                request.out,
+                identity={"from": parts, "format": "average", "model": json.dumps(manifest.model)},
+                threads=request.threads,
+                progress=progress,
+            )
 
 
 def _without(source: TensorSource, names: Collection[str]) -> TensorSource:

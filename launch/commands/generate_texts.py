@@ -6,10 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TextIO, final
 
-import torch
-
-from regrow.errors import ConfigError
-from regrow.launch.commands.loaded_model import LoadedModel, open_model
+from regrow.launch.commands.loaded_model import open_on
 from regrow.launch.commands.texts import Texts, chat_template_of
 from regrow.models.generation.generate import Completion, Request
 from regrow.models.generation.sampling import Sampling
@@ -81,7 +78,7 @@ class _Speaker:
 
     def __init__(self, args: argparse.Namespace, request: Request) -> None:
         self._args = args
-        loaded = _load(args)
+        loaded = open_on(args.checkpoint, device=args.device, dtype=args.dtype, tokenizer=args.tokenizer)
         self._template = chat_template_of(loaded) if args.chat else None
         self._texts = Texts(loaded, request, stop=args.stop, special=False)
 
@@ -118,16 +115,3 @@ class _Speaker:
             ((text, _),) = self.complete([self.turn(messages)], _print)
             print(flush=True)
             messages.append({"role": "assistant", "content": text})
-
-
-def _load(args: argparse.Namespace) -> LoadedModel:
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"--device must be one that is here, but is {device} ({reason}); use cpu") from None
-    dtype = None if args.dtype is None else getattr(torch, args.dtype)
-    return open_model(args.checkpoint, dtype=dtype, device=device, tokenizer=args.tokenizer)

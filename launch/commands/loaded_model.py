@@ -17,6 +17,7 @@ from regrow.checkpoint.run.reader_lock import reading
 from regrow.checkpoint.storage.base import Storage
 from regrow.checkpoint.storage.local import LocalStorage
 from regrow.checkpoint.storage.opening import as_storage
+from regrow.errors import ConfigError
 from regrow.launch.commands.convert import check_fit
 from regrow.launch.commands.identify_model import model_of, run_folder_of, section_of_run
 from regrow.launch.run.stored_run import steps_place
@@ -25,7 +26,7 @@ from regrow.models.base import LanguageModel
 from regrow.models.config import DecoderConfig
 from regrow.trainer.data.tokenizer import load_tokenizer, parse_tokenizer, tokenizer_file
 
-__all__ = ["TOKENIZER", "LoadedModel", "open_model"]
+__all__ = ["TOKENIZER", "LoadedModel", "open_model", "open_on"]
 
 TOKENIZER = "tokenizer.json"
 _TOKENIZER_BYTES = 256 << 20
@@ -76,6 +77,30 @@ def open_model(
         load_from(opened.source, tensors, LoadRules(strict=True))
         data = section_of_run(stored, "data")
     return LoadedModel(model=model.eval(), tokenizer=found, tokenizer_folder=folder, data=data)
+
+
+def open_on(place: str, *, device: str, dtype: str | None, tokenizer: str | None) -> LoadedModel:
+    """See `open_model`, with options as a command has them.
+
+    Args:
+        place: the checkpoint.
+        device: `auto` is a GPU where there is one.
+        dtype: by its name in torch; None is as stored.
+        tokenizer: a file or folder.
+
+    Raises:
+        ConfigError: there is no such device.
+        ValueError: see `open_model`.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--device must be one that is here, but is {device} ({reason}); use cpu") from None
+    chosen = None if dtype is None else getattr(torch, dtype)
+    return open_model(place, dtype=chosen, device=device, tokenizer=tokenizer)
 
 
 def _stored_dtype(opened: OpenedWeights, model: nn.Module) -> torch.dtype:

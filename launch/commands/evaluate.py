@@ -1,0 +1,53 @@
+"""`regrow-eval`: what the model of any checkpoint makes of tasks."""
+
+import argparse
+from importlib import import_module
+
+from regrow.errors import ConfigError
+from regrow.launch.commands.ending import end_with
+from regrow.launch.exit_code import ExitCode
+from regrow.trainer.evaluation.harness import read_harness_task
+from regrow.trainer.evaluation.task import find_tasks, read_lines
+
+__all__ = ["main"]
+
+# By the endings of files.
+_READERS = {".jsonl": read_lines, ".yaml": read_harness_task, ".yml": read_harness_task}
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="regrow-eval", description=__doc__)
+    add = parser.add_argument
+    add("checkpoints", nargs="+", metavar="CHECKPOINT", help="a run (its newest step), a step, a Hugging Face folder")
+    add("--tasks", nargs="+", required=True, metavar="FILE", help="tasks (.jsonl), or folders of them")
+    add("--few-shot", type=int, default=0, metavar="N", help="examples before each item, chosen by --seed; 0")
+    add("--seed", type=int, default=0, help="of their choice; 0")
+    add("--batch-size", type=int, default=16, metavar="N", help="rows together; 16")
+    add("--tokenizer", metavar="DIR", help="where the checkpoint has none beside it")
+    add("--dtype", choices=_DTYPES, help="of weights and computation; as stored")
+    add("--device", default="auto", help="cpu, cuda, …; a GPU where there is one")
+    add("--json", action="store_true", help="print one JSON value: metrics by task, of several checkpoints by theirs")
+    return parser
+
+
+def main() -> None:
+    """The command's entry; exit code 2 for bad input."""
+    args = _parser().parse_args()
+    end_with(lambda: _run(args), as_json=args.json)
+
+
+def _run(args: argparse.Namespace) -> ExitCode:
+    for name, least, remedy in (("few_shot", 0, "0"), ("batch_size", 1, "16")):
+        value = getattr(args, name)
+        if value < least:
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{option} must be at least {least}, but is {value}; use {remedy}")
+    tasks = find_tasks(args.tasks, _READERS)
+    # torch takes seconds to import, and what is refused here does without.
+    import_module("regrow.launch.commands.evaluate_model").run(args, tasks)
+    return ExitCode.done
+
+
+if __name__ == "__main__":
+    main()
