@@ -104,19 +104,18 @@ class Killer:
 
 
 @pytest.mark.parametrize("degrees", [[], ["parallel=fsdp", "parallel.dp_shard=2"]], ids=["one_rank", "fsdp2"])
-def test_kills_change_nothing(corpus: Path, tmp_path: Path, degrees: list[str]) -> None:
+def test_ten_kills_change_nothing(corpus: Path, tmp_path: Path, degrees: list[str]) -> None:
     ranks = 2 if degrees else 1
     code, out = regrow(command(corpus, *degrees, "run.name=whole"), tmp_path)
     assert code == 0, out
     run_dir = tmp_path / "outputs" / "cut"
     killer = Killer(command(corpus, *degrees, "run.name=cut"), tmp_path, run_dir, ranks)
     whom = ["launcher", "rank", "group"]
-    # Of two ranks each kind of process is killed at each kind of moment.
-    plan = ["early", "step", "save", "step", "save", *(["step", "save", "step"] if degrees else [])]
+    plan = ["early", "step", "save", "step", "save", "step", "save", "step", "save", "step"]
     for i, moment in enumerate(plan):
         killer.kill(whom[i % 3], moment)
-    assert killer.steps_hit >= 2
-    assert killer.saves_hit >= 1
+    assert killer.steps_hit >= 3
+    assert killer.saves_hit >= 2
     code, out = regrow(killer.arguments, tmp_path)
     assert code == 0, out
     whole = tmp_path / "outputs" / "whole"
@@ -125,7 +124,7 @@ def test_kills_change_nothing(corpus: Path, tmp_path: Path, degrees: list[str]) 
     assert samples(run_dir) == samples(whole)
     assert_same_tensors(run_dir / "checkpoint/step-40", whole / "checkpoint/step-40")
     assert partials(run_dir) == []
-    assert len(record(run_dir)["attempts"]) >= 4
+    assert len(record(run_dir)["attempts"]) >= 6
 
 
 def test_a_rewound_run_killed_and_given_again_goes_on(corpus: Path, tmp_path: Path) -> None:
