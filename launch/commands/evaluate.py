@@ -5,6 +5,7 @@ from importlib import import_module
 
 from regrow.errors import ConfigError
 from regrow.launch.commands.ending import end_with
+from regrow.launch.commands.model_options import add_model_options
 from regrow.launch.exit_code import ExitCode
 from regrow.trainer.evaluation.harness import read_harness_task
 from regrow.trainer.evaluation.task import find_tasks, read_lines
@@ -13,7 +14,6 @@ __all__ = ["main"]
 
 # By the endings of files.
 _READERS = {".jsonl": read_lines, ".yaml": read_harness_task, ".yml": read_harness_task}
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -24,9 +24,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--few-shot", type=int, default=0, metavar="N", help="examples before each item, chosen by --seed; 0")
     add("--seed", type=int, default=0, help="of their choice; 0")
     add("--batch-size", type=int, default=16, metavar="N", help="rows together; 16")
-    add("--tokenizer", metavar="DIR", help="where the checkpoint has none beside it")
-    add("--dtype", choices=_DTYPES, help="of weights and computation; as stored")
-    add("--device", default="auto", help="cpu, cuda, …; a GPU where there is one")
+    add_model_options(parser)
     add("--json", action="store_true", help="print one JSON value: metrics by task, of several checkpoints by theirs")
     return parser
 

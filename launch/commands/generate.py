@@ -8,11 +8,10 @@ from pathlib import Path
 
 from regrow.errors import ConfigError
 from regrow.launch.commands.ending import end_with
+from regrow.launch.commands.model_options import add_model_options
 from regrow.launch.exit_code import ExitCode
 
 __all__ = ["main"]
-
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -33,9 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of the draws; 0")
     add("--logprobs", type=int, metavar="N", help="with --json: of each token and of N others")
     add("--batch-size", type=int, default=16, metavar="N", help="prompts together; 0 is all; 16")
-    add("--tokenizer", metavar="DIR", help="where the checkpoint has none beside it")
-    add("--dtype", choices=_DTYPES, help="of weights and computation; as stored")
-    add("--device", default="auto", help="cpu, cuda, …; a GPU where there is one")
+    add_model_options(parser)
     add("--json", action="store_true", help="print one JSON value: a list of completions")
     return parser
 

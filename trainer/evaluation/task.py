@@ -90,10 +90,6 @@ class Perplexity:
 
     text: str
 
-    def shot(self) -> str:
-        """There are no examples of it."""
-        raise NotImplementedError
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Generation:
@@ -150,11 +146,12 @@ class Task:
                 f"--few-shot must be below the number of a task's items, but is {shots} and {self.name} has "
                 f"{len(self.items)}; use {len(self.items) - 1}"
             )
+        examples = [item.shot() + _SHOT_END for item in self.items if not isinstance(item, Perplexity)]
         found = []
         for place in range(len(self.items)):
             others = [n for n in range(len(self.items)) if n != place]
             chosen = random.Random(f"{seed} {place}").sample(others, shots)
-            found.append("".join(self.items[n].shot() + _SHOT_END for n in chosen))
+            found.append("".join(examples[n] for n in chosen))
         return found
 
 
