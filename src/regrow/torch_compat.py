@@ -41,6 +41,7 @@ __all__ = [
     "foreach_divide",
     "foreach_norm",
     "functional_collectives",
+    "gather_into",
     "grouped_product",
     "has_hooks",
     "hosted_like",
@@ -48,8 +49,10 @@ __all__ = [
     "make_compiler_repeatable",
     "onednn_linear",
     "overlap_tensor_parallel",
+    "process_group",
     "reduce_scatter",
     "scaled_product",
+    "scatter_into",
     "set_activation_budget",
     "set_micro_batches",
     "silu_gradient",
@@ -98,6 +101,28 @@ all_gather: Any = (
 reduce_scatter: Any = (
     getattr(functional_collectives, "reduce_scatter_single", None) or functional_collectives.reduce_scatter_tensor
 )
+
+
+def gather_into(out: Tensor, part: Tensor, group: torch.distributed.ProcessGroup) -> None:
+    """Joins the parts of all ranks of the group along the first dimension, into `out`."""
+    name = "all_gather_single" if hasattr(torch.distributed, "all_gather_single") else "all_gather_into_tensor"
+    gather: Any = getattr(torch.distributed, name)
+    gather(out, part, group=group)
+
+
+def scatter_into(out: Tensor, whole: Tensor, group: torch.distributed.ProcessGroup) -> None:
+    """This rank's part, along the first dimension, of the sum over the group of `whole`, into `out`."""
+    name = "reduce_scatter_single" if hasattr(torch.distributed, "reduce_scatter_single") else "reduce_scatter_tensor"
+    scatter: Any = getattr(torch.distributed, name)
+    scatter(out, whole, group=group)
+
+
+def process_group(name: str) -> torch.distributed.ProcessGroup:
+    """The group of a name."""
+    # Newer versions have a type of their own for the name.
+    resolve: Any = torch.distributed.distributed_c10d._resolve_process_group
+    group: torch.distributed.ProcessGroup = resolve(name)
+    return group
 
 
 def onednn_linear() -> Any:

@@ -1,15 +1,17 @@
 """Collectives that autograd sees, each with the one that its gradient needs.
 
 A group is given by its name, so that a compiled block can hold it. Results are complete when they are returned: a
-compiled graph would lose the gradient of an asynchronous one.
+compiled graph would lose the gradient of an asynchronous one. A graph takes the functional collectives; outside of
+one they cost the processor a multiple of what the group's own do, which matters where a step is many small ones.
 """
 
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from regrow.torch_compat import all_gather, functional_collectives
+from regrow.torch_compat import all_gather, functional_collectives, gather_into, process_group, scatter_into
 from regrow.torch_compat import reduce_scatter as reduce_scatter_tensor
 
 __all__ = [
@@ -29,11 +31,17 @@ __all__ = [
 
 
 _f: Any = functional_collectives
+_OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
 def all_reduce_no_grad(x: Tensor, operation: str, group: str) -> Tensor:
     """`sum` or `max` over the group; autograd does not see it."""
-    out: Tensor = _f.wait_tensor(_f.all_reduce(x.contiguous(), operation, group))
+    out: Tensor
+    if torch.compiler.is_compiling():
+        out = _f.wait_tensor(_f.all_reduce(x.contiguous(), operation, group))
+        return out
+    out = x.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(out, _OPERATIONS[operation], process_group(group))
     return out
 
 
@@ -44,11 +52,21 @@ def all_gather_no_grad(x: Tensor, group: str) -> Tensor:
 
 def all_to_all_no_grad(x: Tensor, received: list[int] | None, sent: list[int] | None, group: str) -> Tensor:
     """Sends rows to ranks and receives theirs, equally many where no numbers are given; autograd does not see it."""
-    out: Tensor = _f.wait_tensor(_f.all_to_all_single(x.contiguous(), received, sent, group))
-    return out
+    if torch.compiler.is_compiling():
+        out: Tensor = _f.wait_tensor(_f.all_to_all_single(x.contiguous(), received, sent, group))
+        return out
+    return _all_to_all(x, received, sent, group, wait=True)[0]
 
 
-def ring_send_recv_start(x: Tensor, rank: int, ranks: int, group: str) -> Tensor:
+def _all_to_all(
+    x: Tensor, received: list[int] | None, sent: list[int] | None, group: str, *, wait: bool
+) -> tuple[Tensor, Any]:
+    own = x.detach().contiguous()
+    out = torch.empty_like(own) if received is None else own.new_empty(sum(received), *own.shape[1:])
+    return out, dist.all_to_all_single(out, own, received, sent, process_group(group), async_op=not wait)
+
+
+def ring_send_recv_start(x: Tensor, rank: int, ranks: int, group: str) -> Any:
     """Starts sending `x` to the next rank of a ring; autograd does not see it.
 
     Returns:
@@ -57,24 +75,43 @@ def ring_send_recv_start(x: Tensor, rank: int, ranks: int, group: str) -> Tensor
     count = x.numel()
     sent = [count if r == (rank + 1) % ranks else 0 for r in range(ranks)]
     received = [count if r == (rank - 1) % ranks else 0 for r in range(ranks)]
-    out: Tensor = _f.all_to_all_single(x.reshape(-1), received, sent, group)
-    return out
+    if torch.compiler.is_compiling():
+        return _f.all_to_all_single(x.reshape(-1), received, sent, group)
+    return _all_to_all(x.reshape(-1), received, sent, group, wait=False)
 
 
-def ring_send_recv_wait(coming: Tensor, like: Tensor) -> Tensor:
+def ring_send_recv_wait(coming: Any, like: Tensor) -> Tensor:
     """What the rank before has sent, once it is here, in the shape of `like`."""
-    out: Tensor = _f.wait_tensor(coming).view(like.shape)
-    return out
+    out: Tensor
+    if isinstance(coming, tuple):
+        out, work = coming
+        work.wait()
+    else:
+        out = _f.wait_tensor(coming)
+    return out.view(like.shape)
 
 
 def _gather(x: Tensor, dim: int, group: str) -> Tensor:
-    out: Tensor = _f.wait_tensor(all_gather(x.contiguous(), 0, group))
+    out: Tensor
+    if torch.compiler.is_compiling():
+        out = _f.wait_tensor(all_gather(x.contiguous(), 0, group))
+    else:
+        members = process_group(group)
+        out = x.new_empty(x.shape[0] * members.size(), *x.shape[1:])
+        gather_into(out, x.detach().contiguous(), members)
     # The library's own way to another dimension cannot be compiled in torch 2.11.
     return out if dim == 0 else torch.cat(out.chunk(out.shape[0] // x.shape[0]), dim)
 
 
 def _scatter(x: Tensor, dim: int, group: str) -> Tensor:
-    out: Tensor = _f.wait_tensor(reduce_scatter_tensor(x.contiguous(), "sum", dim, group))
+    if torch.compiler.is_compiling():
+        out: Tensor = _f.wait_tensor(reduce_scatter_tensor(x.contiguous(), "sum", dim, group))
+        return out
+    members = process_group(group)
+    ranks = members.size()
+    whole = x.detach().contiguous() if dim == 0 else torch.cat(x.detach().chunk(ranks, dim))
+    out = x.new_empty(whole.shape[0] // ranks, *whole.shape[1:])
+    scatter_into(out, whole, members)
     return out
 
 
