@@ -1,17 +1,15 @@
-"""The real `regrow` command in a forked child of a warm process: about a second instead of four to five."""
+"""The real `regrow` command, warm (see `tests.warm`), within limits and with or without root's privileges."""
 
 import ctypes
-import gc
 import os
 import resource
 import signal
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from regrow.trainer.process import die_with_parent
 from tests.pool import context
+from tests.warm import become_command
 
 __all__ = ["Ended", "run_command"]
 
@@ -111,23 +109,11 @@ def _command(
     prepare: Callable[[], None] | None,
 ) -> None:
     """The child's part; does not return."""
-    # What was imported before is no garbage; looking for it there would copy all of it.
-    gc.freeze()
-    os.setsid()
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    for stream in (1, 2):
-        os.dup2(descriptor, stream)
-    os.close(descriptor)
-    os.environ.clear()
-    os.environ.update(environ)
-    os.chdir(cwd)
+    become_command(arguments, log, cwd, environ)
     limit = _mapped_bytes() + _ROOM_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     if not privileged:
         drop_capabilities()
-    # The server that forked this process ends with the tests.
-    die_with_parent(os.getppid())
-    sys.argv = ["regrow", *arguments]
     if prepare is not None:
         prepare()
     from regrow.launch.train import main

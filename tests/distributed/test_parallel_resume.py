@@ -13,7 +13,8 @@ import torch
 from tests.distributed.test_parallel import SCHEDULES, base, degrees
 from tests.layouts import observe, relative
 from tests.runs import train
-from tests.support import assert_same_tensors, curve, metrics, samples, start, stored_tensors, wait_until
+from tests.support import assert_same_tensors, curve, metrics, samples, stored_tensors, wait_until
+from tests.warm import start
 
 pytestmark = pytest.mark.slow
 
@@ -136,7 +137,7 @@ def seeded_layouts(kind: str, count: int) -> list[str]:
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_layouts_drawn_at_random_run(corpus: Path, tmp_path: Path, kind: str) -> None:
-    settings = base(corpus, kind, "train.steps=2", "data.micro_batch_size=1")
+    settings = base(corpus, kind, "train.steps=2", "data.global_batch_size=4", "data.micro_batch_size=1")
     (reference,) = observe([settings], tmp_path, 1)
     layouts = seeded_layouts(kind, 10)
     for layout, seen in zip(layouts, observe([[*settings, *degrees(o)] for o in layouts], tmp_path, 4), strict=True):

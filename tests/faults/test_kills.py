@@ -9,17 +9,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.support import (
-    assert_same_tensors,
-    curve,
-    metrics,
-    record,
-    regrow,
-    samples,
-    start,
-    tiny,
-    wait_until,
-)
+from tests.support import assert_same_tensors, curve, metrics, record, samples, tiny, wait_until
+from tests.warm import regrow, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -29,7 +29,8 @@ from regrow.checkpoint.storage.opening import open_storage
 from tests.late_storage import LateListings
 from tests.runs import train
 from tests.s3_server import BreakingProxy, s3_server
-from tests.support import curve, record, regrow, tiny
+from tests.support import curve, record, tiny
+from tests.warm import regrow
 
 pytestmark = pytest.mark.slow
 

@@ -21,7 +21,8 @@ from regrow.trainer.run_record import RunRecord, RunRecordError
 from tests.compatibility.test_run_5d27da2 import KEPT, RECORDED, command
 from tests.forging import forge
 from tests.runs import Result, spec_of, train
-from tests.support import curve, metrics, record, regrow, samples, tiny
+from tests.support import curve, metrics, record, samples, tiny
+from tests.warm import regrow
 
 pytestmark = pytest.mark.slow
 

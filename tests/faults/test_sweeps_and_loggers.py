@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from tests.support import REPO, curve, metrics, record, regrow, start, tiny, wait_until
+from tests.support import REPO, curve, metrics, record, tiny, wait_until
+from tests.warm import regrow, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

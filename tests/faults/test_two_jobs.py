@@ -12,11 +12,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support import assert_same_tensors, curve, metrics, record, regrow, start, tiny, wait_until
+from tests.support import assert_same_tensors, curve, metrics, record, tiny, wait_until
+from tests.warm import Command, kill_all, regrow, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
-STEPS = 600
+STEPS = 400
 LEASE_S = 2
 
 
@@ -41,6 +42,7 @@ def undisturbed(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) 
 def no_survivors() -> Iterator[None]:
     """A test that fails must leave no run behind, paused ones included."""
     yield
+    kill_all()
     for child in psutil.Process().children(recursive=True):
         if "regrow.launch.train" in " ".join(child.cmdline()):
             child.kill()
@@ -112,6 +114,7 @@ def _started_elsewhere(arguments: list[str], cwd: Path) -> tuple[subprocess.Pope
 def test_a_paused_writer_that_goes_on_can_commit_nothing(
     arguments: list[str], undisturbed: Path, tmp_path: Path, where: str
 ) -> None:
+    first: Command | subprocess.Popen[str]
     if where == "another host":
         first, process = _started_elsewhere(arguments, tmp_path)
     else:

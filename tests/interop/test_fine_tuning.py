@@ -12,8 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from tests.runs import train
-from tests.support import curve, regrow, samples, start, wait_until
+from tests.support import curve, samples, wait_until
 from tests.unit.trainer.data.chat.families import FAMILIES, save_family
+from tests.warm import regrow, start
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,8 @@ import torch
 
 from regrow.checkpoint.format.manifest import read_manifest
 from tests.runs import train
-from tests.support import record, regrow, stored_tensors, tiny
+from tests.support import record, stored_tensors, tiny
+from tests.warm import regrow
 
 LAYOUTS = {
     "one": (1, []),
