@@ -14,10 +14,11 @@ from typing import Any
 import psutil
 
 from regrow.launch.sweep.status import Sweep, SweepRun
+from tests.runs import train
 from tests.slurm.cluster import Cluster
 from tests.support import assert_same_tensors, curve, metrics, record, regrow, samples, tiny, wait_until
 
-__all__ = ["Runs", "assert_same_runs", "base", "ranks_of", "slurm", "status"]
+__all__ = ["Runs", "assert_same_runs", "base", "ranks_of", "slurm", "status", "undisturbed"]
 
 
 def base(corpus: Path, steps: int, *more: str, interval: int = 20) -> list[str]:
@@ -149,6 +150,13 @@ def history(run_dir: Path) -> list[dict[str, Any]]:
 def kill_rank(run_dir: Path, rank: int) -> None:
     """With SIGKILL."""
     os.kill(ranks_of(run_dir)[rank].pid, signal.SIGKILL)
+
+
+def undisturbed(folder: Path, arguments: Sequence[str], ranks: int = 1) -> Path:
+    """The directory of a run that nobody stops, without Slurm."""
+    result = train(arguments, folder, ranks)
+    assert result.kind == "finished", result.message
+    return folder
 
 
 def assert_same_runs(disturbed: Path, undisturbed: Path, steps: int) -> None:

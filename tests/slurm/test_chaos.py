@@ -24,6 +24,7 @@ from tests.slurm.sweeps import (
     status,
     sweep_command,
     tell,
+    undisturbed,
 )
 from tests.support import record, wait_until
 
@@ -177,11 +178,11 @@ def test_a_storm_changes_nothing(cluster: Cluster, corpus: Path, tmp_path: Path)
     print(dict(storm.done), "faults;", looks, "looks")
     wait_until(lambda: not cluster.jobs(), 60.0, 0.5)
     wait_until(lambda: not cluster.step_daemons(), 30.0, 0.5)
-    give(cluster, tmp_path, [*grid, "hydra/launcher=local", "hydra.launcher.n_jobs=2", "run.root=calm"])
     for seed in range(RUNS):
         disturbed = Runs(folder).find(f"seed={seed}")
         assert not ranks_of(disturbed)
-        assert_same_runs(disturbed, Runs(tmp_path / "calm").find(f"seed={seed}"), STEPS)
+        calm = undisturbed(tmp_path / "calm" / str(seed), [*base(corpus, STEPS, interval=10), f"seed={seed}"])
+        assert_same_runs(disturbed, calm, STEPS)
     assert sum(storm.done.values()) >= FAULTS
     assert len(storm.done) == 5
     assert looks >= 3

@@ -20,6 +20,7 @@ from tests.slurm.sweeps import (
     kill_rank,
     last_step,
     slurm,
+    undisturbed,
     wait_finished,
     wait_for_step,
 )
@@ -28,7 +29,7 @@ from tests.support import record, regrow, start, wait_until
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(600)]
 
 STEPS = 120
-LONG = 300
+LONG = 200
 SEEDS = "seed=1,2,3,4"
 
 
@@ -86,14 +87,10 @@ def test_a_sweep_outlives_its_login_and_every_kind_of_stop(cluster: Cluster, cor
     assert [h["event"] for h in history(limited_dir)][:3] == ["start", "preempted", "start"]
     assert_no_step_lost(limited_dir)
 
-    # The same grid here, two runs at a time, gives the same.
-    here = ["hydra/launcher=local", "hydra.launcher.n_jobs=2", "run.root=here"]
-    give(cluster, tmp_path, [*grid, *here])
-    give(cluster, tmp_path, [*base(corpus, 250, interval=200), "run.root=whole"])
     for seed, run_dir in dirs.items():
-        assert_same_runs(run_dir, Runs(tmp_path / "here").find(f"seed={seed}"), STEPS)
-    (whole,) = (tmp_path / "whole").iterdir()
-    assert_same_runs(limited_dir, whole, 250)
+        one = [*base(corpus, STEPS, "parallel.dp_shard=2"), f"seed={seed}"]
+        assert_same_runs(run_dir, undisturbed(tmp_path / "here" / str(seed), one, ranks=2), STEPS)
+    assert_same_runs(limited_dir, undisturbed(tmp_path / "whole", base(corpus, 250, interval=200)), 250)
 
 
 def assert_no_step_lost(run_dir: Path) -> None:
@@ -131,5 +128,4 @@ def test_scancel_saves_and_only_the_preempted_task_comes_back(cluster: Cluster, 
     assert [h["event"] for h in history(last)] == ["start", "stopped", "start", "finished"]
     assert [h["event"] for h in history(kept)] == ["start", "stopped"]
     assert cluster.state(runs.job("seed=1")) == "GONE"
-    give(cluster, tmp_path, [*config, "seed=2", "run.root=whole", "run.name=a"])
-    assert_same_runs(last, tmp_path / "whole" / "a", LONG)
+    assert_same_runs(last, undisturbed(tmp_path / "whole", [*config, "seed=2"], ranks=2), LONG)
