@@ -10,6 +10,7 @@ import xxhash
 
 from regrow.checkpoint.documents import DocumentError
 from regrow.checkpoint.errors import DamagedStepError
+from regrow.checkpoint.format.later_metrics import read_later_metrics
 from regrow.checkpoint.format.manifest import MANIFEST, Manifest, read_manifest
 from regrow.checkpoint.format.objects import StoredObject, parse_objects, read_object
 from regrow.checkpoint.format.rank_manifest import StoredChunk, parse_rank_manifest, rank_manifest_name
@@ -83,6 +84,10 @@ class StoredStep:
     def train_state(self) -> Mapping[str, Any]:
         """Step, samples consumed and the like, as plain JSON."""
         return self.manifest.train_state
+
+    def metrics(self) -> dict[str, float]:
+        """What was measured at it, before it was committed or later."""
+        return {**self.manifest.metrics, **read_later_metrics(self.storage)}
 
     @property
     def resumable(self) -> bool:

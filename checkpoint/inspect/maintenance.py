@@ -129,7 +129,7 @@ def _row(folder: Storage, name: str, now: float) -> Row:
     step = parse_step_name(name)
     assert step is not None, "the caller asks for steps and what is left of them"
     try:
-        manifest = Catalog(folder).open(step).manifest
+        opened = Catalog(folder).open(step)
     except OtherFormatError as error:
         return Row(name=name, step=step, state="other version", problem=str(error), nbytes=nbytes, pinned=pinned)
     except CheckpointError as error:
@@ -143,9 +143,9 @@ def _row(folder: Storage, name: str, now: float) -> Row:
         state="complete",
         nbytes=nbytes,
         age_s=age,
-        kind=manifest.kind,
-        layout=manifest.layout,
-        metrics=manifest.metrics,
+        kind=opened.kind,
+        layout=opened.manifest.layout,
+        metrics=opened.metrics(),
         pinned=pinned,
     )
 

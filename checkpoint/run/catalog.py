@@ -183,7 +183,7 @@ class Catalog:
         # Weights alone cannot be continued from: the newest step that can stays whatever comes after it.
         last = max((e.step for e in entries if e.resumable), default=-1)
         stored = [
-            RetainableStep(step=e.step, pinned=e.storage.exists(PIN) or e.step == last, metrics=e.manifest.metrics)
+            RetainableStep(step=e.step, pinned=e.storage.exists(PIN) or e.step == last, metrics=e.metrics())
             for e in entries
         ]
         return self.remove_unread(removable_steps(rules, stored))

@@ -7,13 +7,10 @@ from regrow.errors import ConfigError
 from regrow.launch.commands.ending import end_with
 from regrow.launch.commands.model_options import add_model_options
 from regrow.launch.exit_code import ExitCode
-from regrow.trainer.evaluation.harness import read_harness_task
-from regrow.trainer.evaluation.task import find_tasks, read_lines
+from regrow.trainer.evaluation.harness import READERS
+from regrow.trainer.evaluation.task import find_tasks
 
 __all__ = ["main"]
-
-# By the endings of files.
-_READERS = {".jsonl": read_lines, ".yaml": read_harness_task, ".yml": read_harness_task}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -23,6 +20,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--tasks", nargs="+", required=True, metavar="FILE", help="tasks (.jsonl), or folders of them")
     add("--few-shot", type=int, default=0, metavar="N", help="examples before each item, chosen by --seed; 0")
     add("--seed", type=int, default=0, help="of their choice; 0")
+    add("--context", type=int, metavar="N", help="tokens that are looked back at most; what the model takes")
     add("--batch-size", type=int, default=16, metavar="N", help="rows together; 16")
     add_model_options(parser)
     add("--json", action="store_true", help="print one JSON value: metrics by task, of several checkpoints by theirs")
@@ -36,12 +34,12 @@ def main() -> None:
 
 
 def _run(args: argparse.Namespace) -> ExitCode:
-    for name, least, remedy in (("few_shot", 0, "0"), ("batch_size", 1, "16")):
+    for name, least, remedy in (("few_shot", 0, "0"), ("batch_size", 1, "16"), ("context", 1, "256")):
         value = getattr(args, name)
-        if value < least:
+        if value is not None and value < least:
             option = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{option} must be at least {least}, but is {value}; use {remedy}")
-    tasks = find_tasks(args.tasks, _READERS)
+    tasks = find_tasks(args.tasks, READERS)
     # torch takes seconds to import, and what is refused here does without.
     import_module("regrow.launch.commands.evaluate_model").run(args, tasks)
     return ExitCode.done

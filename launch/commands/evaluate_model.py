@@ -37,7 +37,9 @@ def run(args: argparse.Namespace, tasks: Sequence[Task]) -> None:
     found: dict[str, dict[str, Measured]] = {}
     for place in args.checkpoints:
         loaded = open_on(place, device=args.device, dtype=args.dtype, tokenizer=args.tokenizer)
-        found[place] = evaluate(loaded, tasks, shots=args.few_shot, seed=args.seed, batch_size=args.batch_size)
+        found[place] = evaluate(
+            loaded, tasks, shots=args.few_shot, seed=args.seed, batch_size=args.batch_size, context=args.context
+        )
     if args.json:
         print(json.dumps(found if len(found) > 1 else next(iter(found.values()))))
         return
@@ -49,7 +51,13 @@ def run(args: argparse.Namespace, tasks: Sequence[Task]) -> None:
 
 @torch.inference_mode()
 def evaluate(
-    loaded: LoadedModel, tasks: Sequence[Task], *, shots: int = 0, seed: int = 0, batch_size: int = 16
+    loaded: LoadedModel,
+    tasks: Sequence[Task],
+    *,
+    shots: int = 0,
+    seed: int = 0,
+    batch_size: int = 16,
+    context: int | None = None,
 ) -> dict[str, Measured]:
     """The metrics of a model, by task.
 
@@ -59,6 +67,7 @@ def evaluate(
         shots: examples before each item.
         seed: of their choice.
         batch_size: rows that are computed together.
+        context: tokens that are looked back at most; None: as many as the model takes.
 
     Raises:
         ConfigError: the tokenizer is not the model's, or an item cannot be asked of it.
@@ -70,7 +79,12 @@ def evaluate(
             f"the tokenizer must be the model's, which knows {model.config.vocab_size} tokens, but has {size}; give "
             "the right one with --tokenizer"
         )
-    texts = Texts(loaded.tokenizer, min(ending_ids(loaded), default=0), model.config.max_seq_len)
+    longest = model.config.max_seq_len
+    if context is not None and context > longest:
+        raise ConfigError(
+            f"--context must be at most what the model takes ({longest}), but is {context}; leave it out"
+        )
+    texts = Texts(loaded.tokenizer, min(ending_ids(loaded), default=0), context or longest)
 
     def score(rows: Sequence[Row]) -> Sequence[Score]:
         return score_rows(model, rows, batch_size)

@@ -23,9 +23,10 @@ from regrow.trainer.evaluation.task import (
     TaskError,
     check_regex,
     parse_record,
+    read_lines,
 )
 
-__all__ = ["read_harness_task"]
+__all__ = ["READERS", "read_harness_task"]
 
 # Of the YAML, used and passed over.
 _USED = {
@@ -184,3 +185,7 @@ def _rendered(template: Any, record: dict[str, Any], where: str) -> Any:
             f"a task's template must fit its records, but {shown(repr(template))} does not fit {where} "
             f"({shown(str(error))}); mend it"
         ) from None
+
+
+# Of tasks, by the endings of files.
+READERS = {".jsonl": read_lines, ".yaml": read_harness_task, ".yml": read_harness_task}

@@ -6,15 +6,22 @@ from collections.abc import Callable, Sequence
 
 from regrow.models.scoring import Score
 from regrow.trainer.evaluation.encode import Row, Texts
-from regrow.trainer.evaluation.task import Cloze, Generation, MultipleChoice, Perplexity, Task
+from regrow.trainer.evaluation.task import Cloze, Generation, Item, MultipleChoice, Perplexity, Task
 
-__all__ = ["Generate", "Measured", "ScoreAll", "measure"]
+__all__ = ["Generate", "Measured", "ScoreAll", "measure", "metrics_of"]
 
 # Results by name.
 Measured = dict[str, float]
 ScoreAll = Callable[[Sequence[Row]], Sequence[Score]]
 # From prompts, and the item of each, to what is written after them.
 Generate = Callable[[Sequence[str], Sequence[Generation]], Sequence[str]]
+
+_METRICS: dict[type[Item], tuple[str, ...]] = {
+    MultipleChoice: ("acc", "acc_norm"),
+    Cloze: ("acc", "ppl"),
+    Perplexity: ("ppl", "bits_per_byte"),
+    Generation: ("exact_match",),
+}
 
 
 def measure(
@@ -43,6 +50,11 @@ def measure(
     if isinstance(first, Perplexity):
         return _perplexity(task, texts, score)
     return _generation(task, before, generate)
+
+
+def metrics_of(task: Task) -> tuple[str, ...]:
+    """The names of a task's metrics."""
+    return _METRICS[type(task.items[0])]
 
 
 def _where(task: Task, place: int) -> str:

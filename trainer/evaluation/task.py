@@ -131,8 +131,13 @@ class Task:
     items: tuple[Item, ...]
     source: str
 
-    def queries(self, shots: int, seed: int) -> list[str]:
+    def queries(self, shots: int, seed: int, option: str = "--few-shot") -> list[str]:
         """What stands before each item's own text: so many others with their answers, chosen by seed and place.
+
+        Args:
+            shots: others with their answers.
+            seed: of their choice.
+            option: that says how many, for messages.
 
         Raises:
             TaskError: there are not as many others, or the task has no examples.
@@ -140,10 +145,10 @@ class Task:
         if shots == 0:
             return [""] * len(self.items)
         if isinstance(self.items[0], Perplexity):
-            raise TaskError(f"--few-shot must be 0 for perplexity, but is {shots} for {self.name}; leave it out")
+            raise TaskError(f"{option} must be 0 for perplexity, but is {shots} for {self.name}; leave it out")
         if shots >= len(self.items):
             raise TaskError(
-                f"--few-shot must be below the number of a task's items, but is {shots} and {self.name} has "
+                f"{option} must be below the number of a task's items, but is {shots} and {self.name} has "
                 f"{len(self.items)}; use {len(self.items) - 1}"
             )
         examples = [item.shot() + _SHOT_END for item in self.items if not isinstance(item, Perplexity)]
@@ -155,12 +160,15 @@ class Task:
         return found
 
 
-def find_tasks(places: Sequence[str], readers: Mapping[str, Callable[[Path], Task]]) -> list[Task]:
+def find_tasks(
+    places: Sequence[str], readers: Mapping[str, Callable[[Path], Task]], option: str = "--tasks"
+) -> list[Task]:
     """The tasks of files and folders, in the order of their names within a folder.
 
     Args:
         places: paths.
         readers: of each kind of file, by its ending.
+        option: that names them, for messages.
 
     Raises:
         TaskError: there is no such file, one is no task, or two have the same name.
@@ -170,9 +178,9 @@ def find_tasks(places: Sequence[str], readers: Mapping[str, Callable[[Path], Tas
         path = Path(place).expanduser()
         files = sorted(p for p in path.iterdir() if p.suffix in readers) if path.is_dir() else [path]
         if not files:
-            raise TaskError(f"--tasks must name tasks or folders of them, but {place} holds none; check it")
+            raise TaskError(f"{option} must name tasks or folders of them, but {place} holds none; check it")
         for file in files:
-            task = _read(file, readers)
+            task = _read(file, readers, option)
             if task.name in tasks:
                 raise TaskError(
                     f"tasks must have names of their own, but {file} and {tasks[task.name].source} are both "
@@ -182,16 +190,18 @@ def find_tasks(places: Sequence[str], readers: Mapping[str, Callable[[Path], Tas
     return list(tasks.values())
 
 
-def _read(file: Path, readers: Mapping[str, Callable[[Path], Task]]) -> Task:
+def _read(file: Path, readers: Mapping[str, Callable[[Path], Task]], option: str) -> Task:
     reader = readers.get(file.suffix)
     if reader is None:
         endings = ", ".join(readers)
-        raise TaskError(f"--tasks must name files that end in {endings}, but {file} does not; rename or convert it")
+        raise TaskError(f"{option} must name files that end in {endings}, but {file} does not; rename or convert it")
     try:
         return reader(file)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise TaskError(f"--tasks must name files that can be read, but {file} cannot ({reason}); check it") from None
+        raise TaskError(
+            f"{option} must name files that can be read, but {file} cannot ({reason}); check it"
+        ) from None
 
 
 def read_lines(file: Path) -> Task:

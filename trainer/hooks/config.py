@@ -10,6 +10,7 @@ from regrow.trainer.config import HookConfig, HookStage, WandbConfig
 __all__ = [
     "BeginConfig",
     "CheckpointHookConfig",
+    "EvaluationConfig",
     "ExportHookConfig",
     "GarbageConfig",
     "MetricsConfig",
@@ -41,6 +42,27 @@ class ValidationConfig(HookConfig):
     _target_: str = "regrow.trainer.hooks.validation.ValidationHook"
     every: int = 100
     max_batches: int = 10
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluationConfig(HookConfig):
+    """What the model makes of tasks, while it trains and at the end.
+
+    Attributes:
+        tasks: files of tasks, and folders of them; see docs/evaluate.md.
+        every: steps between evaluations; 0: at the given tokens and after the last step alone.
+        at_tokens: tokens trained on, at the first step beyond each of which it is evaluated too.
+        few_shot: items with their answers before each item.
+        seed: of their choice.
+    """
+
+    SCHEMA: ClassVar[tuple[str, str]] = ("hook", "evaluation_schema")
+    _target_: str = "regrow.trainer.hooks.evaluation.EvaluationHook"
+    tasks: list[str] = field(default_factory=list)
+    every: int = 1000
+    at_tokens: list[int] = field(default_factory=list)
+    few_shot: int = 0
+    seed: int = 0
 
 
 @dataclass(kw_only=True, slots=True)

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Collection
 from typing import final
 
 import torch
@@ -10,11 +11,9 @@ import torch.distributed as dist
 from regrow.errors import ConfigError
 from regrow.trainer.data.loader import step_batch
 from regrow.trainer.data.samples import Samples
-from regrow.trainer.hook import Hook
 from regrow.trainer.hooks.config import ValidationConfig
-from regrow.trainer.jsonlines import read_rows, rewrite_rows
+from regrow.trainer.hooks.measuring import MeasuringHook
 from regrow.trainer.loop import Trainer
-from regrow.trainer.run_files import METRICS
 
 __all__ = ["ValidationHook"]
 
@@ -22,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 @final
-class ValidationHook(Hook):
+class ValidationHook(MeasuringHook):
     """See `ValidationConfig`. Its results are the row's `val_loss`, in nats a label, and `val_bits_per_byte`; of
     `data.validation_sets` also `val_loss/NAME` and so on.
     """
@@ -39,40 +38,17 @@ class ValidationHook(Hook):
     def before_fit(self, trainer: Trainer) -> None:
         if not trainer.resources.validation[""] and trainer.context.is_main:
             log.warning("no document falls into the validation split: no val_loss; raise data.validation_fraction")
+        super().before_fit(trainer)
 
-        if self._due(trainer) and trainer.stop is None:
-            self._catch_up(trainer)
-
-    def _due(self, trainer: Trainer) -> bool:
+    def due(self, trainer: Trainer) -> bool:
         step = trainer.state.step
         chosen = step % self._config.every == 0 or step in (1, trainer.options.steps)
         return bool(_measured(trainer)) and step > 0 and chosen
 
-    def after_optimizer_step(self, trainer: Trainer) -> None:
-        if self._due(trainer):
-            found = self._measure_all(trainer)
-            if found is not None:
-                trainer.add_metrics(**found)
+    def names(self, trainer: Trainer) -> Collection[str]:
+        return [_metric("val_loss", name) for name in _measured(trainer)]
 
-    def _catch_up(self, trainer: Trainer) -> None:
-        """Measures the resumed step where a stop came before its validation had ended, and mends its row."""
-        path, step, context = trainer.resources.run_dir / METRICS, trainer.state.step, trainer.context
-        rows = [r for r in read_rows(path) if r["step"] <= step] if context.is_main else []
-        names = [_metric("val_loss", name) for name in _measured(trainer)]
-        wanted = [bool(rows) and rows[-1]["step"] == step and any(n not in rows[-1] for n in names)]
-        dist.broadcast_object_list(wanted, group=context.cpu_group, group_src=0)
-        if not wanted[0]:
-            return
-        found = self._measure_all(trainer)
-        if found is None:
-            return
-        for name, value in found.items():
-            trainer.state.note_best(name, value, lower_is_better=True)
-        if context.is_main:
-            rows[-1] |= found
-            rewrite_rows(path, rows)
-
-    def _measure_all(self, trainer: Trainer) -> dict[str, float] | None:
+    def measure(self, trainer: Trainer) -> dict[str, float] | None:
         """The metrics of all sets; None when a rank wants to stop."""
         out: dict[str, float] = {}
         with trainer.evaluating():

@@ -20,6 +20,7 @@ from regrow.trainer.loss import RowLosses
 from regrow.trainer.optimizer import global_grad_norm
 from regrow.trainer.parallel.apply import ParallelModel, reshard
 from regrow.trainer.parallel.context import ParallelContext
+from regrow.trainer.parallel.label_scores import LabelScores
 from regrow.trainer.parallel.output_loss import TrainingLoss
 from regrow.trainer.parallel.pipeline import Pipeline, StageInput
 from regrow.trainer.parallel.sequence_chunks import positions_of
@@ -179,6 +180,26 @@ class Engine:
                 if self._reports:
                     total += loss
         return total
+
+    @torch.no_grad()
+    def label_scores(self, micro_batch: MicroBatch) -> Tensor:
+        """What this rank adds to the scores of a micro-batch's rows, without gradients.
+
+        Returns:
+            float64 `(rows, 2)`, on the device: the summed natural logarithms of the labels' probabilities, and how
+            many labels are not the likeliest token at their place.
+        """
+        told: list[Tensor] = []
+        tokens, options, labels = self._inputs(micro_batch)
+        scores = LabelScores(labels, self._shard, told.append)
+        if self._loss.in_model:
+            options["output_loss"] = scores
+        result = self._forward(tokens, options)
+        if result is not None and not self._loss.in_model:
+            scores.of(result)
+        if not told or not self._reports:
+            return torch.zeros(len(labels), 2, dtype=torch.float64, device=self._context.device)
+        return told[0].view(*labels.shape, 2).sum(1)
 
     @torch.no_grad()
     def last_logits(self, ids: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from regrow.trainer.loss import RowLosses, in_wide_type, row_losses, summed_cros
 from regrow.trainer.parallel.tensor import SplitOutput
 from regrow.trainer.parallel.vocabulary import VocabularyShard
 
-__all__ = ["ChunkedLoss", "TrainingLoss", "chunk_rows"]
+__all__ = ["ChunkedLoss", "TrainingLoss", "chunk_rows", "output_operands"]
 
 # Rows of a chunk: at least so many, which keep the products fast (each chunk reads the weight twice and adds to its
 # gradient), and more while the logits have no more elements than these.
@@ -205,7 +205,7 @@ class ChunkedLoss:
 
     def __call__(self, hidden_BTD: Tensor, output: nn.Module) -> Tensor:
         """The summed loss, a float64 scalar."""
-        operands = _operands(output, hidden_BTD)
+        operands = output_operands(output, hidden_BTD)
         if operands is None:
             o = self._options
             return summed_cross_entropy(
@@ -218,7 +218,7 @@ class ChunkedLoss:
         return total
 
 
-def _operands(output: nn.Module, hidden_BTD: Tensor) -> tuple[Tensor, Tensor] | None:
+def output_operands(output: nn.Module, hidden_BTD: Tensor) -> tuple[Tensor, Tensor] | None:
     """What the output layer multiplies; None where it does more, or something else."""
     if has_hooks(output) or "forward" in vars(output):
         return None
