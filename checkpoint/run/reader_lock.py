@@ -26,12 +26,20 @@ _BEAT_S = 5.0
 
 
 @contextmanager
-def reading(folder: Storage) -> Iterator[None]:
+def reading(folder: Storage, *, survives: bool = False) -> Iterator[None]:
     """Keeps a step from being removed by its run's retention while it is read.
 
     A folder that cannot be written (another user's checkpoint, a read-only mount) is read without a lock.
+
+    Args:
+        folder: the step's.
+        survives: a reader that is killed keeps the step for as long as one on another host that falls silent
+            (`checkpoint.reader_timeout_s`), so that it can come back.
     """
     me, done = this_process(), threading.Event()
+    if survives:
+        # Nobody can tell at once whether such a process has ended.
+        me = replace(me, boot="")
     name = f"{_PREFIX}{me.token}{_SUFFIX}"
     try:
         folder.write(name, json.dumps(asdict(me)).encode(), flush=False)

@@ -2,15 +2,19 @@
 
 import argparse
 from importlib import import_module
+from pathlib import Path
 
 from regrow.errors import ConfigError
 from regrow.launch.commands.ending import end_with
 from regrow.launch.commands.model_options import add_model_options
+from regrow.launch.commands.watch_run import watch
 from regrow.launch.exit_code import ExitCode
 from regrow.trainer.evaluation.harness import READERS
 from regrow.trainer.evaluation.task import find_tasks
 
 __all__ = ["main"]
+
+_WORK = "regrow.launch.commands.evaluate_model"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -23,6 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--context", type=int, metavar="N", help="tokens that are looked back at most; what the model takes")
     add("--batch-size", type=int, default=16, metavar="N", help="rows together; 16")
     add_model_options(parser)
+    add("--watch", action="store_true", help="follow one run: each step that it commits, a line of JSON each")
     add("--json", action="store_true", help="print one JSON value: metrics by task, of several checkpoints by theirs")
     return parser
 
@@ -39,9 +44,15 @@ def _run(args: argparse.Namespace) -> ExitCode:
         if value is not None and value < least:
             option = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{option} must be at least {least}, but is {value}; use {remedy}")
+    if args.watch and len(args.checkpoints) > 1:
+        raise ConfigError(f"--watch must be given one run, but was given {len(args.checkpoints)}; start one for each")
     tasks = find_tasks(args.tasks, READERS)
-    # torch takes seconds to import, and what is refused here does without.
-    import_module("regrow.launch.commands.evaluate_model").run(args, tasks)
+    # torch takes seconds to import, and what is refused here does without; so does keeping a run's steps.
+    if args.watch:
+        run_dir = Path(args.checkpoints[0]).expanduser()
+        watch(run_dir, lambda: import_module(_WORK).step_evaluator(run_dir, args, tasks))
+    else:
+        import_module(_WORK).run(args, tasks)
     return ExitCode.done
 
 

@@ -3,23 +3,36 @@
 import argparse
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from regrow.checkpoint.format.later_metrics import add_later_metrics
+from regrow.checkpoint.format.step_name import parse_step_name
+from regrow.checkpoint.format.stored_step import StoredStep
+from regrow.checkpoint.load.initial_load import pin_source
+from regrow.checkpoint.storage.base import Storage
+from regrow.checkpoint.storage.local import LocalStorage
+from regrow.checkpoint.storage.opening import as_storage
 from regrow.errors import ConfigError
+from regrow.launch.commands.identify_model import run_folder_of
 from regrow.launch.commands.loaded_model import LoadedModel, open_on
 from regrow.launch.commands.texts import Texts as Speaker
 from regrow.launch.commands.texts import ending_ids
+from regrow.launch.run.stored_run import steps_place
 from regrow.models.generation.generate import Request
 from regrow.models.generation.sampling import Sampling
 from regrow.models.scoring import Score, score_rows
 from regrow.trainer.data.tokenizer import vocabulary_size
 from regrow.trainer.evaluation.encode import Row, Texts
-from regrow.trainer.evaluation.measure import Measured, measure
+from regrow.trainer.evaluation.measure import Measured, measure, metrics_of
+from regrow.trainer.evaluation.record import EVALUATIONS, EvaluationKey, EvaluationRecord, fingerprint
 from regrow.trainer.evaluation.task import Generation, Task
+from regrow.trainer.run_files import CONFIG
 
-__all__ = ["evaluate", "run"]
+__all__ = ["evaluate", "run", "step_evaluator"]
 
 log = logging.getLogger(__name__)
 
@@ -34,12 +47,7 @@ def run(args: argparse.Namespace, tasks: Sequence[Task]) -> None:
     Raises:
         ConfigError: a checkpoint or a task cannot be used.
     """
-    found: dict[str, dict[str, Measured]] = {}
-    for place in args.checkpoints:
-        loaded = open_on(place, device=args.device, dtype=args.dtype, tokenizer=args.tokenizer)
-        found[place] = evaluate(
-            loaded, tasks, shots=args.few_shot, seed=args.seed, batch_size=args.batch_size, context=args.context
-        )
+    found = {place: _results_of(place, args, tasks) for place in args.checkpoints}
     if args.json:
         print(json.dumps(found if len(found) > 1 else next(iter(found.values()))))
         return
@@ -47,6 +55,106 @@ def run(args: argparse.Namespace, tasks: Sequence[Task]) -> None:
         for name, metrics in of_tasks.items():
             shown = "  ".join(f"{metric} {value:.6g}" for metric, value in metrics.items())
             print(f"{f'{place}  ' if len(found) > 1 else ''}{name}  {shown}")
+
+
+def step_evaluator(run_dir: Path, args: argparse.Namespace, tasks: Sequence[Task]) -> Callable[[Storage], None]:
+    """What evaluates a step of a run and prints a line of JSON.
+
+    Args:
+        run_dir: the run's directory.
+        args: of the command.
+        tasks: what is asked.
+    """
+    return lambda step: print(_line(step, _results_of(str(run_dir), args, tasks, step)), flush=True)
+
+
+def _line(step: Storage, found: dict[str, Measured]) -> str:
+    return json.dumps({"step": parse_step_name(step.url.rpartition("/")[2]), **found})
+
+
+def _results_of(
+    place: str, args: argparse.Namespace, tasks: Sequence[Task], step: Storage | None = None
+) -> dict[str, Measured]:
+    """The metrics of a checkpoint by task, those of a run's step from its record as far as it has them.
+
+    Args:
+        place: the checkpoint.
+        args: of the command.
+        tasks: what is asked.
+        step: of the run at `place`, instead of the newest.
+    """
+    recorded = _Recorded.of(place, args, step)
+    found = {task.name: known for task in tasks if (known := recorded.find(task)) is not None}
+    missing = [task for task in tasks if task.name not in found]
+    if missing:
+        loaded = open_on(place, device=args.device, dtype=args.dtype, tokenizer=args.tokenizer, step=step)
+        for task in missing:
+            found |= evaluate(
+                loaded,
+                [task],
+                shots=args.few_shot,
+                seed=args.seed,
+                batch_size=args.batch_size,
+                context=args.context,
+            )
+            recorded.add(task, found[task.name])
+    return {task.name: found[task.name] for task in tasks}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Recorded:
+    """The record of the run that a step is of; of other checkpoints nothing is kept.
+
+    Attributes:
+        record: None where there is no run.
+        step: the step.
+        args: of the command.
+    """
+
+    record: EvaluationRecord | None
+    step: StoredStep | None
+    args: argparse.Namespace
+
+    @classmethod
+    def of(cls, place: str, args: argparse.Namespace, step: Storage | None) -> "_Recorded":
+        """See `_results_of`."""
+        given = as_storage(place if "://" in place else Path(place).expanduser())
+        stored = step or pin_source(steps_place(given))
+        run = run_folder_of(stored)
+        if isinstance(given, LocalStorage) and (given.path / CONFIG).is_file():
+            run = given.path
+        record = None if run is None else EvaluationRecord(run / EVALUATIONS)
+        return cls(record=record, step=StoredStep.find(stored), args=args)
+
+    def _key(self, step: StoredStep, task: Task) -> EvaluationKey:
+        args = self.args
+        return EvaluationKey(
+            step=step.step,
+            lineage=step.manifest.lineage,
+            task=task.name,
+            items=fingerprint(task),
+            few_shot=args.few_shot,
+            seed=args.seed,
+            context=args.context,
+            dtype=args.dtype,
+        )
+
+    def find(self, task: Task) -> Measured | None:
+        """What was found before; None where it was not."""
+        if self.record is None or self.step is None:
+            return None
+        return self.record.find(self._key(self.step, task))
+
+    def add(self, task: Task, measured: Measured) -> None:
+        """Keeps what was found: in the run's record, and with the step for rules of retention."""
+        if self.record is None or self.step is None:
+            return
+        try:
+            self.record.add(self._key(self.step, task), measured)
+            named = {f"eval/{task.name}/{metric}": measured[metric] for metric in metrics_of(task)}
+            add_later_metrics(self.step.storage, named)
+        except OSError as error:
+            log.warning("what was found is not kept with the run (%s)", error.strerror or error)
 
 
 @torch.inference_mode()

@@ -55,11 +55,12 @@ def open_model(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     tokenizer: str | Path | None = None,
+    step: Storage | None = None,
 ) -> LoadedModel:
-    """See `regrow.load_model`."""
+    """See `regrow.load_model`; `step` is one of the run at `place`, instead of the newest."""
     given = as_storage(str(place) if "://" in str(place) else Path(place).expanduser())
     with ExitStack() as held:
-        stored = pin_source(steps_place(given))
+        stored = step or pin_source(steps_place(given))
         if is_verified(stored):
             held.enter_context(reading(stored))
         config = model_of(stored, None)
@@ -79,7 +80,9 @@ def open_model(
     return LoadedModel(model=model.eval(), tokenizer=found, tokenizer_folder=folder, data=data)
 
 
-def open_on(place: str, *, device: str, dtype: str | None, tokenizer: str | None) -> LoadedModel:
+def open_on(
+    place: str, *, device: str, dtype: str | None, tokenizer: str | None, step: Storage | None = None
+) -> LoadedModel:
     """See `open_model`, with options as a command has them.
 
     Args:
@@ -87,6 +90,7 @@ def open_on(place: str, *, device: str, dtype: str | None, tokenizer: str | None
         device: `auto` is a GPU where there is one.
         dtype: by its name in torch; None is as stored.
         tokenizer: a file or folder.
+        step: see `open_model`.
 
     Raises:
         ConfigError: there is no such device.
@@ -100,7 +104,7 @@ def open_on(place: str, *, device: str, dtype: str | None, tokenizer: str | None
         reason = str(error).splitlines()[0]
         raise ConfigError(f"--device must be one that is here, but is {device} ({reason}); use cpu") from None
     chosen = None if dtype is None else getattr(torch, dtype)
-    return open_model(place, dtype=chosen, device=device, tokenizer=tokenizer)
+    return open_model(place, dtype=chosen, device=device, tokenizer=tokenizer, step=step)
 
 
 def _stored_dtype(opened: OpenedWeights, model: nn.Module) -> torch.dtype:
