@@ -7,11 +7,14 @@ import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer
 
+from regrow.models.generation.generate import Request, generate
+from regrow.models.generation.sampling import Sampling
 from regrow.models.scoring import Score
 from regrow.trainer.data.loader import MicroBatch
 from regrow.trainer.data.windows import IGNORE
 from regrow.trainer.evaluation.encode import Row
 from regrow.trainer.evaluation.task import Generation
+from regrow.trainer.next_logits import RunningLogits
 from regrow.trainer.parallel.context import ParallelContext
 from regrow.trainer.parallel.engine import Engine
 from regrow.trainer.text_stream import TextStream
@@ -96,20 +99,22 @@ class RunningModel:
         return [self._continue(prompt, item) for prompt, item in zip(prompts, items, strict=True)]
 
     def _continue(self, prompt: str, item: Generation) -> str:
-        ids = list(self._tokenizer.encode(prompt, add_special_tokens=False).ids)
+        ids = list(self._tokenizer.encode(prompt, add_special_tokens=False).ids) or [min(self._ends, default=0)]
         stream = TextStream(self._tokenizer, ids, item.stop)
         text = ""
-        for _ in range(item.max_tokens):
-            seen = torch.tensor([ids[-self._longest :]], device=self._context.device)
-            token = int(self._engine.last_logits(seen).argmax())
+
+        def ends(_number: int, token: int) -> bool:
+            nonlocal text
             if self._stops():
                 raise EvaluationStopped
-            if token in self._ends:
-                break
-            ids.append(token)
-            text += stream.push(token)
-            if stream.stopped:
-                break
+            if token not in self._ends:
+                text += stream.push(token)
+            return stream.stopped
+
+        request = Request(max_tokens=item.max_tokens, sampling=Sampling(temperature=0.0), stop_ids=self._ends)
+        logits = RunningLogits(self._engine, self._longest)
+        longest = len(ids) + item.max_tokens + 1
+        generate(logits, [ids], request, context=longest, device=self._context.device, ends=ends)
         return text + stream.finish()
 
 

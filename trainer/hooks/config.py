@@ -67,12 +67,15 @@ class EvaluationConfig(HookConfig):
 
 @dataclass(kw_only=True, slots=True)
 class SampleConfig(HookConfig):
-    """Text generated when the run ends.
+    """Text generated when the run ends, and while it trains where that is asked for.
 
     Attributes:
         prompts: beginnings to continue.
         tokens: to generate for each.
         temperature: 0 always takes the likeliest token.
+        top_k: the likeliest tokens that may be drawn; 0 is no limit.
+        top_p: the least part of the probability whose tokens may be drawn, likeliest first; 1 is no limit.
+        every: steps between samples; 0 is at the end alone.
     """
 
     SCHEMA: ClassVar[tuple[str, str]] = ("hook", "sample_schema")
@@ -80,6 +83,9 @@ class SampleConfig(HookConfig):
     prompts: list[str] = field(default_factory=lambda: ["The"])
     tokens: int = 64
     temperature: float = 0.7
+    top_k: int = 0
+    top_p: float = 1.0
+    every: int = 0
 
 
 @dataclass(kw_only=True, slots=True)
