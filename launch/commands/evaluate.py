@@ -2,6 +2,7 @@
 
 import argparse
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 from regrow.errors import ConfigError
@@ -21,7 +22,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="regrow-eval", description=__doc__)
     add = parser.add_argument
     add("checkpoints", nargs="+", metavar="CHECKPOINT", help="a run (its newest step), a step, a Hugging Face folder")
-    add("--tasks", nargs="+", required=True, metavar="FILE", help="tasks (.jsonl), or folders of them")
+    add("--tasks", nargs="+", default=[], metavar="FILE", help="tasks (.jsonl, .yaml), or folders of them")
+    add("--harness", nargs="+", default=[], metavar="NAME", help="tasks of lm_eval by name, run by it; extra `eval`")
+    add("--harness-tasks", metavar="DIR", help="a folder with further tasks of lm_eval")
+    add("--limit", type=int, metavar="N", help="items of each of lm_eval's tasks; all")
     add("--few-shot", type=int, default=0, metavar="N", help="examples before each item, chosen by --seed; 0")
     add("--seed", type=int, default=0, help="of their choice; 0")
     add("--context", type=int, metavar="N", help="tokens that are looked back at most; what the model takes")
@@ -39,13 +43,19 @@ def main() -> None:
 
 
 def _run(args: argparse.Namespace) -> ExitCode:
-    for name, least, remedy in (("few_shot", 0, "0"), ("batch_size", 1, "16"), ("context", 1, "256")):
+    for name, least, remedy in (
+        ("few_shot", 0, "0"), ("batch_size", 1, "16"), ("context", 1, "256"), ("limit", 1, "100"),
+    ):  # fmt: skip
         value = getattr(args, name)
         if value is not None and value < least:
             option = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{option} must be at least {least}, but is {value}; use {remedy}")
     if args.watch and len(args.checkpoints) > 1:
         raise ConfigError(f"--watch must be given one run, but was given {len(args.checkpoints)}; start one for each")
+    if not args.tasks and not args.harness:
+        raise ConfigError("--tasks must name files of tasks, but is not given; see docs/evaluate.md")
+    if args.harness:
+        return _run_harness(args)
     tasks = find_tasks(args.tasks, READERS)
     # torch takes seconds to import, and what is refused here does without; so does keeping a run's steps.
     if args.watch:
@@ -53,6 +63,16 @@ def _run(args: argparse.Namespace) -> ExitCode:
         watch(run_dir, lambda: import_module(_WORK).step_evaluator(run_dir, args, tasks))
     else:
         import_module(_WORK).run(args, tasks)
+    return ExitCode.done
+
+
+def _run_harness(args: argparse.Namespace) -> ExitCode:
+    for option in ("tasks", "watch"):
+        if getattr(args, option):
+            raise ConfigError(f"--harness must be given without --{option}, but is given with it; leave one out")
+    if find_spec("lm_eval") is None:
+        raise ConfigError("--harness must find lm_eval, but it is not installed; pip install 'regrow[eval]'")
+    import_module("regrow.launch.commands.harness_model").run(args)
     return ExitCode.done
 
 

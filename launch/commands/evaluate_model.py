@@ -3,7 +3,7 @@
 import argparse
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from regrow.trainer.evaluation.record import EVALUATIONS, EvaluationKey, Evaluat
 from regrow.trainer.evaluation.task import Generation, Task
 from regrow.trainer.run_files import CONFIG
 
-__all__ = ["evaluate", "run", "step_evaluator"]
+__all__ = ["evaluate", "print_results", "run", "step_evaluator", "write_after"]
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,17 @@ def run(args: argparse.Namespace, tasks: Sequence[Task]) -> None:
         ConfigError: a checkpoint or a task cannot be used.
     """
     found = {place: _results_of(place, args, tasks) for place in args.checkpoints}
-    if args.json:
+    print_results(found, as_json=args.json)
+
+
+def print_results(found: Mapping[str, Mapping[str, Mapping[str, float]]], *, as_json: bool) -> None:
+    """Prints metrics by checkpoint and task; of one checkpoint without its name.
+
+    Args:
+        found: metrics.
+        as_json: as one JSON value, else a line for each task.
+    """
+    if as_json:
         print(json.dumps(found if len(found) > 1 else next(iter(found.values()))))
         return
     for place, of_tasks in found.items():
@@ -198,7 +208,7 @@ def evaluate(
         return score_rows(model, rows, batch_size)
 
     def generate(prompts: Sequence[str], items: Sequence[Generation]) -> Sequence[str]:
-        return _written(loaded, prompts, items, batch_size)
+        return write_after(loaded, prompts, items, batch_size)
 
     results = {task.name: measure(task, texts, score, generate, shots=shots, seed=seed) for task in tasks}
     if texts.cut:
@@ -206,10 +216,17 @@ def evaluate(
     return results
 
 
-def _written(
+def write_after(
     loaded: LoadedModel, prompts: Sequence[str], items: Sequence[Generation], batch_size: int
 ) -> Sequence[str]:
-    """What the model writes after each prompt, its likeliest tokens; those with the same rules together."""
+    """What the model writes after each prompt, its likeliest tokens; those with the same rules together.
+
+    Args:
+        loaded: the model, whole.
+        prompts: the texts.
+        items: whose rules say where what is written ends.
+        batch_size: rows that are computed together.
+    """
     rules = {(item.stop, item.max_tokens) for item in items}
     written = [""] * len(prompts)
     for stop, max_tokens in sorted(rules):
