@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
-from weakref import WeakSet
+from weakref import WeakSet, finalize
 
 from regrow.trainer.process import die_with_parent
 from tests.pool import context
@@ -33,12 +33,12 @@ class Command:
     """
 
     def __init__(self, arguments: Sequence[str], cwd: Path, environ: dict[str, str]) -> None:
-        # Unlinked when it is closed, however the tests end.
-        self._output = tempfile.NamedTemporaryFile()  # noqa: SIM115
+        descriptor, name = tempfile.mkstemp()
+        os.close(descriptor)
+        self._output = Path(name)
+        finalize(self, self._output.unlink, missing_ok=True)
         # The command has children of its own, which only those that are no daemons may have.
-        self._child = context.Process(
-            target=_run, args=(list(arguments), Path(self._output.name), cwd, environ), daemon=False
-        )
+        self._child = context.Process(target=_run, args=(list(arguments), self._output, cwd, environ), daemon=False)
         self._child.start()
         assert self._child.pid is not None
         self.pid: int = self._child.pid
@@ -68,7 +68,7 @@ class Command:
     def communicate(self, timeout: float | None = None) -> tuple[str, None]:
         """What it wrote to both streams, once it has ended; subprocess.TimeoutExpired when it does not."""
         self.wait(timeout)
-        return Path(self._output.name).read_text(errors="replace"), None
+        return self._output.read_text(errors="replace"), None
 
     def send_signal(self, number: int) -> None:
         """To the command alone."""

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 # Of the relative differences of losses, gradient norms and parameters in float32.
 LIMITS = (5e-7, 1e-6, 1e-6)
-STEPS = f"train.steps={5 if 'REGROW_NUMERICS' in os.environ else 3}"
+STEPS = f"train.steps={5 if 'REGROW_NUMERICS' in os.environ else 2}"
 # The learning rate and eps are fixed, and eps is large enough that Adam does not turn rounding into steps.
 FIXED = [STEPS, "optimizer.lr=1e-3", "optimizer.eps=1e-3", "scheduler.warmup_steps=0", "data.global_batch_size=8",
          "data.micro_batch_size=2", "model.vocab_size=321", "model.n_layers=4"]  # fmt: skip
@@ -162,7 +162,7 @@ def test_windows_with_and_without_documents(corpus: Path, tmp_path: Path) -> Non
 
 def test_ranks_share_key_and_value_heads(corpus: Path, tmp_path: Path) -> None:
     """Two ranks have three query heads each: those of one KV head, and half of those of another."""
-    three = ["model.dim=48", "model.n_heads=6", "model.n_kv_heads=3", "data.micro_batch_size=1", "train.steps=3"]
+    three = ["model.dim=48", "model.n_heads=6", "model.n_kv_heads=3", "data.micro_batch_size=1"]
     compare(corpus, tmp_path, 2, "dense", ["tp=2", "tp=2 sequence_parallel=false"], LIMITS, *three)
     mixed = ["dp_shard=2 tp=2", "tp=2 cp=2", "tp=2 cp=2 cp_method=ring", f"tp=2 pp=2 pp_schedule={SCHEDULES[-2]}"]
     compare(corpus, tmp_path, 4, "dense", mixed, LIMITS, *three)

@@ -137,11 +137,16 @@ def seeded_layouts(kind: str, count: int) -> list[str]:
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_layouts_drawn_at_random_run(corpus: Path, tmp_path: Path, kind: str) -> None:
-    settings = base(corpus, kind, "train.steps=2", "data.global_batch_size=4", "data.micro_batch_size=1")
-    (reference,) = observe([settings], tmp_path, 1)
-    layouts = seeded_layouts(kind, 10)
-    for layout, seen in zip(layouts, observe([[*settings, *degrees(o)] for o in layouts], tmp_path, 4), strict=True):
-        assert max(relative(a, b) for a, b in zip(seen.losses, reference.losses, strict=True)) <= 5e-6, layout
+    every = seeded_layouts(kind, 10)
+    # As many micro-batches as stages need, and gradient accumulation elsewhere.
+    for size, staged in ((8, True), (4, False)):
+        settings = base(corpus, kind, "train.steps=2", f"data.global_batch_size={size}", "data.micro_batch_size=1")
+        (reference,) = observe([settings], tmp_path, 1)
+        layouts = [o for o in every if ("pp=2" in o.split()) == staged]
+        assert layouts
+        found = observe([[*settings, *degrees(o)] for o in layouts], tmp_path, 4)
+        for layout, seen in zip(layouts, found, strict=True):
+            assert max(relative(a, b) for a, b in zip(seen.losses, reference.losses, strict=True)) <= 5e-6, layout
 
 
 def test_a_dead_rank_stops_the_others(corpus: Path, tmp_path: Path) -> None:

@@ -19,10 +19,9 @@ SAMPLED = ["hooks=none", "+hook@hooks.sample=sample", "hooks.sample.prompts=['ab
            "hooks.sample.every=2", "hooks.sample.top_k=40"]  # fmt: skip
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_the_same_text_everywhere(corpus: Path, tmp_path: Path, temperature: float) -> None:
+def test_the_same_text_everywhere(corpus: Path, tmp_path: Path) -> None:
     settings = [*base(corpus, "dense", "precision=fp64", "train.steps=4"), *SAMPLED, "checkpoint=debug",
-                f"hooks.sample.temperature={temperature}"]  # fmt: skip
+                "hooks.sample.temperature=0.8", "model.n_layers=2"]  # fmt: skip
     train([*settings, "train.steps=3", "scheduler.total_steps=4"], tmp_path / "one")
     assert [r["step"] for r in read_rows(tmp_path / "one/generated.jsonl")] == [2]
     # The last saved step is 3, so that step 2 is not sampled again, and 4 is.
@@ -37,7 +36,7 @@ def test_the_same_text_everywhere(corpus: Path, tmp_path: Path, temperature: flo
         assert list(read_rows(run_dir / "generated.jsonl")) == rows, layout
     loaded = open_on(str(tmp_path / "one"), device="cpu", dtype="float64", tokenizer=None)
     ids = [loaded.tokenizer.encode(p, add_special_tokens=False).ids for p in PROMPTS]
-    request = Request(max_tokens=12, sampling=Sampling(temperature=temperature, top_k=40))
+    request = Request(max_tokens=12, sampling=Sampling(temperature=0.8, top_k=40))
     with torch.inference_mode():
         made = generate(next_logits_of(loaded.model), ids, request, context=2048, device=torch.device("cpu"))
     texts = [loaded.tokenizer.decode(p + m.ids) for p, m in zip(ids, made, strict=True)]

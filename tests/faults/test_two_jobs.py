@@ -110,6 +110,17 @@ def _started_elsewhere(arguments: list[str], cwd: Path) -> tuple[subprocess.Pope
     return outer, psutil.Process(outer.pid).children()[0]
 
 
+def _pause_in_a_save(process: psutil.Process, folder: Path) -> bool:
+    if not any(".partial" in p.name for p in folder.iterdir()):
+        return False
+    process.suspend()
+    names = [p.name for p in folder.iterdir()]
+    if any(name.startswith(".lease") for name in names) or not any(".partial" in name for name in names):
+        process.resume()
+        return False
+    return True
+
+
 @pytest.mark.parametrize("where", ["the same host", "another host"])
 def test_a_paused_writer_that_goes_on_can_commit_nothing(
     arguments: list[str], undisturbed: Path, tmp_path: Path, where: str
@@ -122,9 +133,9 @@ def test_a_paused_writer_that_goes_on_can_commit_nothing(
         process = psutil.Process(first.pid)
     run_dir = tmp_path / "outputs/a"
     wait_until(lambda: len(steps_of(run_dir)) >= 2)
-    # While it writes a step, so that it has something to rename when it goes on.
-    wait_until(lambda: any(".partial" in p.name for p in (run_dir / "checkpoint").iterdir()), every_s=0.0001)
-    process.suspend()
+    # While it writes a step, so that it has something to rename when it goes on, and not while it writes its lease,
+    # which it may end.
+    wait_until(lambda: _pause_in_a_save(process, run_dir / "checkpoint"), every_s=0.0001)
     started = time.monotonic()
     code, out = regrow(arguments, tmp_path)
     assert code == 0, out
