@@ -36,7 +36,7 @@ def trainers(folder: Path) -> list[int]:
 
 
 def test_runs_side_by_side_stop_die_and_go_on(corpus: Path, tmp_path: Path) -> None:
-    alone = tiny(corpus, "hooks=none", "checkpoint.interval=300", "train.steps=800")
+    alone = tiny(corpus, "hooks=none", "checkpoint.interval=150", "train.steps=400")
     grid = [*alone, *LOCAL, "-m", "seed=1,2"]
     folder = tmp_path / "outputs"
 
