@@ -50,9 +50,11 @@ def test_every_experiment_composes_and_converts(path: Path) -> None:
     assert typed_config([f"experiment={path.stem}"]).run.name
 
 
-def test_every_hook_can_be_added() -> None:
+def test_every_hook_can_be_added(tmp_path: Path) -> None:
+    (tmp_path / "task.jsonl").write_text('{"text": "a text"}\n')
+    needed = [f"hooks.my_evaluation.tasks=[{tmp_path}]"]
     names = [p.stem for p in sorted((REPO / "conf" / "hook").glob("*.yaml"))]
-    config = typed_config(["hooks=none", *(f"+hook@hooks.my_{name}={name}" for name in names)])
+    config = typed_config(["hooks=none", *(f"+hook@hooks.my_{name}={name}" for name in names), *needed])
     for name in names:
         own = config.hooks[f"my_{name}"]
         assert type(construct(own._target_, f"hooks.my_{name}", Hook, own)).__name__.endswith("Hook")
