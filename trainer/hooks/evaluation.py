@@ -1,15 +1,16 @@
 """What the model makes of tasks while it trains."""
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, final
 
 from regrow.errors import ConfigError
+from regrow.models.scoring import Score
 from regrow.trainer.data.source import DataError
 from regrow.trainer.data.tokenizer import end_of_text_id, tokenizer_file
-from regrow.trainer.evaluation.encode import Texts
+from regrow.trainer.evaluation.encode import Row, Texts
 from regrow.trainer.evaluation.harness import READERS
 from regrow.trainer.evaluation.in_run import EvaluationStopped, RunningModel
 from regrow.trainer.evaluation.measure import Measured, measure, metrics_of
@@ -42,6 +43,13 @@ class EvaluationHook(MeasuringHook):
         self._tasks = find_tasks(config.tasks, READERS, option="hooks.evaluation.tasks")
         for task in self._tasks:
             task.queries(config.few_shot, config.seed, option="hooks.evaluation.few_shot")
+
+    def before_fit(self, trainer: Trainer) -> None:
+        # Encodes everything, so that what the model does not take is told before it trains.
+        shots, seed, texts = self._config.few_shot, self._config.seed, self._texts(trainer)
+        for task in self._tasks:
+            measure(task, texts, _no_scores, lambda prompts, _items: [""] * len(prompts), shots=shots, seed=seed)
+        super().before_fit(trainer)
 
     def due(self, trainer: Trainer) -> bool:
         state, options = trainer.state, trainer.options
@@ -82,6 +90,10 @@ class EvaluationHook(MeasuringHook):
 
     def _texts(self, trainer: Trainer) -> Texts:
         return Texts(trainer.resources.tokenizer, min(_ends(trainer), default=0), trainer.options.seq_len)
+
+
+def _no_scores(rows: Sequence[Row]) -> list[Score]:
+    return [Score(0.0, is_greedy=False)] * len(rows)
 
 
 def _named(task: Task, measured: Measured) -> dict[str, float]:
