@@ -142,6 +142,18 @@ def test_killed_while_it_evaluates(corpus: Path, tmp_path: Path, tasks: Path) ->
     assert_same_tensors(tmp_path / "cut/checkpoint/step-6", tmp_path / "whole/checkpoint/step-6")
 
 
+def test_killed_while_it_evaluates_and_continued_on_one_rank(corpus: Path, tmp_path: Path, tasks: Path) -> None:
+    settings = [*base(corpus, "dense", "precision=fp64", "train.steps=6"), *evaluated(tasks), "checkpoint=debug",
+                "checkpoint.interval=3"]  # fmt: skip
+    train(settings, tmp_path / "whole")
+    with pytest.raises(AssertionError, match="exit code -9"):
+        run_distributed(_kill, _opened([*settings, "parallel.dp_shard=2"], tmp_path / "cut"), world_size=2)
+    assert train(settings, tmp_path / "cut").kind == "finished"
+    found, expected = results(tmp_path / "cut"), results(tmp_path / "whole")
+    assert list(found) == list(expected) == [2, 4, 6]
+    assert all(relative(found[step][n], expected[step][n]) <= 1e-9 for step in expected for n in METRICS)
+
+
 def test_stopped_while_it_evaluates_and_the_best_step_stays(corpus: Path, tmp_path: Path, tasks: Path) -> None:
     """The step at which the stop came is the best, and is measured by the start after; retention knows of it."""
     best = ["+retention_rule@checkpoint.retention_rules.best=best", "checkpoint.keep_latest_k=2",
