@@ -58,7 +58,7 @@ class Part:
 PARTS: dict[str, Part] = {
     "limits": Part(run=gpu_limits.limits, bound_s=25),
     "tests": Part(run=gpu_limits.tests, bound_s=180),
-    "1b": Part(run=gpu_runs.one_b, bound_s=110),
+    "1b": Part(run=gpu_runs.one_b, bound_s=150),
     "1b_plain_pytorch": Part(run=gpu_runs.plain_peer, bound_s=75),
     "8b_bf16_params": Part(run=gpu_runs.eight_b_bf16_params, bound_s=80),
     "8b_bf16": Part(run=gpu_runs.eight_b_bf16, bound_s=70),
@@ -68,7 +68,7 @@ PARTS: dict[str, Part] = {
     "1b_transformers": Part(run=gpu_runs.transformers_peer, bound_s=90),
     "moe": Part(run=gpu_runs.moe, bound_s=70),
     "3b": Part(run=gpu_runs.three_b, bound_s=80),
-    "save_async": Part(run=gpu_runs.save_async, bound_s=90),
+    "save_async": Part(run=gpu_runs.save_async, bound_s=120),
     "1b_offload": Part(run=gpu_runs.offloaded, bound_s=60),
     "1b_recomputed": Part(run=gpu_runs.budgets, bound_s=120),
     "1b_eager": Part(run=gpu_runs.eager, bound_s=45),

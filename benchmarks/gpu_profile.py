@@ -100,7 +100,7 @@ def _summary(profiler: profile) -> dict[str, Any]:
     slowest: dict[str, float] = {}
     for name, time in kernels:
         slowest[name] = slowest.get(name, 0.0) + time
-    top = sorted(slowest.items(), key=lambda pair: -pair[1])[:8]
+    top = sorted(slowest.items(), key=lambda pair: -pair[1])[:20]
     return {
         "shares": shares(kernels),
         "busy_ms": round(sum(t for _, t in kernels) / 1e3, 2),

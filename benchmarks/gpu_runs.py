@@ -184,8 +184,8 @@ def save_async(job: Job, report: Report) -> None:
 
 
 def _with_saves(job: Job, report: Report, policy: str, *, profiled: bool) -> None:
-    """Trains past three saves; the later two are made in warm memory."""
-    interval = 6 if job.tiny else 24
+    """Trains past three saves, each after the one before is durable; the later two are made in warm memory."""
+    interval = 6 if job.tiny else 48
     steps, name = 3 * interval, f"save-{policy}"
     overrides = [*job.overrides(_BASE, 2048, 8), f"checkpoint={policy}", f"checkpoint.interval={interval}",
                  "checkpoint.keep_latest_k=2", f"scheduler.total_steps={2 * steps}"]  # fmt: skip

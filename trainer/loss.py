@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from regrow.trainer.data.windows import IGNORE
+from regrow.trainer.loss_kernels import LossKernels
 from regrow.trainer.parallel.vocabulary import VocabularyShard
 
 __all__ = ["RowLosses", "in_wide_type", "row_losses", "summed_cross_entropy"]
@@ -21,12 +22,18 @@ _CPU_ELEMENTS, _ELEMENTS = 1 << 18, 1 << 26
 
 
 def row_losses(
-    logits_RV: Tensor, labels_R: Tensor, grad_RV: Tensor | None, shard: VocabularyShard | None, z_loss: float
+    logits_RV: Tensor,
+    labels_R: Tensor,
+    grad_RV: Tensor | None,
+    shard: VocabularyShard | None,
+    z_loss: float,
+    kernels: LossKernels | None = None,
 ) -> Tensor:
     """Cross-entropy in nats of each row, 0 where the label does not count.
 
     Returns float64 `(R,)`, from terms in float32 or better, each from its row alone. Beside `grad_RV` it holds a
-    block of at most 2^18 elements, or one row (2^26 on an accelerator), in float32 or better.
+    block of at most 2^18 elements, or one row (2^26 on an accelerator), in float32 or better; compiled kernels hold
+    no block.
 
     Args:
         logits_RV: this rank's part of the vocabulary.
@@ -36,8 +43,11 @@ def row_losses(
         shard: where the logits lie in the vocabulary that ranks share; None if they are all.
         z_loss: the gradient is that of the losses and of this times the squared logarithm of each row's sum of
             exponents (PaLM, arXiv:2204.02311, section 5), which the losses leave out.
+        kernels: go through all rows at once; None: operators, some rows at a time.
     """
     counts_R1 = (labels_R != IGNORE)[:, None]
+    if kernels is not None and logits_RV.numel() > 0:
+        return _losses_by_kernels(logits_RV, labels_R[:, None], counts_R1, grad_RV, shard, z_loss, kernels)[:, 0]
     if shard is not None:
         return _shared_losses(logits_RV, labels_R[:, None], counts_R1, grad_RV, shard, z_loss)[:, 0]
     losses_R1 = torch.empty(counts_R1.shape, dtype=torch.float64, device=logits_RV.device)
@@ -101,6 +111,30 @@ def _shared_losses(
     return (logs_R1 - target_R1).where(counts_R1, 0.0)
 
 
+def _losses_by_kernels(
+    logits_RV: Tensor,
+    labels_R1: Tensor,
+    counts_R1: Tensor,
+    grad_RV: Tensor | None,
+    shard: VocabularyShard | None,
+    z_loss: float,
+    kernels: LossKernels,
+) -> Tensor:
+    here_R1 = counts_R1 if shard is None else shard.holds(labels_R1) & counts_R1
+    labels_R1 = (labels_R1 if shard is None else labels_R1 - shard.first).where(here_R1, 0)
+    # A compiler looks at what has a graph, which is not asked for here; one tensor stays one.
+    logits_RV = logits_RV if logits_RV is grad_RV else logits_RV.detach()
+    highest_R1, sums_R1, targets_R1 = kernels.statistics(logits_RV, labels_R1)
+    if shard is None:
+        logs_R1, target_R1, totals_R1 = sums_R1.to(torch.float64).log() + highest_R1, targets_R1, sums_R1
+    else:
+        logs_R1, target_R1, totals_R1 = shard.join(highest_R1, sums_R1, targets_R1.where(here_R1, 0.0))
+    if grad_RV is not None:
+        more_R1 = None if z_loss == 0 else 1 + 2 * z_loss * logs_R1
+        kernels.gradient(grad_RV, logits_RV, highest_R1, totals_R1, labels_R1, here_R1, counts_R1, more_R1)
+    return (logs_R1 - target_R1).where(counts_R1, 0.0)
+
+
 def _exact(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -150,19 +184,20 @@ class _SummedCrossEntropy(torch.autograd.Function):
         shard: VocabularyShard | None,
         z_loss: float,
         seen: RowLosses | None,
+        kernels: LossKernels | None,
     ) -> Tensor:
         grad_SV = torch.empty_like(logits_SV) if ctx.needs_input_grad[0] else None
-        losses_S = row_losses(logits_SV, labels_S, grad_SV, shard, z_loss)
+        losses_S = row_losses(logits_SV, labels_S, grad_SV, shard, z_loss, kernels)
         if seen is not None:
             seen(losses_S)
         ctx.save_for_backward(grad_SV)
         return losses_S.sum()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
         (grad_SV,) = ctx.saved_tensors
         # In place: a second backward pass is then refused by autograd, as it is where a graph is gone.
-        return grad_SV.mul_(in_wide_type(grad, grad_SV.dtype)), None, None, None, None
+        return grad_SV.mul_(in_wide_type(grad, grad_SV.dtype)), None, None, None, None, None
 
 
 def summed_cross_entropy(
@@ -172,6 +207,7 @@ def summed_cross_entropy(
     shard: VocabularyShard | None = None,
     z_loss: float = 0.0,
     seen: RowLosses | None = None,
+    kernels: LossKernels | None = None,
 ) -> Tensor:
     """Cross-entropy in nats, summed over the labels that count; a float64 scalar of terms in float32 or better.
 
@@ -181,8 +217,9 @@ def summed_cross_entropy(
         shard: see `row_losses`, as of `z_loss`.
         z_loss: what the gradient holds beside that of the sum returned.
         seen: told of each row's loss.
+        kernels: see `row_losses`.
     """
     total: Tensor = _SummedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        logits_BTV.flatten(0, 1), labels_BT.flatten(), shard, z_loss, seen
+        logits_BTV.flatten(0, 1), labels_BT.flatten(), shard, z_loss, seen, kernels
     )
     return total

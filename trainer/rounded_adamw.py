@@ -4,6 +4,7 @@ Moments need it as much as parameters do: with beta2=0.999 a step changes `exp_a
 bfloat16, whose numbers lie a 128th to a 256th apart, would round away for ever.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
@@ -16,7 +17,7 @@ from regrow.trainer.config import AdamWConfig
 from regrow.trainer.rounding import Coordinates, coordinates_of, random_words, round_to_bfloat16, words_of_name
 from regrow.trainer.shards import local_part, shard_offset
 
-__all__ = ["RoundedAdamW"]
+__all__ = ["RoundedAdamW", "compiled_update"]
 
 # Elements at a time on a CPU: what is computed on the way stays in its cache.
 _CHUNK = 1 << 15
@@ -74,13 +75,14 @@ class RoundedAdamW:
         corrections = (1.0 - c.beta2**count).sqrt().to(torch.float32)
         decay = torch.full((), 1.0 - lr * weight_decay, dtype=torch.float32, device=device)
         inverse = grad_scale.reciprocal().to(torch.float32)
-        apply = _compiled() if device.type == "cuda" else _in_chunks
+        apply = compiled_update("inductor") if device.type == "cuda" else _in_chunks
         for i, (name, own) in enumerate(zip(names, tensors, strict=True)):
             if own[0].numel() == 0:
                 continue
             place = self._places[name]
             columns = place.at.columns.numel()
-            matrices = [*(t.view(-1, columns) for t in own[:3]), own[3].reshape(-1, columns)]
+            # Detached: a compiler looks at what a view is a view of, and a gradient of another type makes it fail.
+            matrices = [*(t.detach().view(-1, columns) for t in own[:3]), own[3].reshape(-1, columns)]
             numbers = (count[i].to(torch.int32), skip, inverse, sizes[i], decay, corrections[i])
             apply(matrices, place.at, place.words, numbers, c.beta1, c.beta2, c.eps)
 
@@ -135,12 +137,8 @@ def _update(
         old.copy_(torch.where(kept, old, round_to_bfloat16(new, bits)))
 
 
-_KERNEL: list[Callable[..., None]] = []
-
-
-def _compiled() -> Callable[..., None]:
+@functools.cache
+def compiled_update(backend: str) -> Callable[..., None]:
     """`_update` as one kernel for all shapes, for GPUs."""
-    if not _KERNEL:
-        _KERNEL.append(torch.compile(_update, dynamic=True, fullgraph=True))
-    kernel = _KERNEL[0]
+    kernel = torch.compile(_update, dynamic=True, fullgraph=True, backend=backend)
     return lambda own, at, *rest: kernel(own, at.rows, at.columns, *rest)

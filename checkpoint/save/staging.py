@@ -15,6 +15,7 @@ from regrow.checkpoint.format.hashing import Hashes, block_bytes_for, block_hash
 from regrow.checkpoint.format.layout import SavePlan, local_tensor
 from regrow.checkpoint.format.torch_archive import frame_of
 from regrow.checkpoint.memory import lasting_memory, raw_bytes
+from regrow.torch_compat import foreach_copy
 
 __all__ = ["StagingBuffer"]
 
@@ -52,8 +53,9 @@ class StagingBuffer:
     @torch.no_grad()
     def copy_from(self, tensors: Mapping[str, Tensor]) -> None:
         """Copies what the plan asks for; on an accelerator the copies are queued on the current stream."""
-        for name, view in self._views.items():
-            view.copy_(local_tensor(tensors[name]), non_blocking=True)
+        sources = [local_tensor(tensors[name]) for name in self._views]
+        if sources:
+            foreach_copy(list(self._views.values()), sources, non_blocking=True)
 
     @torch.no_grad()
     def copy_hashed(self, tensors: Mapping[str, Tensor]) -> Hashes:

@@ -21,6 +21,7 @@ from regrow.trainer.data.corpus import Corpus
 from regrow.trainer.device import seed_everything
 from regrow.trainer.kernels import choose_kernels, use_plain_operators
 from regrow.trainer.loop import Trainer, TrainerOptions
+from regrow.trainer.loss_kernels import LossKernels, compiled_kernels
 from regrow.trainer.parallel.apply import ParallelModel, initialise, parallelise
 from regrow.trainer.parallel.context import ParallelContext
 from regrow.trainer.parallel.engine import Engine
@@ -51,6 +52,7 @@ def compose_trainer(spec: RankSpec, context: ParallelContext, flag: StopFlag, th
         z_loss=config.train.z_loss,
         sources=len(corpus.stores),
         reset_positions=config.data.reset_positions,
+        loss_kernels=_loss_kernels(config, context),
     )
     return Trainer(
         options=_options(config, tuple(sorted(corpus.stores))),
@@ -100,6 +102,12 @@ def _compose_model(spec: RankSpec, context: ParallelContext) -> ParallelModel:
     )
     initialise(parallel, context.device, config.seed, data.seq_len)
     return parallel
+
+
+def _loss_kernels(config: Config, context: ParallelContext) -> LossKernels | None:
+    """On a CPU blocks of rows stay in the cache, operator by operator."""
+    compiled = config.train.compile is True and context.device.type == "cuda"
+    return compiled_kernels(config.train.compile_backend) if compiled else None
 
 
 def _choose_kernels(spec: RankSpec, whole: LanguageModel, context: ParallelContext) -> None:

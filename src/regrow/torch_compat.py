@@ -38,6 +38,7 @@ __all__ = [
     "flash_attention",
     "flash_attention_backward",
     "foreach_add",
+    "foreach_copy",
     "foreach_divide",
     "foreach_norm",
     "functional_collectives",
@@ -93,6 +94,7 @@ silu_gradient: Any = _aten.silu_backward.default
 foreach_norm: Any = torch._foreach_norm
 foreach_divide: Any = torch._foreach_div_
 foreach_add: Any = torch._foreach_add_
+foreach_copy: Any = torch._foreach_copy_
 
 # torch 2.13 has these two under new names and warns of the old ones.
 all_gather: Any = (

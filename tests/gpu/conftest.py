@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,20 @@ import torch
 os.environ.setdefault("TORCH_WARM_POOL", "0")
 # Inductor asks for a GPU where it is loaded, after which no fork of that process can use one.
 os.environ.setdefault("TORCHINDUCTOR_USE_EXPERIMENTAL_BENCHMARKER", "0")
+
+# Raised by torch itself: while it loads its compiler, and where that looks at tensors.
+_OF_TORCH = [
+    "ignore:`torch.jit.script_method` is deprecated",
+    "ignore:The .grad attribute of a Tensor that is not a leaf",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            for warning in _OF_TORCH:
+                item.add_marker(pytest.mark.filterwarnings(warning))
 
 
 @pytest.fixture(scope="session", autouse=True)

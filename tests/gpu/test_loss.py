@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from regrow.models.linear import Linear
 from regrow.trainer.loss import summed_cross_entropy
+from regrow.trainer.loss_kernels import LossKernels, compiled_kernels
 from regrow.trainer.parallel.output_loss import ChunkedLoss, chunk_rows
 
 pytestmark = [
@@ -36,6 +37,11 @@ def results(loss: Tensor, hidden: Tensor, output: Linear) -> list[Tensor]:
     return found
 
 
+@pytest.fixture(params=["operators", "kernels"])
+def kernels(request: pytest.FixtureRequest) -> LossKernels | None:
+    return compiled_kernels("inductor") if request.param == "kernels" else None
+
+
 @pytest.mark.parametrize(
     ("dtype", "weight_dtype", "limit"),
     [
@@ -47,11 +53,11 @@ def results(loss: Tensor, hidden: Tensor, output: Linear) -> list[Tensor]:
 )
 @pytest.mark.parametrize("rows", [ROWS, 4096, 1000])
 def test_it_is_the_plain_loss_on_the_device(
-    dtype: torch.dtype, weight_dtype: torch.dtype, limit: float, rows: int
+    kernels: LossKernels | None, dtype: torch.dtype, weight_dtype: torch.dtype, limit: float, rows: int
 ) -> None:
     hidden, output, labels = made(dtype, weight_dtype)
     expected = results(summed_cross_entropy(output(hidden), labels), hidden, output)
-    found = results(ChunkedLoss(labels, rows=rows)(hidden, output), hidden, output)
+    found = results(ChunkedLoss(labels, rows=rows, kernels=kernels)(hidden, output), hidden, output)
     for a, b in zip(found, expected, strict=True):
         assert float((a - b).norm() / b.norm()) < limit
     exact = [t.detach().double().requires_grad_() for t in (hidden, output.weight)]
@@ -62,23 +68,25 @@ def test_it_is_the_plain_loss_on_the_device(
         assert float((a - b).norm() / b.norm()) < limit
 
 
-def test_it_repeats_bitwise() -> None:
+def test_it_repeats_bitwise(kernels: LossKernels | None) -> None:
     hidden, output, labels = made(torch.bfloat16, torch.float32)
-    first, again = (results(ChunkedLoss(labels)(hidden, output), hidden, output) for _ in range(2))
+    loss = ChunkedLoss(labels, kernels=kernels)
+    first, again = (results(loss(hidden, output), hidden, output) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_never_holds_the_logits_on_the_device(dtype: torch.dtype) -> None:
+def test_it_never_holds_the_logits_on_the_device(kernels: LossKernels | None, dtype: torch.dtype) -> None:
     """Beside the gradients a chunk, a block of it in float32, and a copy of the weight where the dtypes differ."""
     hidden, output, labels = made(dtype, torch.float32)
     peaks = []
     for chunked in (True, False):
-        results(ChunkedLoss(labels)(hidden, output), hidden, output)
+        results(ChunkedLoss(labels, kernels=kernels)(hidden, output), hidden, output)
         torch.cuda.synchronize()
         held = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        loss = ChunkedLoss(labels)(hidden, output) if chunked else summed_cross_entropy(output(hidden), labels)
+        chunks = ChunkedLoss(labels, kernels=kernels)
+        loss = chunks(hidden, output) if chunked else summed_cross_entropy(output(hidden), labels)
         (loss / ROWS).backward()  # type: ignore[no-untyped-call]
         hidden.grad = output.weight.grad = None
         del loss
@@ -86,19 +94,23 @@ def test_it_never_holds_the_logits_on_the_device(dtype: torch.dtype) -> None:
     chunk = chunk_rows(ROWS, VOCABULARY, "cuda") * VOCABULARY
     weight = output.weight.numel()
     copy = weight * dtype.itemsize if dtype is torch.bfloat16 else 0
-    bound = chunk * dtype.itemsize + 4 * (1 << 26) + 4 * weight + hidden.numel() * dtype.itemsize + copy
+    block = 4 * (1 << 26) if kernels is None else 0
+    bound = chunk * dtype.itemsize + block + 4 * weight + hidden.numel() * dtype.itemsize + copy
     # Numbers a row, and cuBLAS' workspace.
     assert peaks[0] <= bound + (64 << 20)
     assert peaks[0] * 2 < peaks[1]
 
 
-def test_it_never_waits_for_the_device() -> None:
+def test_it_never_waits_for_the_device(kernels: LossKernels | None) -> None:
     hidden, output, labels = made(torch.bfloat16, torch.float32)
-    results(ChunkedLoss(labels)(hidden, output), hidden, output)
+    loss = ChunkedLoss(labels, kernels=kernels)
+    results(loss(hidden, output), hidden, output)
+    with torch.no_grad():
+        loss(hidden, output)
     try:
         torch.cuda.set_sync_debug_mode("error")
-        (ChunkedLoss(labels)(hidden, output) / ROWS).backward()  # type: ignore[no-untyped-call]
+        (loss(hidden, output) / ROWS).backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
-            ChunkedLoss(labels)(hidden, output)
+            loss(hidden, output)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from regrow.trainer.rounded_adamw import _compiled, _update
+from regrow.trainer.rounded_adamw import _update, compiled_update
 from regrow.trainer.rounding import coordinates_of, random_words, words_of_name
 from tests.support import assert_same_tensors, curve, metrics, regrow, stored_tensors, tiny
 
@@ -71,7 +71,7 @@ def test_the_update_has_the_cpus_bits_and_its_results(tmp_path: Path) -> None:
         numbers = [step, *(torch.tensor(v, device=device) for v in (0.0, 0.5, 0.01, 0.999, 0.3))]
         own = [t.to(device) for t in tensors]
         if device.type == "cuda":
-            _compiled()(own, at, name, numbers, 0.9, 0.95, 1e-8)
+            compiled_update("inductor")(own, at, name, numbers, 0.9, 0.95, 1e-8)
         else:
             _update(own, at.rows, at.columns, name, numbers, 0.9, 0.95, 1e-8)
         results.append([*(w.cpu() for w in random_words(at, name, step)), *(t.cpu() for t in own[:3])])

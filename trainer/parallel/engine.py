@@ -17,6 +17,7 @@ from regrow.trainer.data.loader import MicroBatch
 from regrow.trainer.data.windows import IGNORE
 from regrow.trainer.gradient_sum import GradientSum
 from regrow.trainer.loss import RowLosses
+from regrow.trainer.loss_kernels import LossKernels
 from regrow.trainer.optimizer import global_grad_norm
 from regrow.trainer.parallel.apply import ParallelModel, reshard
 from regrow.trainer.parallel.context import ParallelContext
@@ -58,6 +59,7 @@ class Engine:
         precision: of the computation.
         z_loss: see `row_losses`.
         reset_positions: positions begin anew with each document, where documents are known.
+        loss_kernels: see `row_losses`.
         sources: of the data, whose losses are also told apart where there are several.
 
     Attributes:
@@ -76,6 +78,7 @@ class Engine:
         z_loss: float = 0.0,
         sources: int = 1,
         reset_positions: bool = False,
+        loss_kernels: LossKernels | None = None,
     ) -> None:
         self._parallel, self._context, self._model_config = parallel, context, model_config
         self.model, self.names = parallel.model, parallel.names
@@ -99,7 +102,9 @@ class Engine:
         if tensor is not None:
             self._shard = VocabularyShard.of(model_config.vocab_size, tensor.rank, tensor.ranks, tensor.name)
         splits = context.layout.pp > 1 and schedule in SPLIT_BACKWARD
-        self._loss = TrainingLoss(parallel.model, shard=self._shard, z_loss=z_loss, splits_backward=splits)
+        self._loss = TrainingLoss(
+            parallel.model, shard=self._shard, z_loss=z_loss, splits_backward=splits, kernels=loss_kernels
+        )
         self._pipeline: Pipeline | None = None
         if context.layout.pp > 1:
             self._pipeline = Pipeline(

@@ -19,6 +19,7 @@ from regrow.models.cpu import Kind, is_used, outer, product
 from regrow.models.linear import Linear
 from regrow.torch_compat import has_hooks
 from regrow.trainer.loss import RowLosses, in_wide_type, row_losses, summed_cross_entropy
+from regrow.trainer.loss_kernels import LossKernels
 from regrow.trainer.parallel.tensor import SplitOutput
 from regrow.trainer.parallel.vocabulary import VocabularyShard
 
@@ -54,6 +55,7 @@ class _Options:
         rows: of a chunk; None takes `chunk_rows`.
         splits_backward: whether the backward pass runs in two halves, the first for the hidden states.
         seen: told of each row's loss, float64 `(S,)`, without a gradient.
+        kernels: see `row_losses`.
     """
 
     shard: VocabularyShard | None
@@ -61,6 +63,7 @@ class _Options:
     rows: int | None
     splits_backward: bool
     seen: RowLosses | None
+    kernels: LossKernels | None
 
 
 @final
@@ -130,7 +133,9 @@ class _ChunkedLoss(torch.autograd.Function):
         for part in _chunks(hidden_SD, weight_VD, options):
             logits_RV = products.logits(hidden_SD[part])
             grad_RV = logits_RV if wants_hidden or wants_weight else None
-            losses_S[part] = row_losses(logits_RV, labels_S[part], grad_RV, options.shard, options.z_loss)
+            losses_S[part] = row_losses(
+                logits_RV, labels_S[part], grad_RV, options.shard, options.z_loss, options.kernels
+            )
             if grad_SD is not None:
                 products.grad_hidden(logits_RV, grad_SD[part])
             if wants_weight:
@@ -170,9 +175,9 @@ class ChunkedLoss:
 
     Beside the gradients of hidden states `(S, D)` and weight `(V, D)`, of which the second is float32 or better, it
     holds one chunk of logits and one block of that in float32 or better: at most max(512 · V, 2^21) elements and
-    2^18 on a CPU, max(4,096 · V, 2^26) and 2^26 on an accelerator. A copy of the weight comes to that where the
-    hidden states have another dtype, and a chunk's part of the weight's gradient on a CPU in bfloat16 or by oneDNN.
-    Without gradients there are the chunk and the block alone.
+    2^18 on a CPU, max(4,096 · V, 2^26) and 2^26 on an accelerator (by compiled kernels no block). A copy of the
+    weight comes to that where the hidden states have another dtype, and a chunk's part of the weight's gradient on a
+    CPU in bfloat16 or by oneDNN. Without gradients there are the chunk and the block alone.
 
     A row's loss and its hidden state's gradient depend on that row alone, so on the size of chunks only as far as a
     product's rounding depends on the number of its rows (on CPUs here not at all, from 16 rows on). The weight's
@@ -188,6 +193,7 @@ class ChunkedLoss:
         splits_backward: whether the backward pass runs in two halves.
         rows: of a chunk; None takes `chunk_rows`.
         seen: told of each row's loss.
+        kernels: see `row_losses`.
     """
 
     def __init__(
@@ -199,9 +205,12 @@ class ChunkedLoss:
         splits_backward: bool = False,
         rows: int | None = None,
         seen: RowLosses | None = None,
+        kernels: LossKernels | None = None,
     ) -> None:
         self._labels_BT = labels_BT
-        self._options = _Options(shard=shard, z_loss=z_loss, rows=rows, splits_backward=splits_backward, seen=seen)
+        self._options = _Options(
+            shard=shard, z_loss=z_loss, rows=rows, splits_backward=splits_backward, seen=seen, kernels=kernels
+        )
 
     def __call__(self, hidden_BTD: Tensor, output: nn.Module) -> Tensor:
         """The summed loss, a float64 scalar."""
@@ -209,7 +218,7 @@ class ChunkedLoss:
         if operands is None:
             o = self._options
             return summed_cross_entropy(
-                output(hidden_BTD), self._labels_BT, shard=o.shard, z_loss=o.z_loss, seen=o.seen
+                output(hidden_BTD), self._labels_BT, shard=o.shard, z_loss=o.z_loss, seen=o.seen, kernels=o.kernels
             )
         hidden, weight = operands if torch.is_grad_enabled() else (t.detach() for t in operands)
         total: Tensor = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
@@ -238,12 +247,20 @@ class TrainingLoss:
         shard: this rank's part of the vocabulary, None where that is whole.
         z_loss: see `row_losses`.
         splits_backward: whether the backward pass runs in two halves.
+        kernels: see `row_losses`.
     """
 
     def __init__(
-        self, model: nn.Module, *, shard: VocabularyShard | None, z_loss: float, splits_backward: bool
+        self,
+        model: nn.Module,
+        *,
+        shard: VocabularyShard | None,
+        z_loss: float,
+        splits_backward: bool,
+        kernels: LossKernels | None = None,
     ) -> None:
         self._shard, self._z_loss, self._splits_backward = shard, z_loss, splits_backward
+        self._kernels = kernels
         self.in_model = "output_loss" in inspect.signature(model.forward).parameters
 
     def options(self, labels_BT: Tensor, seen: RowLosses | None = None) -> dict[str, Any]:
@@ -257,7 +274,12 @@ class TrainingLoss:
             return {}
         return {
             "output_loss": ChunkedLoss(
-                labels_BT, shard=self._shard, z_loss=self._z_loss, splits_backward=self._splits_backward, seen=seen
+                labels_BT,
+                shard=self._shard,
+                z_loss=self._z_loss,
+                splits_backward=self._splits_backward,
+                seen=seen,
+                kernels=self._kernels,
             )
         }
 
@@ -265,7 +287,9 @@ class TrainingLoss:
         """The summed loss, a float64 scalar, from what the model returned for these options."""
         if self.in_model:
             return result
-        return summed_cross_entropy(result, labels_BT, shard=self._shard, z_loss=self._z_loss, seen=seen)
+        return summed_cross_entropy(
+            result, labels_BT, shard=self._shard, z_loss=self._z_loss, seen=seen, kernels=self._kernels
+        )
 
     def result_of(self, logits_shape: tuple[int, ...], dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of what the model returns, whose logits have these."""

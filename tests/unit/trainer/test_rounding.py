@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 from regrow.trainer.config import AdamWConfig
-from regrow.trainer.rounded_adamw import RoundedAdamW, _update
+from regrow.trainer.rounded_adamw import RoundedAdamW, _update, compiled_update
 from regrow.trainer.rounding import coordinates_of, random_words, round_to_bfloat16, words_of_name
 from tests.pool import run_distributed
 
@@ -199,3 +199,24 @@ def _compare_compiled() -> list[float]:
             torch.testing.assert_close(eager, fused, rtol=1 / 64, atol=1e-6)
             differing.append(float((eager != fused).double().mean()))
     return differing
+
+
+def test_a_compiled_update_takes_parameters_whose_gradients_are_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU does, by a backend that needs none: the same bits as without a compiler."""
+    torch.manual_seed(0)
+    first, gradient, found = torch.randn(6, 10).bfloat16(), torch.randn(6, 10), []
+    for update in (None, compiled_update("aot_eager")):
+        parameter = nn.Parameter(first.clone())
+        parameter.grad_dtype = None
+        parameter.grad = gradient.clone()
+        moments = [torch.zeros_like(first) for _ in range(2)]
+        if update is not None:
+            monkeypatch.setattr("regrow.trainer.rounded_adamw._in_chunks", update)
+        with torch.no_grad():
+            RoundedAdamW(AdamWConfig(), {"w": parameter}, 3).step(
+                ["w"], [[parameter, *moments, parameter.grad]], [torch.zeros(())],
+                lr=0.1, weight_decay=0.1, grad_scale=ONE, skip=ZERO,
+            )  # fmt: skip
+        found.append([parameter.detach(), *moments])
+    assert not torch.equal(found[0][0], first)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

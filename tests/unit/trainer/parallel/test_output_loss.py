@@ -19,6 +19,7 @@ from regrow.models.linear import Linear
 from regrow.models.llama3.config import Llama3Config
 from regrow.models.llama3.model import Llama3
 from regrow.trainer.loss import summed_cross_entropy
+from regrow.trainer.loss_kernels import LossKernels, compiled_kernels, row_gradient, row_statistics
 from regrow.trainer.parallel.context import close_parallel, open_parallel
 from regrow.trainer.parallel.layout import Layout
 from regrow.trainer.parallel.output_loss import ChunkedLoss, TrainingLoss, chunk_rows
@@ -26,6 +27,8 @@ from regrow.trainer.parallel.vocabulary import VocabularyShard
 from tests.engines import WithLogits, llama_config, peak_of
 from tests.pool import run_distributed
 
+# What a GPU's are compiled from.
+KERNELS = LossKernels(row_statistics, row_gradient)
 # Loss, gradients of the hidden states and of the weight.
 Results = tuple[Tensor, Tensor, Tensor]
 
@@ -66,10 +69,15 @@ def plain(labels: Tensor, z_loss: float = 0.0) -> Callable[[Tensor, nn.Linear], 
 
 
 def from_logits(
-    labels: Tensor, shard: VocabularyShard | None, z_loss: float, hidden: Tensor, output: nn.Module
+    labels: Tensor,
+    shard: VocabularyShard | None,
+    z_loss: float,
+    kernels: LossKernels | None,
+    hidden: Tensor,
+    output: nn.Module,
 ) -> Tensor:
     """The loss for models that are asked for their logits."""
-    return summed_cross_entropy(output(hidden), labels, shard=shard, z_loss=z_loss)
+    return summed_cross_entropy(output(hidden), labels, shard=shard, z_loss=z_loss, kernels=kernels)
 
 
 def apart(found: Results, expected: Results) -> float:
@@ -84,13 +92,32 @@ def apart(found: Results, expected: Results) -> float:
     vocabulary=st.integers(1, 50),
     chunk=st.integers(1, 41),
     z_loss=st.sampled_from((0.0, 0.1)),
+    kernels=st.sampled_from((None, KERNELS)),
 )
-def test_it_is_the_plain_loss_whatever_the_sizes(rows: int, vocabulary: int, chunk: int, z_loss: float) -> None:
+def test_it_is_the_plain_loss_whatever_the_sizes(
+    rows: int, vocabulary: int, chunk: int, z_loss: float, kernels: LossKernels | None
+) -> None:
     hidden, output, labels = made(rows, 8, vocabulary)
-    chunked = results(ChunkedLoss(labels, rows=chunk, z_loss=z_loss), hidden, output)
+    chunked = results(ChunkedLoss(labels, rows=chunk, z_loss=z_loss, kernels=kernels), hidden, output)
     assert apart(chunked, results(plain(labels, z_loss), hidden, output)) < 1e-13
-    given_logits = results(functools.partial(from_logits, labels, None, z_loss), hidden, output)
+    given_logits = results(functools.partial(from_logits, labels, None, z_loss, kernels), hidden, output)
     assert apart(given_logits, results(plain(labels, z_loss), hidden, output)) < 1e-13
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.bfloat16, 6e-3)])
+def test_compiled_kernels_agree_with_the_operators(dtype: torch.dtype, limit: float) -> None:
+    """With a last chunk that is shorter, and without gradients; logits are overwritten by their gradient, or not."""
+    hidden, output, labels = made(300, 64, 321, torch.float32)
+    hidden = hidden.detach().to(dtype).requires_grad_()
+    kernels = compiled_kernels("aot_eager")
+    for z_loss in (0.0, 0.1):
+        expected = results(ChunkedLoss(labels, rows=128, z_loss=z_loss), hidden, output)
+        chunked = ChunkedLoss(labels, rows=128, z_loss=z_loss, kernels=kernels)
+        assert apart(results(chunked, hidden, output), expected) < limit
+        given_logits = functools.partial(from_logits, labels, None, z_loss, kernels)
+        assert apart(results(given_logits, hidden, output), expected) < limit
+        with torch.no_grad():
+            assert float(chunked(hidden, output)) == pytest.approx(float(expected[0]), rel=1e-6)
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.bfloat16, 6e-3)])
@@ -239,7 +266,8 @@ def shared(vocabularies: list[int]) -> list[tuple[float, ...]]:
                 part.weight.copy_(output.weight[shard.first : shard.first + shard.count])
             for loss in (
                 ChunkedLoss(labels, shard=shard, z_loss=z_loss, rows=5),
-                functools.partial(from_logits, labels, shard, z_loss),
+                ChunkedLoss(labels, shard=shard, z_loss=z_loss, rows=5, kernels=KERNELS),
+                functools.partial(from_logits, labels, shard, z_loss, None),
             ):
                 total, grad_hidden, grad_weight = results(loss, hidden, part)
                 grad_hidden = grad_hidden.double()
@@ -259,7 +287,7 @@ def shared(vocabularies: list[int]) -> list[tuple[float, ...]]:
 def test_ranks_share_a_vocabulary_of_any_size(world: int) -> None:
     """In parts of the same size, with fewer tokens on the last rank, and with none."""
     for found in run_distributed(shared, [4, 5, 7, 101], world_size=world):
-        assert len(found) == 24
+        assert len(found) == 36
         assert not [f for f in found if not f[2] < 1]
 
 
