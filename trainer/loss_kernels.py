@@ -7,6 +7,7 @@ Shapes: R rows, V vocabulary, or this rank's part of it.
 """
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -77,4 +78,6 @@ def compiled_kernels(backend: str) -> LossKernels:
     Args:
         backend: torch.compile's.
     """
+    # Said where rows are few, of which nobody need know.
+    warnings.filterwarnings("ignore", message=r"\s*Online softmax is disabled on the fly")
     return LossKernels(torch.compile(row_statistics, backend=backend), torch.compile(row_gradient, backend=backend))

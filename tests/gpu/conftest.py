@@ -12,10 +12,13 @@ os.environ.setdefault("TORCH_WARM_POOL", "0")
 # Inductor asks for a GPU where it is loaded, after which no fork of that process can use one.
 os.environ.setdefault("TORCHINDUCTOR_USE_EXPERIMENTAL_BENCHMARKER", "0")
 
-# Raised by torch itself: while it loads its compiler, and where that looks at tensors.
+# Raised by torch itself: while it loads its compiler, where that looks at tensors and at autograd functions, and where
+# it chooses another kernel.
 _OF_TORCH = [
     "ignore:`torch.jit.script_method` is deprecated",
     "ignore:The .grad attribute of a Tensor that is not a leaf",
+    "ignore:.* should not be instantiated. Methods on autograd functions are all static:DeprecationWarning",
+    r"ignore:\s*Online softmax is disabled on the fly",
 ]
 
 

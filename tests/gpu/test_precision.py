@@ -69,7 +69,7 @@ def test_the_update_has_the_cpus_bits_and_its_results(tmp_path: Path) -> None:
         at, name = coordinates_of(shape, (7, 11), whole, device), words_of_name(3, "w", device)
         step = torch.tensor(9, dtype=torch.int32, device=device)
         numbers = [step, *(torch.tensor(v, device=device) for v in (0.0, 0.5, 0.01, 0.999, 0.3))]
-        own = [t.to(device) for t in tensors]
+        own = [t.to(device, copy=True) for t in tensors]
         if device.type == "cuda":
             compiled_update("inductor")(own, at, name, numbers, 0.9, 0.95, 1e-8)
         else:
