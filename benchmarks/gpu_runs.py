@@ -26,8 +26,8 @@ from regrow.launch.run.signals import StopFlag
 from regrow.launch.run.start import open_spec
 from regrow.trainer.device import pin_threads
 from regrow.trainer.hook import Hook
-from regrow.trainer.hooks.startup import begin, mark
 from regrow.trainer.parallel.context import close_parallel, open_parallel
+from regrow.trainer.start_marks import begin, mark
 
 __all__ = ["Job", "Report", "train", "train_part", "write_corpus"]
 

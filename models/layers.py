@@ -116,7 +116,9 @@ class Decoder(LanguageModel):
         # A family declares its own type of it.
         self.config = config
         self.has_input = self.has_output = True
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        # Given its memory: torch would draw weights, for which it loads its compiler on the meta device.
+        weight = torch.empty(config.vocab_size, config.dim)
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim, _weight=weight)
         self.layers = nn.ModuleDict({str(i): self.make_block() for i in range(config.n_layers)})
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = Linear(config.dim, config.vocab_size)

@@ -23,9 +23,9 @@ from regrow.launch.run.prepare import prepare_run
 from regrow.launch.run.rank_spec import Outcome
 from regrow.launch.run.signals import SIGNALS, Interrupted, StopFlag
 from regrow.launch.run.start import run_spec
-from regrow.trainer.hooks.startup import begin
 from regrow.trainer.places import ensure_home
 from regrow.trainer.run_files import METRICS
+from regrow.trainer.start_marks import begin
 
 __all__ = ["TrainResult", "TrainingFailedError", "train"]
 
@@ -160,10 +160,17 @@ def _main_hidden() -> Iterator[None]:
 @contextmanager
 def _torch_settings_kept() -> Iterator[None]:
     """A run pins torch's threads and may ask for deterministic operations; the caller's settings come back."""
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    threads, operations = torch.get_num_threads(), _kinds_of_operations()
     try:
         yield
     finally:
         torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        # Asking for what there is would load torch's compiler.
+        if _kinds_of_operations() != operations:
+            deterministic, warn_only = operations
+            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+
+
+def _kinds_of_operations() -> tuple[bool, bool]:
+    """Whether they must be deterministic, and whether others only warn."""
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()

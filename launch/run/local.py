@@ -22,8 +22,8 @@ from regrow.launch.config.errors import naming_fields
 from regrow.launch.run.failures import first_failure
 from regrow.launch.run.rank_spec import OUTCOME, Outcome, RankSpec, read_outcome
 from regrow.launch.run.signals import SIGNALS, STOP_NOTE, StopFlag
-from regrow.trainer.hooks.startup import STARTED_VARIABLE
 from regrow.trainer.process import PARENT_VARIABLE
+from regrow.trainer.start_marks import STARTED_VARIABLE
 
 __all__ = ["run_local"]
 

@@ -14,9 +14,9 @@ from regrow.launch.run.ownership import share_run
 from regrow.launch.run.rank_spec import Outcome, RankSpec, write_outcome
 from regrow.launch.run.signals import StopFlag
 from regrow.trainer.device import pin_threads
-from regrow.trainer.hooks.startup import mark
 from regrow.trainer.loop import NonFiniteLossError, Trainer
 from regrow.trainer.parallel.context import close_parallel, open_parallel
+from regrow.trainer.start_marks import mark
 
 __all__ = ["run_as_child", "run_rank"]
 

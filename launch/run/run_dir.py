@@ -30,7 +30,7 @@ from regrow.launch.run.lost_record import check_owner, newest_of, rebuild_record
 from regrow.launch.run.preflight import check_initial_load
 from regrow.launch.run.run_documents import begin_run, is_pending, note_pending, stored_config
 from regrow.trainer.data.corpus import Corpus
-from regrow.trainer.hooks.export import exported_steps
+from regrow.trainer.export_folder import exported_steps
 from regrow.trainer.jsonlines import read_rows
 from regrow.trainer.run_files import CONFIG, METRICS
 from regrow.trainer.run_record import RunRecord, new_id

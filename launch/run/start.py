@@ -23,8 +23,8 @@ from regrow.launch.run.run_dir import OpenedRun, open_run
 from regrow.launch.run.seed import write_seed_checkpoint
 from regrow.launch.run.signals import StopFlag
 from regrow.trainer.data.corpus import Corpus
-from regrow.trainer.hooks.startup import begin, mark
 from regrow.trainer.run_record import RunRecord
+from regrow.trainer.start_marks import begin, mark
 
 __all__ = ["open_spec", "run_config", "run_spec"]
 

@@ -2,10 +2,12 @@
 
 It lies beside the rooms and below all of them, so that models, checkpoint and trainer may each import it without
 importing each other; it imports torch alone. Whoever moves to another torch reads this file first.
+
+What loads torch's compiler, which takes a second, is imported inside the functions that need it: a run on one rank
+that compiles nothing does without.
 """
 
 import importlib.util
-import inspect
 import os
 import shutil
 from typing import Any
@@ -13,22 +15,21 @@ from typing import Any
 import torch
 import torch._functorch.config as functorch
 import torch.distributed._functional_collectives as functional_collectives
-import torch.distributed.tensor.debug as _tensor_debug
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
-from torch.nn.attention.varlen import varlen_attn
 
 __all__ = [
-    "ATTENTION_OPERATORS",
     "FakeTensorMode",
     "StorageInfo",
     "StridedShard",
     "all_gather",
+    "attention_operators",
     "can_compile",
+    "causal_lower_right",
     "clear_sharding_cache",
     "cpu_attention",
     "cpu_attention_backward",
@@ -50,6 +51,7 @@ __all__ = [
     "make_compiler_repeatable",
     "onednn_linear",
     "overlap_tensor_parallel",
+    "pipelining",
     "process_group",
     "reduce_scatter",
     "scaled_product",
@@ -72,17 +74,6 @@ flash_attention: Any = _aten._scaled_dot_product_flash_attention
 flash_attention_backward: Any = _aten._scaled_dot_product_flash_attention_backward
 efficient_attention: Any = _aten._scaled_dot_product_efficient_attention
 efficient_attention_backward: Any = _aten._scaled_dot_product_efficient_attention_backward
-# What `scaled_dot_product_attention` becomes, for policies that name operators.
-ATTENTION_OPERATORS: tuple[Any, ...] = (
-    cpu_attention.default,
-    flash_attention.default,
-    efficient_attention.default,
-    _aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.torch_attn._varlen_attn.default,
-    torch.ops.higher_order.flex_attention,
-)
-# What it takes differs: older ones know causal attention alone, newer ones ask whether heads are shared.
-_VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters)
 # A product of factors in 8 bits with their scales.
 scaled_product: Any = _aten._scaled_mm
 # A view whose source nobody else has, so that autograd need not know it as one.
@@ -132,38 +123,39 @@ def onednn_linear() -> Any:
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
-def varlen_attention(
-    q_QNH: Tensor,
-    k_SKH: Tensor,
-    v_SKH: Tensor,
-    queries: Tensor,
-    keys: Tensor,
-    most_queries: int,
-    most_keys: int,
-    window_size: tuple[int, int],
-) -> Tensor:
-    """FlashAttention over segments of several lengths, `(Q, N, H)`; on a GPU in bfloat16 or float16, shapes on meta.
+def attention_operators() -> tuple[Any, ...]:
+    """What attention becomes, for policies that name operators."""
+    import torch.nn.attention.varlen  # registers its operator
 
-    Args:
-        q_QNH: the queries of all segments.
-        k_SKH: their keys; fewer heads are shared.
-        v_SKH: their values.
-        queries: int32, where segments begin and end among the queries.
-        keys: likewise among the keys.
-        most_queries: that a segment has.
-        most_keys: likewise.
-        window_size: keys that a query sees before and behind its own, where the last ones of a segment meet; -1 is no
-            limit.
-    """
-    options: dict[str, Any] = {"window_size": window_size}
-    if "window_size" not in _VARLEN_OPTIONS:
-        assert window_size == (-1, 0), "this torch has no windows of attention"
-        options = {"is_causal": True}
-    if "enable_gqa" in _VARLEN_OPTIONS:
-        options["enable_gqa"] = q_QNH.shape[1] != k_SKH.shape[1]
-    out: Any = varlen_attn(q_QNH, k_SKH, v_SKH, queries, keys, most_queries, most_keys, **options)
-    attended: Tensor = out
-    return attended
+    return (
+        cpu_attention.default,
+        flash_attention.default,
+        efficient_attention.default,
+        _aten._scaled_dot_product_cudnn_attention.default,
+        torch.ops.torch_attn._varlen_attn.default,
+        torch.ops.higher_order.flex_attention,
+    )
+
+
+def varlen_attention(*arguments: Any, **options: Any) -> Tensor:
+    """`regrow.torch_varlen.varlen_attention`."""
+    from regrow.torch_varlen import varlen_attention as compute
+
+    return compute(*arguments, **options)
+
+
+def causal_lower_right(queries: int, keys: int) -> Any:
+    """A mask for kernels that take no other: the last query sees all keys, each one before it a key less."""
+    from torch.nn.attention.bias import causal_lower_right as mask
+
+    return mask(queries, keys)
+
+
+def pipelining() -> Any:
+    """torch.distributed.pipelining, with its schedules."""
+    import torch.distributed.pipelining as module
+
+    return module
 
 
 def is_in_backward() -> bool:
@@ -236,7 +228,10 @@ def set_micro_batches(schedule: Any, arguments: list[tuple[Tensor, ...]], option
 
 def clear_sharding_cache() -> None:
     """Forgets what DTensor remembers of operations, which holds meshes and their process groups."""
-    _tensor_debug._clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
+    # It loads the compiler.
+    from torch.distributed.tensor import debug
+
+    debug._clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
 
 
 def overlap_tensor_parallel(group_name: Any) -> None:

@@ -16,7 +16,7 @@ from regrow.trainer.hook import Hook
 from regrow.trainer.hooks.config import ExportHookConfig
 from regrow.trainer.loop import Trainer
 
-__all__ = ["ExportHook", "exported_steps"]
+__all__ = ["ExportHook"]
 
 log = logging.getLogger(__name__)
 

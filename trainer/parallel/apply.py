@@ -27,7 +27,7 @@ from regrow.models.experts import EXPERT_PRODUCTS
 from regrow.models.init import fill_shard
 from regrow.models.layers import Attention
 from regrow.models.moe import Experts, MixtureBlock, MixtureOfExperts
-from regrow.torch_compat import ATTENTION_OPERATORS, overlap_tensor_parallel, scaled_product
+from regrow.torch_compat import attention_operators, overlap_tensor_parallel, scaled_product
 from regrow.trainer.config import (
     ActivationCheckpoint,
     ContextMethod,
@@ -218,20 +218,15 @@ def pieces_of(block: nn.Module) -> list[tuple[nn.Module, str]]:
     return [*((m, "forward") for m in block.modules() if isinstance(m, Attention)), *experts]
 
 
-# The results that selective activation checkpointing keeps: those that are expensive to compute again.
-_KEPT = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
-    scaled_product.default,
-    *ATTENTION_OPERATORS,
-    *CPU_PRODUCTS,
-    *EXPERT_PRODUCTS,
-}
+@functools.cache
+def _kept() -> frozenset[Any]:
+    """The results that selective activation checkpointing keeps: those that are expensive to compute again."""
+    products = torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default
+    return frozenset((*products, scaled_product.default, *attention_operators(), *CPU_PRODUCTS, *EXPERT_PRODUCTS))
 
 
 def _keep_products(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if op in _kept() else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _checkpoint_activations(model: LanguageModel, *, selective: bool, whole: bool) -> None:

@@ -100,7 +100,9 @@ def open_parallel(layout: Layout, device_type: str, timeout_s: float) -> Paralle
 
 def close_parallel() -> None:
     """Leaves the process groups."""
+    several = dist.is_initialized() and dist.get_world_size() > 1
     if dist.is_initialized():
         dist.destroy_process_group()
-    # The next run of this process would get groups that are gone.
-    clear_sharding_cache()
+    if several:
+        # The next run of this process would get groups that are gone.
+        clear_sharding_cache()

@@ -10,10 +10,8 @@ from typing import Any, final
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
 
-from regrow.torch_compat import set_micro_batches
+from regrow.torch_compat import pipelining, set_micro_batches
 from regrow.trainer.config import PipelineSchedule
 from regrow.trainer.parallel.stages import StagePlan
 
@@ -81,8 +79,9 @@ class Pipeline:
         hidden = torch.empty(self._hidden_shape(tokens), dtype=self._dtype, device="meta", requires_grad=True)
         shape, dtype = self._result(tokens)
         result = torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+        known = pipelining()
         made = [
-            PipelineStage(
+            known.PipelineStage(
                 part,
                 number,
                 count,
@@ -93,8 +92,8 @@ class Pipeline:
             )
             for part, number in zip(self._parts, self._stages.mine, strict=True)
         ]
-        kind = get_schedule_class(self._kind.value)
-        several = issubclass(kind, PipelineScheduleMulti)
+        kind = known.schedules.get_schedule_class(self._kind.value)
+        several = issubclass(kind, known.schedules.PipelineScheduleMulti)
         return kind(made if several else made[0], micro_batches, loss_fn=self._loss, scale_grads=False)
 
     def forward(self, tokens: Tensor, options: dict[str, Any]) -> Tensor | None:

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 
 from regrow.models.attention import Mask, Sight, attend
 from regrow.models.documents import Documents
 from regrow.models.layers import Attention
+from regrow.torch_compat import causal_lower_right
 from regrow.trainer.config import ContextMethod
 from regrow.trainer.parallel.collectives import all_gather_sum_grad, all_to_all
 from regrow.trainer.parallel.ring import ring_attention
@@ -92,8 +92,8 @@ def _attend_up_to(q_BTNH: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
     """Attention of the positions from `start` on, the last ones of the keys."""
     stop = k.shape[1]
     allowed: Any
-    if q_BTNH.device.type != "cpu":
-        # Keeps the flash kernel, which takes no explicit mask.
+    if q_BTNH.device.type != "cpu" and not torch.compiler.is_compiling():
+        # Keeps the flash kernel, which takes no explicit mask. The compiler knows no such object.
         allowed = causal_lower_right(stop - start, stop)
     else:
         positions_S = torch.arange(stop, device=q_BTNH.device)
