@@ -12,6 +12,8 @@ COUNT ?= 2000
 SHARE ?= 1
 # Processes that share out the tests.
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
+# Tests of whole runs also wait: for Slurm, for disks, for time to pass.
+TEST_WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n + 1 : 8)))
 ONLY ?=
 # Of `make gpu`, which needs a Python with torch, and no network.
 BUDGET_S ?= 330
@@ -52,7 +54,7 @@ check: lint     ## lint and the fast tests
 
 test: $(STAMP) $(TORCHTUNE)/.installed  ## every test; installs Debian's Slurm for tests/slurm where it is missing
 	tests/slurm/setup.sh
-	$(BIN)/pytest -n $(WORKERS)
+	$(BIN)/pytest -n $(TEST_WORKERS)
 
 fuzz: $(STAMP)  ## hostile input, seeded, for about a minute (SEED, COUNT)
 	$(BIN)/python -m tests.attack.fuzz --seed $(SEED) --count $(COUNT)
