@@ -1,7 +1,9 @@
-"""`regrow`: one run, or a sweep."""
+"""`regrow`: one run, or a sweep; or one of the small commands that begin with a word of their own."""
 
+import importlib
 import os
 import sys
+from collections.abc import Callable
 
 from regrow.launch.exit_code import ExitCode
 from regrow.launch.run.allocator import use_expandable_segments
@@ -10,7 +12,12 @@ from regrow.launch.run.versions import own_version
 from regrow.trainer.places import ensure_home
 from regrow.trainer.process import PARENT_VARIABLE, die_with_parent
 
-__all__ = ["main"]
+__all__ = ["COMMANDS", "main"]
+
+# `regrow WORD …`: the module's `main` is given what follows the word, and returns the exit code.
+COMMANDS = {
+    "explain": "regrow.launch.commands.explain",
+}
 
 
 def main() -> None:
@@ -39,6 +46,9 @@ def _run(arguments: list[str], flag: StopFlag) -> int:
     if "--version" in arguments:
         print(f"regrow {own_version()}")
         return ExitCode.done
+    if arguments and arguments[0] in COMMANDS:
+        command: Callable[[list[str]], int] = importlib.import_module(COMMANDS[arguments[0]]).main
+        return command(arguments[1:])
     # The handlers stand before Hydra and torch are imported, which takes seconds in which a signal may come.
     from regrow.launch.app import run_command
 
