@@ -28,10 +28,23 @@ __all__ = [
 AsyncMode = Enum(
     "AsyncMode", {"disabled": "disabled", "async": "async", "async_with_pinned_mem": "async_with_pinned_mem"}
 )
+AsyncMode.__doc__ = """How far a save has come when training goes on.
+
+Attributes:
+    disabled: the checkpoint is durable.
+    async: the state is copied; the copy is written behind training.
+    async_with_pinned_mem: nothing is done yet: the copy runs beside the next forward and backward pass.
+"""
 
 
 class ExportDtype(Enum):
-    """The element type of a model-only last save and of exports."""
+    """The element type of a model-only last save and of exports.
+
+    Attributes:
+        float32: 4 bytes an element.
+        bfloat16: 2 bytes, with float32's range.
+        float16: 2 bytes, finer, but only up to 65,504.
+    """
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -39,7 +52,13 @@ class ExportDtype(Enum):
 
 
 class DirectIo(Enum):
-    """Whether files are written past the page cache; `auto` tries it once."""
+    """Whether files are written past the page cache.
+
+    Attributes:
+        auto: where a first try shows that it works.
+        on: always; it is an error where the file system cannot.
+        off: never.
+    """
 
     auto = "auto"
     on = "on"
@@ -47,25 +66,44 @@ class DirectIo(Enum):
 
 
 class WhenBusy(Enum):
-    """What becomes of a save that is due while the one before is still being written."""
+    """What becomes of a save that is due while the one before is still being written.
+
+    Attributes:
+        wait: it waits for that one.
+        skip: it is left out, but for the last step and a requested stop.
+    """
 
     wait = "wait"
     skip = "skip"
 
 
 OnSaveError = Enum("OnSaveError", {"continue": "continue", "stop": "stop"})
+OnSaveError.__doc__ = """What a failed save does.
+
+Attributes:
+    continue: the run warns, goes on, and tries again when the next save is due.
+    stop: the run ends.
+"""
 
 
 @dataclass(kw_only=True, slots=True)
 class SavePolicyConfig:
-    """One more reason to save, beside `interval`, the first and the last step; a subclass per policy."""
+    """One more reason to save, beside `interval`, the first and the last step; a subclass per policy.
+
+    Attributes:
+        _target_: the policy's class, called with this config.
+    """
 
     _target_: str = MISSING
 
 
 @dataclass(kw_only=True, slots=True)
 class MinutesConfig(SavePolicyConfig):
-    """Saves when `minutes` have passed on rank 0's clock since the last save."""
+    """Saves when `minutes` have passed on rank 0's clock since the last save.
+
+    Attributes:
+        minutes: between saves.
+    """
 
     SCHEMA: ClassVar[tuple[str, str]] = ("save_policy", "minutes_schema")
     _target_: str = "regrow.checkpoint.policy.save.EveryMinutes"
@@ -74,7 +112,12 @@ class MinutesConfig(SavePolicyConfig):
 
 @dataclass(kw_only=True, slots=True)
 class BestMetricConfig:
-    """Which metric is best, and in which direction."""
+    """Which metric is best, and in which direction.
+
+    Attributes:
+        metric: its name in `metrics.jsonl`.
+        lower_is_better: whether the lowest value is the best; false takes the highest.
+    """
 
     metric: str = "val_loss"
     lower_is_better: bool = True
@@ -82,7 +125,11 @@ class BestMetricConfig:
 
 @dataclass(kw_only=True, slots=True)
 class OnBestConfig(SavePolicyConfig):
-    """Saves at a step that was validated and is the best so far."""
+    """Saves at a step that was validated and is the best so far.
+
+    Attributes:
+        best: by which metric.
+    """
 
     SCHEMA: ClassVar[tuple[str, str]] = ("save_policy", "on_best_schema")
     _target_: str = "regrow.checkpoint.policy.save.OnBest"
@@ -91,14 +138,22 @@ class OnBestConfig(SavePolicyConfig):
 
 @dataclass(kw_only=True, slots=True)
 class RetentionRuleConfig:
-    """One more reason to keep a step, beside `keep_latest_k` and pins; a subclass per rule."""
+    """One more reason to keep a step, beside `keep_latest_k` and pins; a subclass per rule.
+
+    Attributes:
+        _target_: the rule's class, called with this config.
+    """
 
     _target_: str = MISSING
 
 
 @dataclass(kw_only=True, slots=True)
 class KeepEveryNConfig(RetentionRuleConfig):
-    """Keeps every step that is a multiple of `n`."""
+    """Keeps every step that is a multiple of `n`.
+
+    Attributes:
+        n: in optimizer steps.
+    """
 
     SCHEMA: ClassVar[tuple[str, str]] = ("retention_rule", "every_n_schema")
     _target_: str = "regrow.checkpoint.policy.retention.KeepEveryN"
@@ -107,7 +162,11 @@ class KeepEveryNConfig(RetentionRuleConfig):
 
 @dataclass(kw_only=True, slots=True)
 class KeepBestConfig(RetentionRuleConfig):
-    """Keeps the step with the best value of a metric."""
+    """Keeps the step with the best value of a metric.
+
+    Attributes:
+        best: by which metric.
+    """
 
     SCHEMA: ClassVar[tuple[str, str]] = ("retention_rule", "best_schema")
     _target_: str = "regrow.checkpoint.policy.retention.KeepBest"
@@ -142,21 +201,19 @@ class CheckpointConfig:
         last_save_in_hf: the last step's save is a Hugging Face folder, `<run>/export/step-N/`, and no checkpoint.
         export_dtype: element type of a model-only last save and of exports.
         export: Hugging Face folders before the last step.
-        async_mode: `disabled` returns when the checkpoint is durable, `async` when the state is copied,
-            `async_with_pinned_mem` at once: the copy runs beside the next forward and backward pass.
-        on_save_error: `continue` warns and tries again when the next save is due, `stop` ends the run.
+        async_mode: how far a save has come when training goes on.
+        on_save_error: what a failed save does.
         max_save_errors: so many failed saves in a row end the run in any case.
-        when_busy: a save that is due while one is being written waits for it, or is left out (`skip`); the last
-            step and a requested stop always save.
-        direct_io: write past the page cache.
+        when_busy: what becomes of a save that is due while the one before is still being written.
+        direct_io: whether files are written past the page cache.
         files_per_rank: a rank's share is written as so many files at once.
-        commit_timeout_s: a step whose ranks have not all reported by then has failed.
-        lease_timeout_s: a writer on another host whose lease has not moved for so long counts as dead; up to 3600.
+        commit_timeout_s: seconds; a step whose ranks have not all reported by then has failed.
+        lease_timeout_s: seconds; a writer on another host whose lease has not moved for so long counts as dead; up to 3600.
         keep_latest_k: newest steps to keep; 0 keeps all.
         load_only: resume, but never save.
         load_step: -1 for the newest, else the step to go back to; acts once.
-        exclude_from_loading: `optimizer`, `lr_scheduler`, `data_loader` (or `dataloader`); acts once.
-        initial_load_path: a checkpoint to start a new run from; acts once.
+        exclude_from_loading: what is left as a fresh run has it, of `optimizer`, `lr_scheduler`, `data_loader` (or `dataloader`); acts once.
+        initial_load_path: a checkpoint to start a new run from; null starts afresh. Acts once.
         initial_load_model_only: take the weights alone from there.
         initial_load_in_hf: that path is a Hugging Face folder; without a path, `model.hf_assets_path` is.
         load_strict: an initial load must find every tensor of the model and use every weight; false lists what was

@@ -17,9 +17,11 @@ WIDEST_SEGMENT_HEAD = 256
 class AttentionKernel(Enum):
     """What computes attention within documents or a window; elsewhere it is always torch's, for causal attention.
 
-    `sdpa` takes a mask of seq × seq, `flex` blocks of 128 × 128 (FlexAttention), `varlen` the documents as sequences
-    of several lengths (FlashAttention; bfloat16). `auto` is sdpa on a CPU and in float64; on a GPU varlen in
-    bfloat16, and flex in float32.
+    Attributes:
+        auto: `sdpa` on a CPU and in float64; on a GPU `varlen` in bfloat16, and `flex` in float32.
+        sdpa: torch's scaled_dot_product_attention with a mask of seq × seq.
+        flex: FlexAttention, with a mask of blocks of 128 × 128.
+        varlen: FlashAttention, with the documents as sequences of several lengths; bfloat16.
     """
 
     auto = "auto"
@@ -67,7 +69,7 @@ class DecoderConfig(ModelConfig):
         rope_theta: RoPE's base.
         tied_embeddings: the output layer is the embedding's matrix.
         window: tokens that a position sees at most, itself among them (sliding-window attention); 0 is no limit.
-        attention: see `AttentionKernel`; it may change from start to start.
+        attention: what computes attention within documents or a window; it may change from start to start.
     """
 
     dim: int = MISSING

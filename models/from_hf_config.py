@@ -15,9 +15,10 @@ class FromHfConfig(ModelConfig):
     """Stands for the family's config until the folder's `config.json` has been read; the run stores that one.
 
     Attributes:
-        path: the folder.
+        path: the Hugging Face folder.
         load_weights: start from the folder's weights, unless another start is asked for.
-        vocab_size: as in the folder where it is left out; so is `max_seq_len`.
+        vocab_size: rows of the embedding; as in the folder where it is left out.
+        max_seq_len: the longest sequence, in tokens; as in the folder where it is left out.
     """
 
     SCHEMA: ClassVar[tuple[str, str]] = ("model", "from_hf_schema")

@@ -17,8 +17,10 @@ _LATER = {"since": "0.2.0"}
 class Balance(Enum):
     """What keeps the experts evenly used.
 
-    `bias` raises the bias of experts with few tokens after each step (DeepSeek-V3, arXiv:2412.19437, 2.1.2);
-    `auxiliary` adds a loss over each sequence; `none` leaves them alone.
+    Attributes:
+        bias: the bias of experts with few tokens rises after each step (DeepSeek-V3, arXiv:2412.19437, 2.1.2).
+        auxiliary: a loss over each sequence is added.
+        none: nothing does.
     """
 
     bias = "bias"
@@ -27,7 +29,12 @@ class Balance(Enum):
 
 
 class ScoreFunction(Enum):
-    """What makes scores of a router's logits: `softmax` over all experts, or `sigmoid` for each by itself."""
+    """What makes scores of a router's logits.
+
+    Attributes:
+        softmax: over all experts, so that their scores sum to 1.
+        sigmoid: for each expert by itself.
+    """
 
     softmax = "softmax"
     sigmoid = "sigmoid"
@@ -42,11 +49,12 @@ class MixtureConfig(DecoderConfig):
         experts_per_token: how many of them see a token.
         expert_ffn_dim: an expert's width.
         norm_topk_prob: a token's weights for its experts sum to 1.
-        balance: see `Balance`.
+        balance: what keeps the experts evenly used.
         bias_update_speed: what `bias` adds or takes after a step.
         auxiliary_coefficient: weight of the loss with `auxiliary`.
-        score_func: see `ScoreFunction`.
-        n_shared_experts: experts beside those, which see every token; they are one matrix of their widths together.
+        score_func: what makes scores of a router's logits.
+        n_shared_experts: experts beside those, which see every token; they are one matrix of their widths together. 0
+            for none.
         n_expert_groups: groups of equally many neighbouring experts, of which a token chooses some first.
         topk_groups: how many it chooses (DeepSeek-V3, arXiv:2412.19437, 2.1.2: of a group, the sum of its two best
             experts' scores counts).

@@ -26,7 +26,14 @@ __all__ = [
 
 
 class ActivationCheckpoint(Enum):
-    """What the backward pass recomputes: nothing, all but matrix products, whole blocks, or what a budget says."""
+    """What the backward pass recomputes instead of keeping it.
+
+    Attributes:
+        none: nothing; fastest, and needs the most memory.
+        selective: everything but the results of matrix products.
+        full: whole blocks; needs the least memory, and about a third more computing.
+        budget: as much as `train.activation_memory_budget` asks for.
+    """
 
     none = "none"
     selective = "selective"
@@ -37,9 +44,13 @@ class ActivationCheckpoint(Enum):
 class PrecisionName(Enum):
     """What is computed in, and what parameters and optimizer state are.
 
-    `fp32` computes in float32, `bf16` in bfloat16, `fp8` multiplies in 8 bits and does the rest in bfloat16, each
-    with parameters, reduction of gradients and optimizer state in float32. `bf16_params` has parameters and optimizer
-    state in bfloat16 too, rounded stochastically. `fp64` is for checking numerics: everything is float64.
+    Attributes:
+        fp32: everything is float32.
+        bf16: computes in bfloat16; parameters, reduction of gradients and optimizer state are float32.
+        fp64: everything is float64, to check numerics.
+        bf16_params: computes in bfloat16; parameters and optimizer state are bfloat16 too, rounded stochastically.
+        fp8: multiplies in 8 bits and computes the rest in bfloat16; parameters, reduction of gradients and optimizer
+            state are float32.
     """
 
     fp32 = "fp32"
@@ -50,14 +61,27 @@ class PrecisionName(Enum):
 
 
 class Float8Recipe(Enum):
-    """Over what a scale of `precision=fp8` reaches: a whole tensor (faster), or a row (finer)."""
+    """Over what a scale of `precision=fp8` reaches.
+
+    Attributes:
+        tensorwise: a whole tensor; faster.
+        rowwise: one row; finer.
+    """
 
     tensorwise = "tensorwise"
     rowwise = "rowwise"
 
 
 class PipelineSchedule(Enum):
-    """In which order stages work; the names that torch.distributed.pipelining knows."""
+    """In which order stages work; the values are the names that torch.distributed.pipelining knows.
+
+    Attributes:
+        one_f_one_b: one forward and one backward pass in turn; needs at least as many micro-batches as stages.
+        gpipe: all forward passes, then all backward passes; any number of micro-batches, and the most memory.
+        interleaved: as `one_f_one_b`, with several stages on each rank; less waiting.
+        interleaved_zero_bubble: as `interleaved`, with the weights' gradients computed while ranks would wait.
+        zbv_zero_bubble: two stages on each rank in the shape of a V (ZB-V, arXiv:2401.10241).
+    """
 
     one_f_one_b = "1F1B"
     gpipe = "GPipe"
@@ -67,9 +91,13 @@ class PipelineSchedule(Enum):
 
 
 class ContextMethod(Enum):
-    """How attention sees the whole sequence: exchanging heads, joining keys and values, or passing them on in a ring.
+    """How attention sees the whole sequence.
 
-    `auto` exchanges heads where their number allows, and joins keys and values elsewhere.
+    Attributes:
+        auto: `ulysses` where the number of heads allows it, else `gather`.
+        ulysses: ranks exchange heads, so that each has some heads of the whole sequence.
+        gather: each rank gathers the keys and values of the whole sequence.
+        ring: keys and values are passed on from rank to rank.
     """
 
     auto = "auto"
@@ -79,7 +107,13 @@ class ContextMethod(Enum):
 
 
 class WandbMode(Enum):
-    """Weights & Biases' own modes."""
+    """Weights & Biases' own modes.
+
+    Attributes:
+        offline: writes below the run's directory and sends nothing.
+        online: sends to W&B's server while the run goes on.
+        disabled: does nothing.
+    """
 
     offline = "offline"
     online = "online"
@@ -91,22 +125,22 @@ class ParallelConfig:
     """Degrees; their product is the number of ranks.
 
     Attributes:
-        dp_replicate: copies of the (sharded) model.
+        dp_replicate: copies of the (sharded) model, each of which is given other data.
         dp_shard: ranks that share one copy's parameters, gradients and optimizer state (FSDP2); -1 takes
             the ranks that remain.
-        tp: tensor parallel.
-        pp: pipeline parallel.
-        cp: context parallel.
-        ep: expert parallel, borrowed from dp_shard · cp · tp.
+        tp: tensor parallel: ranks that share each matrix product; 1 for none.
+        pp: pipeline parallel: ranks that share the layers out; 1 for none.
+        cp: context parallel: ranks that share each sequence; 1 for none.
+        ep: expert parallel: ranks that share the experts out, borrowed from dp_shard · cp · tp; 1 for none.
         sequence_parallel: with tp, activations between the matrices are cut along the sequence.
         async_tp: with tp, matrix products overlap their collectives; on GPUs, with train.compile.
-        cp_method: see `ContextMethod`.
-        cp_balance: a rank holds a piece from the front of each sequence and one from its back.
-        pp_schedule: see `PipelineSchedule`.
+        cp_method: with cp, how attention sees the whole sequence.
+        cp_balance: with cp, so that all have as much to do, a rank holds a piece from the front of each sequence and one from its back.
+        pp_schedule: with pp, in which order stages work.
         pp_stages_per_rank: stages on each rank; 0 takes 1, or 2 with schedules that need several.
         pp_layers: layers of each stage, in order; empty spreads them evenly.
         pp_input_weight: what the embedding counts, in layers, when they are spread.
-        pp_output_weight: what the output layer and the loss count.
+        pp_output_weight: what the output layer and the loss count, in layers.
         reshard_after_forward: whether ranks that share parameters give up what they gathered between the forward and
             the backward pass: `auto` does so in all blocks without a pipeline, and nowhere with one; `true` and
             `false` everywhere and nowhere; a number of ranks keeps the parameters shared among so many meanwhile.
@@ -139,12 +173,12 @@ class TrainConfig:
     Attributes:
         steps: optimizer steps in total, over all restarts.
         grad_clip: largest global gradient norm; 0 leaves gradients alone.
-        activation_checkpoint: `none`, `selective` (keep matrix products), `full` (recompute blocks), `budget`.
+        activation_checkpoint: what the backward pass recomputes to save memory.
         activation_memory_budget: with `budget`, the part of the activations that is kept, from 0 (as `full`) to 1 (as
             `none`). Compiled blocks recompute what is cheapest; without compilation so many blocks are kept whole.
         offload_optimizer: keep the optimizer's state in the host's memory, and bring it to the device in each step.
         compile: torch.compile each block: `true`, `false`, or `auto`, which compiles on GPUs.
-        compile_backend: for `compile`.
+        compile_backend: torch.compile's backend, with `compile`.
         deterministic: torch's deterministic algorithms; on a GPU, training then repeats bit for bit.
         log_every: steps between lines of progress where there is no terminal.
         z_loss: what the squared logarithm of the sum of exponents of a position's logits counts beside its loss
@@ -170,6 +204,7 @@ class OptimizerConfig:
     """An optimizer; a subclass per kind.
 
     Attributes:
+        _target_: the optimizer's class, called with this config.
         lr: the schedule's highest learning rate.
         weight_decay: decoupled, on matrices alone (not on norms and embeddings).
     """
@@ -181,7 +216,13 @@ class OptimizerConfig:
 
 @dataclass(kw_only=True, slots=True)
 class AdamWConfig(OptimizerConfig):
-    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101)."""
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101).
+
+    Attributes:
+        beta1: decay of the running mean of gradients.
+        beta2: decay of the running mean of squared gradients.
+        eps: added to the root of the squares' mean, so that nothing is divided by 0.
+    """
 
     SCHEMA: ClassVar[tuple[str, str]] = ("optimizer", "adamw_schema")
 
@@ -196,7 +237,8 @@ class SchedulerConfig:
     """A learning-rate schedule; a subclass per shape.
 
     Attributes:
-        warmup_steps: linear from 0; where it does not leave a step for the decay, the schedule's first tenth.
+        _target_: the schedule's class, called with this config.
+        warmup_steps: steps in which the rate rises linearly from 0; where it does not leave a step for the decay, the schedule's first tenth.
         total_steps: where the schedule ends; null takes `train.steps` of the run's first start and keeps it;
             `run.extend` says what raising `train.steps` later does.
         min_lr_ratio: the end of the schedule, as a part of `optimizer.lr`; it holds from there on.
@@ -210,10 +252,11 @@ class SchedulerConfig:
 
 @dataclass(kw_only=True, slots=True)
 class PrecisionConfig:
-    """See `PrecisionName`.
+    """The types that are computed and kept in.
 
     Attributes:
-        fp8_recipe: see `Float8Recipe`.
+        name: what is computed in, and what parameters and optimizer state are.
+        fp8_recipe: with fp8, over what a scale reaches.
         fp8_min_features: with fp8, linear layers with fewer features in or out stay in bfloat16: to scale a small
             matrix takes longer than its product saves.
     """
@@ -247,7 +290,17 @@ class WandbConfig:
 
 
 class HookStage(Enum):
-    """Where a hook stands among the others, in this order; within a stage, the order is that of the config."""
+    """Where a hook stands among the others, in this order; within a stage, the order is that of the config.
+
+    Attributes:
+        begin: before all others.
+        measure: adds numbers to the step's row of metrics.
+        write: writes rows and samples to files, and lines to the console.
+        log: sends rows elsewhere.
+        record: keeps the run's own history.
+        save: saves the run's state.
+        end: after all others.
+    """
 
     begin = "begin"
     measure = "measure"
@@ -265,7 +318,7 @@ class HookConfig:
     Attributes:
         _target_: the hook's class, called with this config.
         enabled: false leaves it out.
-        stage: see `HookStage`; what measures comes before what writes rows, and that before what saves.
+        stage: where it stands among the others; what measures comes before what writes rows, and that before what saves.
     """
 
     _target_: str = MISSING

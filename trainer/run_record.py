@@ -65,7 +65,13 @@ class Attempt:
 
 
 class Extend(Enum):
-    """`run.extend`: what becomes of the learning-rate schedule where a run is to go on beyond its end."""
+    """What becomes of the learning-rate schedule where a run is to go on beyond its end.
+
+    Attributes:
+        refuse: the run is refused.
+        stretch: the schedule is stretched over all steps.
+        hold: the schedule's last value holds.
+    """
 
     refuse = "refuse"
     stretch = "stretch"

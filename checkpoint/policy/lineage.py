@@ -35,7 +35,13 @@ LineageId = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0
 
 
 class Resume(Enum):
-    """`run.resume`."""
+    """Whether a run goes on from what its directory holds.
+
+    Attributes:
+        auto: it goes on from what is there, and starts where nothing is.
+        must: it goes on, and is refused where nothing is there.
+        never: it starts afresh; what is there is set aside.
+    """
 
     auto = "auto"
     must = "must"

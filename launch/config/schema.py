@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from types import ModuleType
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
@@ -30,17 +31,27 @@ from regrow.trainer.config import (
 from regrow.trainer.data.config import DataConfig
 from regrow.trainer.run_record import Extend
 
-__all__ = ["Config", "Device", "Kernels", "LaunchConfig", "Mode", "RunConfig", "register_schemas"]
+__all__ = ["Config", "Device", "Kernels", "LaunchConfig", "Mode", "RunConfig", "register_schemas", "schema_classes"]
 
 
 class Mode(Enum):
-    """What the command does."""
+    """What the command does.
+
+    Attributes:
+        train: trains, or goes on training.
+    """
 
     train = "train"
 
 
 class Device(Enum):
-    """Where ranks compute; `auto` takes GPUs where there are some."""
+    """Where ranks compute.
+
+    Attributes:
+        auto: on GPUs where there are some, else on CPUs.
+        cpu: on CPUs.
+        cuda: on GPUs.
+    """
 
     auto = "auto"
     cpu = "cpu"
@@ -48,7 +59,12 @@ class Device(Enum):
 
 
 class Kernels(Enum):
-    """What CPUs compute with: what was measured to be fastest, or torch's operators everywhere."""
+    """What CPUs compute with.
+
+    Attributes:
+        auto: what was measured to be fastest here, which the run then keeps to.
+        plain: torch's operators everywhere.
+    """
 
     auto = "auto"
     plain = "plain"
@@ -59,13 +75,13 @@ class RunConfig:
     """Where a run lives and how it goes on.
 
     Attributes:
-        root: holds runs.
+        root: the folder that holds runs.
         name: the run's folder below `root`; by default the model's name and a hash of what makes the run
             what it is, so that the same command finds it again. In a sweep, its overrides.
-        resume: `auto` continues what is there, `must` fails when nothing is, `never` starts afresh.
+        resume: whether the run goes on from what its directory holds.
         rewind: apply load options again that were applied before.
         extend: what to do where `train.steps` goes beyond the end of the learning-rate schedule that the run
-            began with: `refuse`, `stretch` the schedule over all steps, or `hold` its last value. Acts once.
+            began with. Acts once.
         allow_change: hyperparameters that may differ from the stored ones, by name or section.
     """
 
@@ -83,13 +99,13 @@ class LaunchConfig:
 
     Attributes:
         device: where they compute.
-        max_restarts: times that all ranks are started again, here, after one died.
+        max_restarts: times that all ranks are started again, here, after one died; 0 ends the run.
         threads_per_rank: CPU threads; 0 takes OMP_NUM_THREADS where that is set, else shares the cores. Results
             are bitwise the same only with the same number.
-        kernels: on CPUs, `auto` uses the kernels that are faster than torch's operators here by a tenth, and keeps to
-            them for the run; `plain` uses none.
+        kernels: on CPUs, whether kernels are used that are faster than torch's operators here by a tenth.
         timeout_s: seconds after which a collective that hangs is an error.
-        elastic: with `parallel.dp_shard=-1` under Slurm, the numbers of ranks that a run may go on with.
+        elastic: with `parallel.dp_shard=-1` under Slurm, the numbers of ranks that a run may go on with; empty keeps
+            to the one that it began with.
     """
 
     device: Device = Device.auto
@@ -102,7 +118,25 @@ class LaunchConfig:
 
 @dataclass(kw_only=True, slots=True)
 class Config:
-    """Everything; one section per concern."""
+    """Everything; one section per concern.
+
+    Attributes:
+        model: the model's dimensions.
+        parallel: over how many ranks a run is spread, and how.
+        checkpoint: when to save, what, which steps to keep, and what to start from.
+        data: what is trained on, and how it becomes batches.
+        optimizer: the optimizer's settings.
+        scheduler: the learning rate over the steps.
+        precision: the types that are computed and kept in.
+        train: the loop: steps, clipping, recomputation, compilation.
+        run: where a run lives and how it goes on.
+        launch: how ranks are started.
+        logger: the choice of the group `logger`, which adds what sends metrics elsewhere.
+        wandb: Weights & Biases, with `logger=wandb`.
+        hooks: parts of the loop, by name.
+        mode: what the command does.
+        seed: of the first weights, the order of data, and dropout; another seed is another run.
+    """
 
     model: ModelConfig = MISSING
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -114,7 +148,6 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     run: RunConfig = field(default_factory=RunConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
-    # The chosen file of conf/logger, which adds the hook that sends metrics elsewhere.
     logger: str = "jsonl"
     wandb: WandbConfig = field(default_factory=WandbConfig)
     hooks: dict[str, HookConfig] = field(default_factory=dict)
@@ -139,13 +172,21 @@ def _config_names(folder: str, package: str) -> Iterator[str]:
 
 
 @functools.cache
-def register_schemas() -> None:
-    """Stores the root schema, and every dataclass with a `SCHEMA = (group, name)`; once in a process."""
-    store = ConfigStore.instance()
-    store.store(name="config_schema", node=Config)
+def schema_classes() -> dict[tuple[str, str], type[Any]]:
+    """Every dataclass of Regrow's with a `SCHEMA`, by (group, name), but those of launchers."""
+    found: dict[tuple[str, str], type[Any]] = {}
     for package in (regrow.models, regrow.checkpoint, regrow.trainer):
         for module in config_modules(package):
             for node in vars(module).values():
                 if isinstance(node, type) and dataclasses.is_dataclass(node) and "SCHEMA" in vars(node):
-                    group, name = node.SCHEMA  # type: ignore[attr-defined]
-                    store.store(group=group, name=name, node=node)
+                    found[node.SCHEMA] = node  # type: ignore[attr-defined]
+    return found
+
+
+@functools.cache
+def register_schemas() -> None:
+    """Stores the root schema and all others; once in a process."""
+    store = ConfigStore.instance()
+    store.store(name="config_schema", node=Config)
+    for (group, name), node in schema_classes().items():
+        store.store(group=group, name=name, node=node)

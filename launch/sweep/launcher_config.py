@@ -11,11 +11,15 @@ class SlurmConfig:
     """`hydra/launcher=slurm`: one array of jobs per shape of resources, one srun task per rank.
 
     Attributes:
-        partition, account, qos, constraint: as sbatch takes them; null leaves them to the cluster.
+        _target_: the launcher's class.
+        partition: Slurm's partition, as sbatch takes it; null leaves it to the cluster.
+        account: whom Slurm charges; null leaves it to the cluster.
+        qos: Slurm's quality of service; null leaves it to the cluster.
+        constraint: features that nodes must have, as sbatch takes them; null for none.
         time: wall limit of one start of a run, as sbatch takes it (`4:00:00`); a run that reaches it is saved,
-            requeued and goes on.
-        mem: memory per node (`64G`).
-        cpus_per_task: CPUs per rank.
+            requeued and goes on. null leaves it to the cluster.
+        mem: memory per node (`64G`); null leaves it to the cluster.
+        cpus_per_task: CPUs per rank; null leaves it to the cluster.
         nodes: nodes of a run; null computes them from the degrees.
         tasks_per_node: ranks on a node; null takes a rank per GPU, or all of them on one node.
         gpus_per_node: GPUs on a node; null takes one per rank where the partition has some.
@@ -23,7 +27,7 @@ class SlurmConfig:
         job_name: in the queue.
         env: variables set for the ranks.
         setup: lines of shell before the ranks start, for instance `module load cuda`.
-        container: an image; `*.sif` is run by Apptainer, anything else by srun's `--container-image` (Pyxis).
+        container: an image; null for none. `*.sif` is run by Apptainer, anything else by srun's `--container-image` (Pyxis).
         command: what starts a rank; null is this installation's `regrow`, or the container's.
         extra: further options of sbatch (`--exclude=n7`).
         extra_srun: further options of srun.
@@ -69,6 +73,7 @@ class LocalConfig:
     """`hydra/launcher=local`: several runs at once on this machine, each with its own ranks.
 
     Attributes:
+        _target_: the launcher's class.
         n_jobs: runs at a time, at most.
         cpus: CPUs to share out, a run taking its ranks times `launch.threads_per_rank`; 0 is all of them.
         gpus: GPUs to share out, a run taking one per rank; -1 is all of them.

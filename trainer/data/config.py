@@ -29,8 +29,10 @@ _LATER = {"since": "0.2.0"}
 class Packing(Enum):
     """How documents become sequences.
 
-    `concat` lays them end to end and cuts that into sequences, wherever documents begin and end. `best_fit` puts
-    whole documents together so that they fill sequences as well as may be; attention then keeps within documents.
+    Attributes:
+        concat: end to end, cut into sequences wherever documents begin and end.
+        best_fit: whole documents are put together so that they fill sequences as well as may be; attention then keeps
+            within documents.
     """
 
     concat = "concat"
@@ -40,9 +42,11 @@ class Packing(Enum):
 class TooLong(Enum):
     """What becomes of a document with more labels than a sequence has positions, where documents are packed.
 
-    `drop` leaves it out. `cut` keeps its first labels, as many as fill a sequence. `split` makes pieces that fill a
-    sequence each, and one of what is left; a piece begins with the token that the one before ends with, its last
-    label, so that every label is in one piece.
+    Attributes:
+        drop: it is left out.
+        cut: its first labels are kept, as many as fill a sequence.
+        split: it becomes pieces that fill a sequence each, and one of what is left; a piece begins with the token that
+            the one before ends with, its last label, so that every label is in one piece.
     """
 
     drop = "drop"
@@ -91,6 +95,7 @@ class DataConfig:
 
     Attributes:
         TOKENISED: the source is a token store, which has its tokenizer.
+        _target_: the source's class, called with this config.
         seq_len: tokens a sequence.
         global_batch_size: sequences an optimizer step, over all ranks.
         micro_batch_size: sequences a forward pass on a rank; the rest is accumulated.
@@ -107,7 +112,7 @@ class DataConfig:
         bos_token: the token before each document of text; null is none. Conversations begin as their template says.
         cache: where tokenised corpora are kept; null is `~/.cache/regrow`.
         workers: processes that tokenise; 0 is one per core.
-        prefetch: batches read ahead.
+        prefetch: batches read ahead; 0 reads each when it is needed.
         log_samples: write each step's sample ids to `samples.jsonl`.
         validation_sets: further sources, of which nothing is trained on, by a name of your choice.
     """
@@ -142,14 +147,25 @@ class StdlibConfig(DataConfig):
 
 
 class OnBadRecord(Enum):
-    """What a record that cannot be used does."""
+    """What a record that cannot be used does.
+
+    Attributes:
+        stop: it ends the command, before training.
+        skip: it is left out and counted.
+    """
 
     stop = "stop"
     skip = "skip"
 
 
 class LabelMode(Enum):
-    """Which tokens of a conversation are labels: all turns of the assistant, its last turn, or every token."""
+    """Which tokens of a conversation are labels.
+
+    Attributes:
+        assistant: all turns of the assistant.
+        last: its last turn.
+        all: every token.
+    """
 
     assistant = "assistant"
     last = "last"

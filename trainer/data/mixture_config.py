@@ -33,8 +33,9 @@ __all__ = [
 class OnExhausted(Enum):
     """What happens where a source would be read more than its `max_epochs`.
 
-    `refuse` says so before the run starts. `reweight` leaves the source out from there on; the others keep their
-    ratios.
+    Attributes:
+        refuse: the run is refused before it starts.
+        reweight: the source is left out from there on; the others keep their ratios.
     """
 
     refuse = "refuse"
@@ -43,7 +44,7 @@ class OnExhausted(Enum):
 
 @dataclass(kw_only=True, slots=True)
 class TextPart(TextFields, SourcePart):
-    """See `TextConfig`."""
+    """Files of text, as a source of a mixture."""
 
     SCHEMA: ClassVar[tuple[str, str]] = ("data_source", "text_schema")
     CONFIG: ClassVar[type[DataConfig]] = TextConfig
@@ -51,7 +52,7 @@ class TextPart(TextFields, SourcePart):
 
 @dataclass(kw_only=True, slots=True)
 class ChatPart(ChatFields, SourcePart):
-    """See `ChatConfig`."""
+    """Files of conversations, as a source of a mixture."""
 
     SCHEMA: ClassVar[tuple[str, str]] = ("data_source", "chat_schema")
     CONFIG: ClassVar[type[DataConfig]] = ChatConfig
@@ -60,7 +61,11 @@ class ChatPart(ChatFields, SourcePart):
 
 @dataclass(kw_only=True, slots=True)
 class TokensPart(SourcePart):
-    """See `TokensConfig`."""
+    """A folder made by `regrow-data tokenize`, as a source of a mixture.
+
+    Attributes:
+        path: that folder.
+    """
 
     SCHEMA: ClassVar[tuple[str, str]] = ("data_source", "tokens_schema")
     CONFIG: ClassVar[type[DataConfig]] = TokensConfig
@@ -69,7 +74,7 @@ class TokensPart(SourcePart):
 
 @dataclass(kw_only=True, slots=True)
 class StdlibPart(SourcePart):
-    """See `StdlibConfig`."""
+    """The running Python's own standard library, as a source of a mixture."""
 
     SCHEMA: ClassVar[tuple[str, str]] = ("data_source", "stdlib_schema")
     CONFIG: ClassVar[type[DataConfig]] = StdlibConfig
@@ -80,8 +85,8 @@ class StageConfig:
     """Other weights from a place of the run on.
 
     Attributes:
-        from_step: steps before it; or
-        from_tokens: tokens before it.
+        from_step: optimizer steps before it; null where `from_tokens` says it.
+        from_tokens: tokens trained on before it; null where `from_step` says it.
         weights: by source; those that are not named are left out.
     """
 

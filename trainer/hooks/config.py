@@ -52,8 +52,8 @@ class EvaluationConfig(HookConfig):
         tasks: files of tasks, and folders of them; see docs/evaluate.md.
         every: steps between evaluations; 0: at the given tokens and after the last step alone.
         at_tokens: tokens trained on, at the first step beyond each of which it is evaluated too.
-        few_shot: items with their answers before each item.
-        seed: of their choice.
+        few_shot: items with their answers before each item; 0 for none.
+        seed: of the choice of those items.
     """
 
     SCHEMA: ClassVar[tuple[str, str]] = ("hook", "evaluation_schema")
@@ -154,7 +154,7 @@ class ProgressConfig(HookConfig):
     """A bar on a terminal, lines elsewhere.
 
     Attributes:
-        every: steps between lines, `train.log_every`.
+        every: steps between lines where there is no terminal; `train.log_every` unless it is set here.
     """
 
     SCHEMA: ClassVar[tuple[str, str]] = ("hook", "progress_schema")
@@ -168,7 +168,7 @@ class WandbHookConfig(HookConfig):
     """Weights & Biases, with `logger=wandb`.
 
     Attributes:
-        settings: the section `wandb`.
+        settings: W&B's settings; the section `wandb` unless they are set here.
     """
 
     SCHEMA: ClassVar[tuple[str, str]] = ("hook", "wandb_hook_schema")
