@@ -21,7 +21,7 @@ GPU_WHEELS := .gpu-wheels
 GPU_SITE ?= /tmp/regrow-gpu-site
 GPU_JSON ?= gpu.json
 
-.PHONY: help demo test check lint fuzz attack clean install gpu gpu-wheels
+.PHONY: help demo test check lint fuzz attack clean install gpu gpu-wheels reference
 
 help:           ## this text
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
@@ -61,6 +61,9 @@ fuzz: $(STAMP)  ## hostile input, seeded, for about a minute (SEED, COUNT)
 
 attack: $(STAMP)  ## every damage, error code and hostile document; SEED, SHARE and ONLY narrow it down
 	$(BIN)/python -m tests.attack --seed $(SEED) --share $(SHARE) $(if $(ONLY),--only $(ONLY))
+
+reference: $(STAMP)  ## docs/configuration.md, from the schemas
+	$(BIN)/python -m regrow.launch.commands.configuration_page > docs/configuration.md
 
 gpu-wheels: $(STAMP)  ## the packages that `make gpu` takes along, in .gpu-wheels, for CPython 3.12 on x86-64
 	$(BIN)/python -m benchmarks.gpu_wheels $(GPU_WHEELS)

@@ -56,7 +56,7 @@ class DirectIo(Enum):
 
     Attributes:
         auto: where a first try shows that it works.
-        on: always; it is an error where the file system cannot.
+        on: always, without a try.
         off: never.
     """
 
@@ -102,7 +102,7 @@ class MinutesConfig(SavePolicyConfig):
     """Saves when `minutes` have passed on rank 0's clock since the last save.
 
     Attributes:
-        minutes: between saves.
+        minutes: minutes between saves.
     """
 
     SCHEMA: ClassVar[tuple[str, str]] = ("save_policy", "minutes_schema")
@@ -128,7 +128,7 @@ class OnBestConfig(SavePolicyConfig):
     """Saves at a step that was validated and is the best so far.
 
     Attributes:
-        best: by which metric.
+        best: which metric, and in which direction.
     """
 
     SCHEMA: ClassVar[tuple[str, str]] = ("save_policy", "on_best_schema")
@@ -152,7 +152,7 @@ class KeepEveryNConfig(RetentionRuleConfig):
     """Keeps every step that is a multiple of `n`.
 
     Attributes:
-        n: in optimizer steps.
+        n: optimizer steps; their multiples are kept.
     """
 
     SCHEMA: ClassVar[tuple[str, str]] = ("retention_rule", "every_n_schema")
@@ -165,7 +165,7 @@ class KeepBestConfig(RetentionRuleConfig):
     """Keeps the step with the best value of a metric.
 
     Attributes:
-        best: by which metric.
+        best: which metric, and in which direction.
     """
 
     SCHEMA: ClassVar[tuple[str, str]] = ("retention_rule", "best_schema")
@@ -179,7 +179,7 @@ class ExportConfig:
 
     Attributes:
         every_n: export every so many steps, from the same snapshot as the step's checkpoint; 0 never does.
-        max_shard_size: of one safetensors file, like 5GB or 500MB.
+        max_shard_size: largest size of one safetensors file, like 5GB or 500MB.
     """
 
     every_n: int = 0
@@ -192,8 +192,8 @@ class CheckpointConfig:
 
     Attributes:
         enable: save and resume at all.
-        folder: below the run's directory, or a URL (`s3://bucket/prefix`, `gs://…`, whatever fsspec opens), below
-            which the run's steps lie in a folder of the run's name.
+        folder: where steps are kept: a folder below the run's directory, or a URL (`s3://bucket/prefix`, `gs://…`,
+            whatever fsspec opens), below which the run's steps lie in a folder of the run's name.
         storage_options: for a URL: `endpoint`, `region` and the like; credentials come from the environment.
         interval: save every this many optimizer steps.
         enable_first_step_checkpoint: save after step 1 too, to find out early that saving works.
@@ -212,10 +212,12 @@ class CheckpointConfig:
         keep_latest_k: newest steps to keep; 0 keeps all.
         load_only: resume, but never save.
         load_step: -1 for the newest, else the step to go back to; acts once.
-        exclude_from_loading: what is left as a fresh run has it, of `optimizer`, `lr_scheduler`, `data_loader` (or `dataloader`); acts once.
+        exclude_from_loading: what is left as a fresh run has it, of `optimizer`, `lr_scheduler`, `data_loader` (or
+            `dataloader`); acts once.
         initial_load_path: a checkpoint to start a new run from; null starts afresh. Acts once.
-        initial_load_model_only: take the weights alone from there.
-        initial_load_in_hf: that path is a Hugging Face folder; without a path, `model.hf_assets_path` is.
+        initial_load_model_only: take the weights alone from `initial_load_path`.
+        initial_load_in_hf: `initial_load_path` is a Hugging Face folder; where it is null, `model.hf_assets_path`
+            is.
         load_strict: an initial load must find every tensor of the model and use every weight; false lists what was
             not found and what was not used.
         load_rename: rules PATTERN=>REPLACEMENT (regular expressions) for the names in an initial load's checkpoint.

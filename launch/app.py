@@ -134,7 +134,7 @@ class Application:
         check_arguments(arguments)
         self._swept = swept_keys(arguments)
         register_resolver(self._swept)
-        showing = any(a.startswith(("--info", "--cfg", "--help", "--hydra-help")) for a in arguments)
+        showing = any(a.startswith(("--info", "--cfg", "--hydra-help")) for a in arguments)
         if not showing:
             # Hydra prints these itself, through loggers that would reach our console a second time.
             log_to_console()

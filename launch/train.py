@@ -49,6 +49,10 @@ def _run(arguments: list[str], flag: StopFlag) -> int:
     if arguments and arguments[0] in COMMANDS:
         command: Callable[[list[str]], int] = importlib.import_module(COMMANDS[arguments[0]]).main
         return command(arguments[1:])
+    if {"--help", "-h"} & set(arguments):
+        help_text: Callable[[dict[str, str]], str] = importlib.import_module("regrow.launch.commands.help").help_text
+        print(help_text(COMMANDS), end="")
+        return ExitCode.done
     # The handlers stand before Hydra and torch are imported, which takes seconds in which a signal may come.
     from regrow.launch.app import run_command
 

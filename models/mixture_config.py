@@ -46,7 +46,7 @@ class MixtureConfig(DecoderConfig):
 
     Attributes:
         n_experts: experts a layer.
-        experts_per_token: how many of them see a token.
+        experts_per_token: experts that see a token.
         expert_ffn_dim: an expert's width.
         norm_topk_prob: a token's weights for its experts sum to 1.
         balance: what keeps the experts evenly used.
@@ -56,7 +56,7 @@ class MixtureConfig(DecoderConfig):
         n_shared_experts: experts beside those, which see every token; they are one matrix of their widths together. 0
             for none.
         n_expert_groups: groups of equally many neighbouring experts, of which a token chooses some first.
-        topk_groups: how many it chooses (DeepSeek-V3, arXiv:2412.19437, 2.1.2: of a group, the sum of its two best
+        topk_groups: how many groups a token chooses (DeepSeek-V3, arXiv:2412.19437, 2.1.2: of a group, the sum of its two best
             experts' scores counts).
         route_scale: factor of a token's weights.
     """

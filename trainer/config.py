@@ -206,7 +206,7 @@ class OptimizerConfig:
     Attributes:
         _target_: the optimizer's class, called with this config.
         lr: the schedule's highest learning rate.
-        weight_decay: decoupled, on matrices alone (not on norms and embeddings).
+        weight_decay: decoupled weight decay, on matrices alone (not on norms and embeddings); 0 for none.
     """
 
     _target_: str = MISSING
@@ -273,11 +273,11 @@ class WandbConfig:
     """Weights & Biases, with `logger=wandb`.
 
     Attributes:
-        mode: `offline` writes below the run's directory and sends nothing.
+        mode: where W&B writes and sends.
         project: W&B's project.
         entity: W&B's team or user; null is the account's own.
         group: runs shown together; null is the sweep's name in a sweep.
-        tags: free words.
+        tags: words to find runs by, as you like.
     """
 
     SCHEMA: ClassVar[tuple[str, str]] = ("wandb", "wandb_schema")

@@ -40,7 +40,7 @@ class Resume(Enum):
     Attributes:
         auto: it goes on from what is there, and starts where nothing is.
         must: it goes on, and is refused where nothing is there.
-        never: it starts afresh; what is there is set aside.
+        never: it starts a new line of steps from step 0; what was there is set aside, not removed.
     """
 
     auto = "auto"

@@ -11,11 +11,21 @@ from typing import NoReturn
 from regrow.launch.config.errors import EXPLAINED
 from regrow.launch.exit_code import ExitCode
 
-__all__ = ["end_with"]
+__all__ = ["end_with", "exit_code_of"]
 
 
 def end_with(work: Callable[[], int], *, as_json: bool = False) -> NoReturn:
     """Exits with what `work` gives; with `ExitCode.bad_input` and a line on stderr where an error explains itself.
+
+    Args:
+        work: the command; it prints to stdout.
+        as_json: an error is printed to stdout too, as `{"error": …}`.
+    """
+    sys.exit(exit_code_of(work, as_json=as_json))
+
+
+def exit_code_of(work: Callable[[], int], *, as_json: bool = False) -> int:
+    """What `end_with` exits with.
 
     Args:
         work: the command; it prints to stdout.
@@ -27,10 +37,10 @@ def end_with(work: Callable[[], int], *, as_json: bool = False) -> NoReturn:
     except BrokenPipeError:
         # Whoever reads the output (`head`) has seen enough; what is buffered must go somewhere at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+        return 128 + signal.SIGPIPE
     except (*EXPLAINED, OSError, subprocess.TimeoutExpired) as error:
         if as_json:
             print(json.dumps({"error": str(error)}))
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(ExitCode.bad_input)
-    sys.exit(code)
+        return ExitCode.bad_input
+    return code

@@ -5,18 +5,21 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from regrow.launch.config.target_names import first_target
 
 __all__ = [
     "Difference",
+    "Membership",
     "compare",
     "config_hash",
     "flatten",
     "former_sweep_name",
     "is_allowed",
     "is_free",
+    "membership",
     "sweep_name",
 ]
 
@@ -50,6 +53,22 @@ _FREE = (
 )
 # Where data lies is part of a run's default name, but what is compared is its fingerprint.
 _LOCATIONS = ("data.files", "data.path", "data.tokenizer")
+
+
+class Membership(Enum):
+    """What a field is for a run.
+
+    Attributes:
+        identity: it makes the run what it is, and never changes within one.
+        hyperparameter: it changes within a run only where `run.allow_change` names it.
+        location: it says where something lies; what lies there may not change, and is compared by its fingerprint.
+        free: it may change at every start of the same run, and is in no run's name.
+    """
+
+    identity = "identity"
+    hyperparameter = "hyperparameter"
+    location = "location"
+    free = "free"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +127,19 @@ def is_free(name: str) -> bool:
         and not is_hyperparameter(f"{name}.")
         and not is_hyperparameter(name)
     )
+
+
+def membership(name: str) -> Membership:
+    """What a field is for a run.
+
+    Args:
+        name: dotted.
+    """
+    if _has_prefix(name, _LOCATIONS) or _is_of_source(name, _SOURCE_LOCATIONS):
+        return Membership.location
+    if is_hyperparameter(name):
+        return Membership.hyperparameter
+    return Membership.identity if is_identity(name) else Membership.free
 
 
 def config_hash(config: Mapping[str, Any], later: Mapping[str, Any] | None = None) -> str:

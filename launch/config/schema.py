@@ -98,7 +98,7 @@ class LaunchConfig:
     """How ranks are started.
 
     Attributes:
-        device: where they compute.
+        device: where ranks compute.
         max_restarts: times that all ranks are started again, here, after one died; 0 ends the run.
         threads_per_rank: CPU threads; 0 takes OMP_NUM_THREADS where that is set, else shares the cores. Results
             are bitwise the same only with the same number.
@@ -135,7 +135,7 @@ class Config:
         wandb: Weights & Biases, with `logger=wandb`.
         hooks: parts of the loop, by name.
         mode: what the command does.
-        seed: of the first weights, the order of data, and dropout; another seed is another run.
+        seed: seed of the first weights, the order of data, and dropout; another seed is another run.
     """
 
     model: ModelConfig = MISSING

@@ -24,7 +24,7 @@ class SlurmConfig:
         tasks_per_node: ranks on a node; null takes a rank per GPU, or all of them on one node.
         gpus_per_node: GPUs on a node; null takes one per rank where the partition has some.
         array_parallelism: runs at a time; 0 sets no limit.
-        job_name: in the queue.
+        job_name: name of the jobs in the queue.
         env: variables set for the ranks.
         setup: lines of shell before the ranks start, for instance `module load cuda`.
         container: an image; null for none. `*.sif` is run by Apptainer, anything else by srun's `--container-image` (Pyxis).

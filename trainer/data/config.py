@@ -45,8 +45,8 @@ class TooLong(Enum):
     Attributes:
         drop: it is left out.
         cut: its first labels are kept, as many as fill a sequence.
-        split: it becomes pieces that fill a sequence each, and one of what is left; a piece begins with the token that
-            the one before ends with, its last label, so that every label is in one piece.
+        split: it becomes pieces that fill a sequence each, and one of what is left; a piece begins with the token
+            that the one before ends with, its last label, so that every label is in one piece.
     """
 
     drop = "drop"
@@ -61,7 +61,7 @@ class SourcePart:
     Attributes:
         weight: its share of the samples, relative to the others'; 0 leaves it out until a stage names it.
         max_epochs: how often its windows may be read, whole or in part; null is without end.
-        seed: of its order; null makes one of the run's seed and its name.
+        seed: seed of its order; null makes one of the run's seed and its name.
         packing: how its documents become sequences; null is as the mixture says.
     """
 
@@ -107,12 +107,12 @@ class DataConfig:
         validation_fraction: part of the documents held out, chosen by their hash.
         tokenizer: a Hugging Face `tokenizer.json` or a folder that holds one; null trains a byte-level BPE
             on the corpus.
-        tokenizer_vocab_size: size of that BPE.
+        tokenizer_vocab_size: tokens of that BPE, where one is trained.
         eos_token: the token after each document; null finds the tokenizer's own.
         bos_token: the token before each document of text; null is none. Conversations begin as their template says.
         cache: where tokenised corpora are kept; null is `~/.cache/regrow`.
         workers: processes that tokenise; 0 is one per core.
-        prefetch: batches read ahead; 0 reads each when it is needed.
+        prefetch: batches read ahead, at least 1.
         log_samples: write each step's sample ids to `samples.jsonl`.
         validation_sets: further sources, of which nothing is trained on, by a name of your choice.
     """
@@ -150,7 +150,7 @@ class OnBadRecord(Enum):
     """What a record that cannot be used does.
 
     Attributes:
-        stop: it ends the command, before training.
+        stop: it ends the reading, and the command.
         skip: it is left out and counted.
     """
 
@@ -182,10 +182,10 @@ class FileFields:
             .bz2, .xz), .parquet and .arrow files, and folders that Hugging Face's `datasets` saved.
         where: by field, the value or list of values that a record must have to be used.
         where_min: by field, the least number that a record must have to be used.
-        where_max: by field, the largest.
-        on_bad_record: what no record or has no text stops the reading, or is skipped and counted.
-        max_bad_records: skipped at most in each part of a file (64 MiB of .jsonl, a row group, 64 MiB of an Arrow
-            file; a compressed file or a stream is one part); one more stops the reading.
+        where_max: by field, the largest number that a record may have to be used.
+        on_bad_record: what a line that is no record, or one without a text, does.
+        max_bad_records: bad records skipped at most in each part of a file (64 MiB of .jsonl, a row group, 64 MiB of
+            an Arrow file; a compressed file or a stream is one part); one more stops the reading.
     """
 
     files: list[str] = dataclasses.field(default_factory=list)
@@ -252,7 +252,7 @@ class TokensConfig(DataConfig):
     """A folder made by `regrow-data tokenize`.
 
     Attributes:
-        path: that folder.
+        path: the folder that `regrow-data tokenize` wrote.
     """
 
     SCHEMA: ClassVar[tuple[str, str]] = ("data", "tokens_schema")

@@ -64,7 +64,7 @@ class TokensPart(SourcePart):
     """A folder made by `regrow-data tokenize`, as a source of a mixture.
 
     Attributes:
-        path: that folder.
+        path: the folder that `regrow-data tokenize` wrote.
     """
 
     SCHEMA: ClassVar[tuple[str, str]] = ("data_source", "tokens_schema")
@@ -87,7 +87,7 @@ class StageConfig:
     Attributes:
         from_step: optimizer steps before it; null where `from_tokens` says it.
         from_tokens: tokens trained on before it; null where `from_step` says it.
-        weights: by source; those that are not named are left out.
+        weights: weight of each source; those that are not named are left out.
     """
 
     from_step: int | None = None
@@ -101,7 +101,7 @@ class MixtureConfig(DataConfig):
     does is within one sample of its weights.
 
     Attributes:
-        sources: by a name of your choice.
+        sources: what is mixed, by a name of your choice.
         stages: other weights later on, in ascending order.
         on_exhausted: what happens where a source's `max_epochs` end.
     """

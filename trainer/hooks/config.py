@@ -53,7 +53,7 @@ class EvaluationConfig(HookConfig):
         every: steps between evaluations; 0: at the given tokens and after the last step alone.
         at_tokens: tokens trained on, at the first step beyond each of which it is evaluated too.
         few_shot: items with their answers before each item; 0 for none.
-        seed: of the choice of those items.
+        seed: seed of the choice of those items.
     """
 
     SCHEMA: ClassVar[tuple[str, str]] = ("hook", "evaluation_schema")
@@ -70,8 +70,8 @@ class SampleConfig(HookConfig):
     """Text generated when the run ends, and while it trains where that is asked for.
 
     Attributes:
-        prompts: beginnings to continue.
-        tokens: to generate for each.
+        prompts: beginnings of texts to continue.
+        tokens: tokens to generate for each prompt.
         temperature: 0 always takes the likeliest token.
         top_k: the likeliest tokens that may be drawn; 0 is no limit.
         top_p: the least part of the probability whose tokens may be drawn, likeliest first; 1 is no limit.
@@ -114,7 +114,7 @@ class ThrottleConfig(HookConfig):
     """Holds every step up, to try out stops, preemption and resuming with a model that would be done too soon.
 
     Attributes:
-        seconds: added to each step.
+        seconds: seconds added to each step.
     """
 
     SCHEMA: ClassVar[tuple[str, str]] = ("hook", "throttle_schema")
