@@ -208,7 +208,8 @@ class CheckpointConfig:
         direct_io: whether files are written past the page cache.
         files_per_rank: a rank's share is written as so many files at once.
         commit_timeout_s: seconds; a step whose ranks have not all reported by then has failed.
-        lease_timeout_s: seconds; a writer on another host whose lease has not moved for so long counts as dead; up to 3600.
+        lease_timeout_s: seconds; a writer on another host whose lease has not moved for so long counts as dead; up to
+            3600.
         keep_latest_k: newest steps to keep; 0 keeps all.
         load_only: resume, but never save.
         load_step: -1 for the newest, else the step to go back to; acts once.

@@ -15,6 +15,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from regrow.launch.config.early_checks import check_complete, check_overrides, composing_once
 from regrow.launch.config.errors import (
     UserError,
     check_arguments,
@@ -23,7 +24,8 @@ from regrow.launch.config.errors import (
     describe_run_folder,
 )
 from regrow.launch.config.overrides import is_multirun, swept_keys
-from regrow.launch.config.package_configs import use_packages
+from regrow.launch.config.package_configs import register_packages
+from regrow.launch.config.package_schemas import find_and_load
 from regrow.launch.config.plugins import UserPackages
 from regrow.launch.config.refusals import Refused
 from regrow.launch.config.run_name import register_resolver
@@ -130,8 +132,10 @@ class Application:
         Raises:
             UserError and Hydra's own errors, for what cannot be composed.
         """
-        self._packages = use_packages()
+        self._packages = find_and_load()
         check_arguments(arguments)
+        check_overrides(arguments)
+        register_packages(self._packages)
         self._swept = swept_keys(arguments)
         register_resolver(self._swept)
         showing = any(a.startswith(("--info", "--cfg", "--hydra-help")) for a in arguments)
@@ -140,7 +144,7 @@ class Application:
             log_to_console()
         sys.argv[1:] = _arguments_for_hydra(arguments, multirun=is_multirun(arguments) and not showing)
         try:
-            with _launchers(arguments):
+            with _launchers(arguments), composing_once():
                 hydra.main(config_path="pkg://regrow.conf", config_name="config", version_base="1.3")(self._task)()
         except RunFailed as error:
             print(f"error: {error}", file=sys.stderr)
@@ -199,7 +203,7 @@ class Application:
 
     def _train(self, config: DictConfig, run_dir: Path) -> tuple[Outcome, bool]:
         hydra_config = HydraConfig.get()
-        self._check_folder(run_dir, hydra_config)
+        self._check(config, run_dir, hydra_config)
         sweep = Path(config.run.root).name if hydra_config.mode is RunMode.MULTIRUN else None
         # torch takes seconds to import, and what shows or refuses a command needs none.
         from regrow.launch.run.start import run_config
@@ -212,8 +216,8 @@ class Application:
             flag=self._flag,
         )
 
-    def _check_folder(self, run_dir: Path, hydra_config: Any) -> None:
-        """Whether the run has a folder of its own, and the command its working directory.
+    def _check(self, config: DictConfig, run_dir: Path, hydra_config: Any) -> None:
+        """Whether the run has a folder of its own, the command its working directory, and each field a value.
 
         Raises:
             Refused: it has not.
@@ -228,6 +232,7 @@ class Application:
         os.chdir(hydra_config.runtime.cwd)
         try:
             check_chdir(chdir=hydra_config.job.chdir)
+            check_complete(config)
         except UserError:
             with suppress(OSError):
                 run_dir.rmdir()

@@ -56,8 +56,8 @@ class MixtureConfig(DecoderConfig):
         n_shared_experts: experts beside those, which see every token; they are one matrix of their widths together. 0
             for none.
         n_expert_groups: groups of equally many neighbouring experts, of which a token chooses some first.
-        topk_groups: how many groups a token chooses (DeepSeek-V3, arXiv:2412.19437, 2.1.2: of a group, the sum of its two best
-            experts' scores counts).
+        topk_groups: how many groups a token chooses (DeepSeek-V3, arXiv:2412.19437, 2.1.2: of a group, the sum of its
+            two best experts' scores counts).
         route_scale: factor of a token's weights.
     """
 

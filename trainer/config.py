@@ -135,7 +135,8 @@ class ParallelConfig:
         sequence_parallel: with tp, activations between the matrices are cut along the sequence.
         async_tp: with tp, matrix products overlap their collectives; on GPUs, with train.compile.
         cp_method: with cp, how attention sees the whole sequence.
-        cp_balance: with cp, so that all have as much to do, a rank holds a piece from the front of each sequence and one from its back.
+        cp_balance: with cp, so that all have as much to do, a rank holds a piece from the front of each sequence and
+            one from its back.
         pp_schedule: with pp, in which order stages work.
         pp_stages_per_rank: stages on each rank; 0 takes 1, or 2 with schedules that need several.
         pp_layers: layers of each stage, in order; empty spreads them evenly.
@@ -238,7 +239,8 @@ class SchedulerConfig:
 
     Attributes:
         _target_: the schedule's class, called with this config.
-        warmup_steps: steps in which the rate rises linearly from 0; where it does not leave a step for the decay, the schedule's first tenth.
+        warmup_steps: steps in which the rate rises linearly from 0; where it does not leave a step for the decay, the
+            schedule's first tenth.
         total_steps: where the schedule ends; null takes `train.steps` of the run's first start and keeps it;
             `run.extend` says what raising `train.steps` later does.
         min_lr_ratio: the end of the schedule, as a part of `optimizer.lr`; it holds from there on.
@@ -318,7 +320,8 @@ class HookConfig:
     Attributes:
         _target_: the hook's class, called with this config.
         enabled: false leaves it out.
-        stage: where it stands among the others; what measures comes before what writes rows, and that before what saves.
+        stage: where it stands among the others; what measures comes before what writes rows, and that before what
+            saves.
     """
 
     _target_: str = MISSING

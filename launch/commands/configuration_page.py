@@ -15,8 +15,8 @@ _INTRODUCTION = """# Configuration
 Every section, group and field, as `regrow explain` prints them. This page is made from the schemas: `make reference`
 writes it anew.
 
-A section's field is set with `section.field=value`, a group's choice with `group=choice`. What a field is for a run stands in
-the column *in a run*:
+A section's field is set with `section.field=value`, a group's choice with `group=choice`. What a field is for a run
+stands in the column *in a run*:
 
 | in a run | means |
 |---|---|

@@ -63,7 +63,7 @@ def _commands(modules: Iterable[str]) -> Iterable[str]:
 
 
 def _docstring(module: str) -> str:
-    """The first sentence of a module's, which begins with its command; read from its file, since some import torch."""
+    """A module's first sentence, which begins with its command; read from its file, since some import torch."""
     spec = importlib.util.find_spec(module)
     text = ast.get_docstring(ast.parse(Path(spec.origin).read_text())) if spec is not None and spec.origin else None
     return " ".join((text or module).partition("\n\n")[0].split())

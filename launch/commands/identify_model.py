@@ -21,7 +21,8 @@ from regrow.checkpoint.storage.local import LocalStorage
 from regrow.checkpoint.storage.opening import as_storage
 from regrow.errors import ConfigError
 from regrow.launch.config.composition import compose_config
-from regrow.launch.config.package_configs import schemas_of, use_packages
+from regrow.launch.config.package_configs import use_packages
+from regrow.launch.config.package_schemas import schemas_of
 from regrow.launch.config.plugins import active_packages, allowed_roots, how_to_name
 from regrow.launch.config.refusals import refusing
 from regrow.launch.config.resolve import checking

@@ -1,14 +1,12 @@
 """The catalog of what this process can set: Regrow's schemas and files, the launchers', and the user's packages'."""
 
 import functools
-import os
 from pathlib import Path
 
 import regrow.conf
 from regrow.launch.config.catalog import Catalog
 from regrow.launch.config.choices import conf_folders, read_choices
-from regrow.launch.config.package_configs import schemas_of
-from regrow.launch.config.plugins import find_packages, load_packages
+from regrow.launch.config.package_schemas import find_and_load, known_schemas
 from regrow.launch.config.schema import Config, schema_classes
 from regrow.launch.sweep.launcher_config import LocalConfig, SlurmConfig
 
@@ -27,13 +25,11 @@ def whole_catalog() -> Catalog:
     Raises:
         PackageError: one cannot be used.
     """
-    packages = find_packages(os.environ, Path.cwd())
-    load_packages(packages)
+    packages = find_and_load()
     return _catalog(packages.names) if packages.names else own_catalog()
 
 
 def _catalog(packages: tuple[str, ...]) -> Catalog:
-    schemas = dict(schema_classes()) | {kind.SCHEMA: kind for kind in (SlurmConfig, LocalConfig)}
-    for name in packages:
-        schemas |= {kind.SCHEMA: kind for kind in schemas_of(name)}
+    own = known_schemas() if packages else schema_classes()
+    schemas = {**own, SlurmConfig.SCHEMA: SlurmConfig, LocalConfig.SCHEMA: LocalConfig}
     return Catalog(Config, schemas, read_choices([*map(Path, regrow.conf.__path__), *conf_folders(packages)]))

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-__all__ = ["Choice", "conf_folders", "read_choices"]
+__all__ = ["Choice", "conf_folders", "read_choice", "read_choices"]
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _SCHEMA = "_schema"
@@ -73,14 +73,20 @@ def read_choices(folders: Iterable[Path]) -> dict[str, dict[str, Choice]]:
     found: dict[str, dict[str, Choice]] = {}
     for folder in folders:
         for path in sorted([*folder.rglob("*.yaml"), *folder.rglob("*.yml")]):
-            group = path.parent.relative_to(folder).as_posix().removeprefix(".")
-            choice = _read(path, group, path.relative_to(folder.parent).as_posix())
+            choice = read_choice(path, folder)
             if choice is not None:
-                found.setdefault(group, {})[choice.name] = choice
+                found.setdefault(choice.group, {})[choice.name] = choice
     return {group: dict(sorted(choices.items())) for group, choices in sorted(found.items())}
 
 
-def _read(path: Path, group: str, file: str) -> Choice | None:
+def read_choice(path: Path, folder: Path) -> Choice | None:
+    """One choice; None where its file is not there or cannot be read.
+
+    Args:
+        path: of the file.
+        folder: holds a folder per group, or several levels of them.
+    """
+    group, file = path.parent.relative_to(folder).as_posix().removeprefix("."), path.relative_to(folder.parent)
     try:
         text = path.read_text()
         values = yaml.load(text, _Loader) or {}
@@ -95,7 +101,7 @@ def _read(path: Path, group: str, file: str) -> Choice | None:
         group=group,
         name=path.stem,
         comment=_comment(text),
-        file=file,
+        file=file.as_posix(),
         schema=next((e for e in own if e.endswith(_SCHEMA)), ""),
         bases=tuple(e for e in own if not e.endswith(_SCHEMA)),
         adds=tuple((str(k), str(v)) for e in entries if isinstance(e, dict) for k, v in e.items() if v is not None),

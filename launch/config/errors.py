@@ -30,7 +30,14 @@ from omegaconf.errors import (
 from regrow.checkpoint.documents import DocumentError
 from regrow.checkpoint.errors import CheckpointError
 from regrow.errors import ConfigError
-from regrow.launch.config.hints import example_of, nearest, one_line, quoted_override, section_fields, unknown_field
+from regrow.launch.config.hints import (
+    example_of,
+    one_line,
+    quoted_override,
+    section_fields,
+    unknown_choice,
+    unknown_field,
+)
 from regrow.launch.config.identity import is_free
 from regrow.launch.config.overrides import is_multirun, parse_overrides, swept_keys
 from regrow.launch.config.schema import Config
@@ -331,12 +338,7 @@ def _unknown_choice(message: str) -> str:
         return one_line(message)
     group, choice = found.groups()
     names = [line.strip() for line in message.splitlines() if line.startswith("\t")]
-    names = [n for n in names if not n.endswith("_schema") and "=" not in n]
-    near = nearest(choice, names)
-    remedy = f"did you mean {group}={near}?" if near else "choose one of them"
-    if group == "experiment" and near is None:
-        remedy = f"choose one of them, or give --config-dir=DIR with DIR/experiment/{choice}.yaml in it"
-    return f"{group} must be one of {', '.join(names)}, but is {choice!r}; {remedy}"
+    return unknown_choice(group, choice, [n for n in names if not n.endswith("_schema") and "=" not in n])
 
 
 def _field_in(section: str) -> str:

@@ -1,4 +1,4 @@
-"""What somebody may have meant: near names, fields of another section, quotes for Hydra's grammar. Pure."""
+"""What somebody may have meant: near names, fields of another section, quotes for Hydra's grammar."""
 
 import dataclasses
 import difflib
@@ -7,11 +7,13 @@ import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-__all__ = ["nearest", "one_line", "quoted_override", "unknown_field"]
+from regrow.launch.config.package_schemas import known_schemas
+from regrow.launch.config.schema import Config
+
+__all__ = ["nearest", "one_line", "quoted_override", "unknown_choice", "unknown_field"]
 
 # Below it a name is another one, not a misspelt one: `fp16` beside `fp64`.
 _NEAR = 0.78
@@ -40,18 +42,14 @@ def one_line(message: str) -> str:
 
 def _fields() -> Iterator[tuple[str, str]]:
     """(dotted name, choice that it belongs to as `group=choice`, or nothing) of all fields that schemas have."""
-    root = ConfigStore.instance().repo["config_schema.yaml"].node._metadata.object_type
-    for section in dataclasses.fields(root):
+    for section in dataclasses.fields(Config):
         if dataclasses.is_dataclass(section.type):
             yield from ((f"{section.name}.{f.name}", "") for f in dataclasses.fields(section.type))
-    for group, nodes in ConfigStore.instance().repo.items():
-        for name, node in nodes.items() if isinstance(nodes, dict) else ():
-            kind = node.node._metadata.object_type if hasattr(node, "node") else None
-            if dataclasses.is_dataclass(kind) and name.endswith("_schema.yaml"):
-                choice = name.removesuffix("_schema.yaml")
-                prefix = f"{_ENTRIES[group]}.{choice}" if group in _ENTRIES else group
-                belongs = "" if group in _ENTRIES else f"{group}={choice}"
-                yield from ((f"{prefix}.{f.name}", belongs) for f in dataclasses.fields(kind))
+    for (group, name), kind in known_schemas().items():
+        choice = name.removesuffix("_schema")
+        prefix = f"{_ENTRIES[group]}.{choice}" if group in _ENTRIES else group
+        belongs = "" if group in _ENTRIES else f"{group}={choice}"
+        yield from ((f"{prefix}.{f.name}", belongs) for f in dataclasses.fields(kind))
 
 
 def unknown_field(full_key: str, known: Sequence[str]) -> str:
@@ -76,6 +74,21 @@ def unknown_field(full_key: str, known: Sequence[str]) -> str:
     if others:
         return f"{full_key} is not a field; did you mean {' or '.join(others[:4])}?"
     return f"{full_key} is not a field; {section or 'the config'} has {', '.join(known)}"
+
+
+def unknown_choice(group: str, choice: str, names: Sequence[str]) -> str:
+    """The sentence for a choice that a group does not have.
+
+    Args:
+        group: for instance `model`.
+        choice: what was given.
+        names: the choices that there are.
+    """
+    near = nearest(choice, names)
+    remedy = f"did you mean {group}={near}?" if near else "choose one of them"
+    if group == "experiment" and near is None:
+        remedy = f"choose one of them, or give --config-dir=DIR with DIR/experiment/{choice}.yaml in it"
+    return f"{group} must be one of {', '.join(names)}, but is {choice!r}; {remedy}"
 
 
 def section_fields(section: str) -> list[str]:

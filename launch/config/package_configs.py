@@ -1,6 +1,5 @@
 """What Hydra must know of a user's own packages: their schemas, and their `conf/` folders."""
 
-import dataclasses
 import os
 import sys
 from collections.abc import Mapping
@@ -14,18 +13,11 @@ from hydra.plugins.config_source import ConfigLoadError
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
 import regrow.conf
-from regrow.launch.config.plugins import (
-    PackageError,
-    UserPackages,
-    active_packages,
-    find_packages,
-    import_of,
-    load_packages,
-    modules_named,
-)
+from regrow.launch.config.package_schemas import find_and_load, schemas_of
+from regrow.launch.config.plugins import PackageError, UserPackages, active_packages
 from regrow.launch.config.schema import register_schemas
 
-__all__ = ["schemas_of", "use_packages"]
+__all__ = ["register_packages", "use_packages"]
 
 
 def use_packages(environ: Mapping[str, str] = os.environ) -> UserPackages:
@@ -34,37 +26,24 @@ def use_packages(environ: Mapping[str, str] = os.environ) -> UserPackages:
     Raises:
         PackageError: one sentence on what is wrong with them.
     """
-    try:
-        folder = Path.cwd()
-    except FileNotFoundError:
-        folder = Path("/")  # the working directory has been removed, and with it the project
-    packages = find_packages(environ, folder)
-    load_packages(packages)
+    packages = find_and_load(environ)
+    register_packages(packages)
+    return packages
+
+
+def register_packages(packages: UserPackages) -> None:
+    """Makes the configs of packages that are loaded known to Hydra, and Regrow's own.
+
+    Args:
+        packages: the user's.
+
+    Raises:
+        PackageError: one sentence on what is wrong with them.
+    """
     register_schemas()
     for name in packages.names:
         _register(name)
     Plugins.instance().register(_OwnConfigs)
-    return packages
-
-
-def schemas_of(package: str) -> list[type[Any]]:
-    """The dataclasses with a `SCHEMA` in a loaded package's modules named `config` or `…_config`.
-
-    Raises:
-        PackageError: such a module cannot be imported.
-    """
-    found = []
-    for name in modules_named(package, lambda stem: stem == "config" or stem.endswith("_config")):
-        module = import_of(name)
-        found += [
-            kind
-            for kind in vars(module).values()
-            if isinstance(kind, type)
-            and dataclasses.is_dataclass(kind)
-            and kind.__module__ == name
-            and "SCHEMA" in vars(kind)
-        ]
-    return found
 
 
 def _register(package: str) -> None:

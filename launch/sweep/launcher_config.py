@@ -27,7 +27,8 @@ class SlurmConfig:
         job_name: name of the jobs in the queue.
         env: variables set for the ranks.
         setup: lines of shell before the ranks start, for instance `module load cuda`.
-        container: an image; null for none. `*.sif` is run by Apptainer, anything else by srun's `--container-image` (Pyxis).
+        container: an image; null for none. `*.sif` is run by Apptainer, anything else by srun's `--container-image`
+            (Pyxis).
         command: what starts a rank; null is this installation's `regrow`, or the container's.
         extra: further options of sbatch (`--exclude=n7`).
         extra_srun: further options of srun.
