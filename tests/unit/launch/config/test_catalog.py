@@ -11,11 +11,9 @@ import regrow.conf
 from regrow.launch.commands.own_catalog import own_catalog
 from regrow.launch.config.catalog import PLACES
 from regrow.launch.config.choices import read_choices
-from regrow.launch.config.identity import is_free, is_hyperparameter, is_identity
+from regrow.launch.config.identity import Membership, is_free, is_hyperparameter, is_identity, membership
 from regrow.launch.config.schema_docs import REQUIRED, describe_schema, summary_of
 from tests.composing import compose_config
-
-PLACE_NAMES = {"checkpoint.save_policies", "checkpoint.retention_rules", "data.sources", "data.validation_sets"}
 
 
 def kinds() -> list[type[Any]]:
@@ -80,7 +78,6 @@ def test_defaults_are_those_that_hydra_composes() -> None:
     ("choice", "name", "value", "file"),
     [
         ("model=llama3_8b", "model.dim", 4096, "conf/model/llama3_8b.yaml"),
-        ("model=qwen3_moe_debug", "model.n_experts", 8, "conf/model/qwen3_moe_debug.yaml"),
         ("checkpoint=production", "checkpoint.keep_latest_k", 3, "conf/checkpoint/production.yaml"),
     ],
 )
@@ -122,8 +119,6 @@ def test_places_are_fields_of_the_config() -> None:
 
 def test_every_field_has_one_part_in_a_run() -> None:
     """As `is_free` and the others decide, which is what names and refusals go by."""
-    from regrow.launch.config.identity import Membership, membership
-
     for name in own_catalog().entries:
         part = membership(name)
         if part is not Membership.location:
