@@ -174,7 +174,7 @@ class Catalog:
             yield choice, {choice: kind}
 
     def _by_choice(self, group: Group) -> dict[str, type[Any]]:
-        by_schema = {c.schema: c.name for c in reversed(group.choices.values()) if c.schema}
+        by_schema = {c.schema: c.name for c in reversed(list(group.choices.values())) if c.schema}
         return {by_schema.get(s, s.removesuffix("_schema")): kind for s, kind in group.schemas.items()}
 
     def _fields(self, group: Group, kinds: Mapping[str, type[Any]]) -> dict[str, list[Variant]]:

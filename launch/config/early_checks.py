@@ -80,7 +80,10 @@ def _check_field(override: Override, overrides: Sequence[Override]) -> None:
     roots = {f.name: f.type for f in dataclasses.fields(Config)}
     if section not in roots:
         raise UserError(unknown_field(section, list(roots)))
-    chosen = _chosen(section, overrides)
+    if section == "hooks":
+        section, chosen = f"hooks.{parts.pop(0)}", _chosen_hook(override.key_or_group.split(".")[1], overrides)
+    else:
+        chosen = _chosen(section, overrides)
     kind = chosen
     for i, part in enumerate(parts):
         if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
@@ -88,9 +91,11 @@ def _check_field(override: Override, overrides: Sequence[Override]) -> None:
         if part not in _names(kind):
             raise UserError(unknown_field(".".join((section, *parts[: i + 1])), _names(kind)))
         kind = _type_of(kind, part)
-    if not override.is_sweep_override() and isinstance(override.value(), _SCALARS):
+    if parts and not override.is_sweep_override() and isinstance(override.value(), _SCALARS):
+        holder = OmegaConf.create({})
+        OmegaConf.update(holder, section, chosen)
         # Hydra's own error would be the same one.
-        OmegaConf.update(OmegaConf.create({section: chosen}), override.key_or_group, override.value())
+        OmegaConf.update(holder, override.key_or_group, override.value())
 
 
 def _names(kind: Any) -> list[str]:
@@ -114,6 +119,23 @@ def _chosen(section: str, overrides: Sequence[Override]) -> Any:
         choice = override.value() if not override.is_sweep_override() else None
     found = read_choice(own / section / f"{choice}.yaml", own) if isinstance(choice, str) else None
     return known_schemas().get((section, found.schema)) if found is not None and not found.bases else None
+
+
+def _chosen_hook(name: str, overrides: Sequence[Override]) -> Any:
+    """The schema of a hook that the run surely has; None for any other."""
+    own = _conf_folders()[0]
+    sets = [o.value() for o in overrides if o.key_or_group == "hooks"]
+    root = read_choice(own / "config.yaml", own)
+    waiting = [str(sets[-1])] if sets else [dict(root.adds).get("hooks", "")] if root is not None else []
+    hooks: dict[str, Any] = {}
+    while waiting:
+        brought = read_choice(own / "hooks" / f"{waiting.pop()}.yaml", own)
+        if brought is not None:
+            hooks |= {k.removeprefix("/hook@"): v for k, v in brought.adds}
+            waiting += brought.bases
+    hooks |= {str(o.package).removeprefix("hooks."): o.value() for o in overrides if o.key_or_group == "hook"}
+    found = read_choice(own / "hook" / f"{hooks.get(name)}.yaml", own)
+    return known_schemas().get(("hook", found.schema)) if found is not None and not found.bases else None
 
 
 def check_complete(config: DictConfig) -> None:

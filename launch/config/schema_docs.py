@@ -5,7 +5,6 @@ choice's under `Attributes:` of its enum.
 """
 
 import dataclasses
-import functools
 import inspect
 import re
 import types
@@ -80,13 +79,21 @@ class SchemaDoc:
         return next(f for f in self.fields if f.name == name)
 
 
-@functools.cache
+_described: dict[type[Any], SchemaDoc] = {}
+
+
 def describe_schema(kind: type[Any]) -> SchemaDoc:
     """Reads a dataclass, with what it inherits.
 
     Args:
         kind: the dataclass.
     """
+    if kind not in _described:
+        _described[kind] = _describe(kind)
+    return _described[kind]
+
+
+def _describe(kind: type[Any]) -> SchemaDoc:
     meanings: dict[str, str] = {}
     for parent in reversed(kind.__mro__):
         meanings |= attribute_texts(parent)

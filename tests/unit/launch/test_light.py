@@ -20,11 +20,11 @@ COMMANDS = {
     "misspelt field": (["optimizer.lrr=3"], 2, "optimizer.lrr is not a field; did you mean optimizer.lr?"),
     "misspelt section": (["trian.steps=3"], 2, "trian is not a field; did you mean train?"),
     "unknown choice": (["model=llama3_9b"], 2, "did you mean model=llama3_8b?"),
+    "misspelt in a hook": (["hooks.sample.tokenz=3"], 2, "did you mean hooks.sample.tokens?"),
     "wrong value": (["train.steps=many"], 2, "train.steps must be a whole number, but is 'many'"),
 }
 # Those that Hydra has to compose first.
 COMPOSED = {
-    "misspelt entry": (["hooks.sample.tokenz=3"], 2, "did you mean hooks.sample.tokens?"),
     "in an experiment": (["experiment=demo", "optimizer.lrr=3"], 2, "did you mean optimizer.lr?"),
     "missing value": (["data=tokens"], 2, "data.path must be set, but is missing"),
 }

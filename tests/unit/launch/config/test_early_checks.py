@@ -25,6 +25,9 @@ WRONG = (
     ["launch.device=tpu"],
     ["run.allow_change=optimizer.lr"],
     ["scheduler=cosine", "scheduler.decay_ratio=0.1"],
+    ["hooks.sample.tokenz=3"],
+    ["hooks.validation.every=often"],
+    ["+hook@hooks.evaluation=evaluation", "hooks.evaluation.taks=[]"],
     ["model=llama3_9b"],
     ["precision=fp16"],
 )
@@ -64,6 +67,8 @@ def test_the_sentence_is_the_one_that_hydra_leads_to(overrides: list[str]) -> No
         ["train.compile=true", "parallel.reshard_after_forward=2", "run.name=${oc.env:HOME}"],
         ["hydra.job.name=x", "~hooks.sample", "experiment=demo", "data.tokenizer=null"],
         ["+checkpoint.storage_options.region=x", "checkpoint.storage_options.endpoint=y"],
+        ["hooks.sample.enabled=false", "hooks=none", "hooks.sample={}"],
+        ["hooks.mine.x=3"],
         ["launch.timeout_s=5", "precision=bf16", "+experiment=demo"],
     ],
     ids=lambda o: o[0],
