@@ -81,7 +81,7 @@ def _meaning(field: Mapping[str, Any]) -> str:
     parts += [f"With {name}: {sentence(meaning)}" for name, meaning in field.get("other_meanings", {}).items()]
     parts += [f"`{c['name']}`: {sentence(c['meaning'])}" for c in field["choices"]]
     if "only_with" in field:
-        parts.append(f"Only with {field['only_with_words']}.")
+        parts.append(f"Of {field['only_with_words']}.")
     return _escaped(" ".join(parts))
 
 

@@ -141,7 +141,7 @@ def _owners_words(group: Group, owners: dict[str, list[str]]) -> str:
     """In few words: all but these, or these, or the choices of a schema."""
     others = [c for c in group.choices if not any(c in names for names in owners.values())]
     if len(others) == 1 and len(group.choices) > _FEW:
-        return f"all choices but {group.name}={others[0]}"
+        return f"every choice but {group.name}={others[0]}"
     words = []
     for schema, names in owners.items():
         shown = names if len(names) <= _FEW else [f"{schema}_… ({len(names)} choices)"]

@@ -44,9 +44,9 @@ def _field(explained: Mapping[str, Any]) -> Iterable[str]:
     for i, choice in enumerate(explained["choices"]):
         yield from _labelled("" if i else "choices", f"{choice['name']}: {choice['meaning']}")
     if "only_with" in explained:
-        yield from _labelled("only with", explained["only_with_words"])
+        yield from _labelled("of", explained["only_with_words"])
     if explained.get("set_by"):
-        given = [f"{name} {value_words(value)}" for name, value in explained["set_by"].items()]
+        given = [f"{name}: {value_words(value)}" for name, value in explained["set_by"].items()]
         more = [f"and {len(given) - _SHOWN_CHOICES} more"] if len(given) > _SHOWN_CHOICES else []
         yield from _labelled("set by", ", ".join([*given[:_SHOWN_CHOICES], *more]))
     yield from _labelled("in a run", MEMBERSHIPS[explained["belongs_to"]].format(name=explained["name"]))
@@ -59,11 +59,15 @@ def _field(explained: Mapping[str, Any]) -> Iterable[str]:
 
 
 def _where(explained: Mapping[str, Any]) -> str:
-    name = explained["name"]
-    sweep = "" if explained["belongs_to"] == "free" else f", or several: regrow -m {name}=A,B"
+    name, value = explained["name"], "[A,B]" if explained["type"].startswith("list") else "VALUE"
+    if ".N." in name:
+        place, _, inside = name.partition(".N.")
+        return f"with all of its list: regrow '{place}=[{{{inside}: {value}, …}}, …]'"
+    is_swept = explained["belongs_to"] != "free" and value == "VALUE"
+    sweep = f", or several: regrow -m {name}=A,B" if is_swept else ""
     *sections, last = name.split(".")
-    nested = "".join(f"{section}: {{" for section in sections) + f"{last}: VALUE" + "}" * len(sections)
-    return f"regrow {name}=VALUE{sweep}; in the YAML of an experiment as {nested}"
+    nested = "".join(f"{section}: {{" for section in sections) + f"{last}: {value}" + "}" * len(sections)
+    return f"regrow {name}={value}{sweep}; in the YAML of an experiment as {nested}"
 
 
 def default_words(explained: Mapping[str, Any]) -> str:

@@ -75,8 +75,12 @@ def test_what_programs_are_told(
 def test_a_field_that_schemas_have_otherwise(capsys: pytest.CaptureFixture[str]) -> None:
     assert "default   1e-05; 1e-06 with qwen3, qwen3_moe\n" in explain(capsys, "model.norm_eps")
     text = explain(capsys, "data.files")
-    assert "only with data=text, data=chat\n" in text
+    assert "of        data=text, data=chat\n" in text
     assert "default   []\n" in text
+    assert "set it    regrow data.files=[A,B]; " in text
+    assert "regrow 'data.stages=[{weights: VALUE, …}, …]'" in " ".join(
+        explain(capsys, "data.stages.N.weights").split()
+    )
 
 
 def test_a_section_and_a_group(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,6 @@ WRONG = (
     ["train.steps=null"],
     ["launch.device=tpu"],
     ["run.allow_change=optimizer.lr"],
-    ["scheduler=cosine", "scheduler.decay_ratio=0.1"],
     ["hooks.sample.tokenz=3"],
     ["hooks.validation.every=often"],
     ["+hook@hooks.evaluation=evaluation", "hooks.evaluation.taks=[]"],
