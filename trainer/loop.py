@@ -41,6 +41,7 @@ from regrow.trainer.hook import Hook
 from regrow.trainer.optimizer import Optimizer
 from regrow.trainer.parallel.context import ParallelContext
 from regrow.trainer.parallel.engine import Engine
+from regrow.trainer.phase import Phase
 from regrow.trainer.reduction import PendingReduction, Slot, SlotKind, StepReduction
 from regrow.trainer.resources import Resources
 from regrow.trainer.restore import Restorer
@@ -129,6 +130,9 @@ class Trainer:
         hooks: in the order in which their methods run.
         state: at the start of a fresh run.
         stop_requested: whether somebody asks this rank to stop, looked at once a step.
+
+    Attributes:
+        phase: what this rank is doing, for threads that look on.
     """
 
     def __init__(
@@ -162,6 +166,7 @@ class Trainer:
         self._asked: StopReason | None = None
         self.batch: StepBatch | None = None
         self.measured: dict[str, float] = {}
+        self.phase = Phase.outside
         self._make_batches = make_batches
         self._stop_requested = stop_requested
         self._pending: _Pending | None = None
@@ -231,10 +236,11 @@ class Trainer:
         self.agree_on_stop()
         self._batches = self._make_batches(self.state)
         while self.state.step < self.options.steps and self._stop is None:
-            waited = time.perf_counter()
+            waited, self.phase = time.perf_counter(), Phase.data
             if not self._wait_for_data(self._batches):
                 break
             self._step(self._batches, waited)
+        self.phase = Phase.outside
         self.flush()
         for hook in self.hooks:
             hook.after_last_step(self)
@@ -267,18 +273,23 @@ class Trainer:
         self._waiting = not batches.ready(0.0)
         self.batch = next(batches)
         data_wait_s = time.perf_counter() - started
-        self.measured = {}
+        self.measured, self.phase = {}, Phase.hooks
         for hook in self.hooks:
             hook.before_step(self)
+        self.phase = Phase.forward_backward
         loss_sum = self._forward_backward(self.batch)
+        self.phase = Phase.hooks
         for hook in self.hooks:
             hook.before_optimizer_step(self)
+        self.phase = Phase.update
         lr, grad_norm = self._update()
         self._loss_sum, self._grad_norm = loss_sum, grad_norm
+        self.phase = Phase.reduction
         previous, self._pending = self._pending, self._start_reduction(lr)
         # Reading the step before keeps the host one step ahead of the device and no further, so that host
         # time is device time.
         self._settle(previous)
+        self.phase = Phase.hooks
         self._add_timing(time.perf_counter() - started, data_wait_s)
         for hook in self.hooks:
             hook.after_optimizer_step(self)
@@ -381,6 +392,7 @@ class Trainer:
             row["bits_per_byte"] = self._loss_slot.value / math.log(2) / self._bytes_slot.value
         slots = zip(self.options.sources, self._source_slots, pending.labels.tolist(), strict=False)
         row |= {f"loss/{name}": slot.value / labels for name, slot, labels in slots if labels}
+        self.phase = Phase.hooks
         for hook in self.hooks:
             hook.after_metrics(self, row)
 

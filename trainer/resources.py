@@ -32,6 +32,7 @@ class Resources:
             loaded.
         attempt: what `run.json` is to say of this start, as far as it is known before it.
         checkpoint: how the run is saved; None where it has no checkpoints.
+        failed: writes down why a rank has failed, for the run's end to tell.
         export: what is exported while training goes on; None where nothing is.
     """
 
@@ -45,5 +46,6 @@ class Resources:
     document_mask: bool
     begin: Callable[[], None]
     attempt: Attempt
+    failed: Callable[[int, str], None]
     checkpoint: CheckpointPlan | None
     export: ExportPlan | None

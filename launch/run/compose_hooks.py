@@ -9,6 +9,7 @@ from regrow.launch.config.schema import Config
 from regrow.launch.run.build import build_hooks
 from regrow.launch.run.compose_checkpoint import compose_checkpoint, compose_export
 from regrow.launch.run.compose_data import validation_samples
+from regrow.launch.run.failures import note_sentence
 from regrow.launch.run.ownership import lease_place
 from regrow.launch.run.rank_spec import RankSpec
 from regrow.launch.run.run_documents import begin_run
@@ -55,6 +56,7 @@ def compose_resources(spec: RankSpec, context: ParallelContext, threads: int, co
         document_mask=config.data.document_mask,
         begin=partial(_begin, spec),
         attempt=_attempt(context, threads),
+        failed=partial(note_sentence, spec.run_dir),
         checkpoint=compose_checkpoint(spec, corpus.fingerprint) if saves else None,
         export=compose_export(spec) if saves else None,
     )

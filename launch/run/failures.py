@@ -16,7 +16,16 @@ from regrow.checkpoint.files import read_regular
 from regrow.launch.config.errors import EXPLAINED
 from regrow.trainer.run_record import RunRecordError
 
-__all__ = ["RankFailed", "clear_failures", "first_failure", "note_failure", "saw_another_go", "storage_problem"]
+__all__ = [
+    "RankFailed",
+    "clear_failures",
+    "failure_of",
+    "first_failure",
+    "note_failure",
+    "note_sentence",
+    "saw_another_go",
+    "storage_problem",
+]
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +91,11 @@ def clear_failures(run_dir: Path, rank: int | None = None) -> None:
 def note_failure(run_dir: Path, rank: int, error: BaseException) -> None:
     """Writes down how this rank failed; a rank that cannot has its log all the same."""
     text = str(error) or type(error).__name__
-    message = text if isinstance(error, EXPLAINED) else f"{type(error).__name__}: {text}"
+    note_sentence(run_dir, rank, text if isinstance(error, EXPLAINED) else f"{type(error).__name__}: {text}")
+
+
+def note_sentence(run_dir: Path, rank: int, message: str) -> None:
+    """Writes down how a rank failed, for one that can no longer do so itself too."""
     body = {"rank": rank, "at": time.time(), "message": message[:2000]}
     path = _note(run_dir, rank)
     try:
@@ -105,6 +118,11 @@ def first_failure(run_dir: Path) -> str | None:
     """The sentence of the rank that failed first; None where none has said how it failed."""
     first = min(_read_notes(run_dir), key=lambda f: (f.at, f.rank), default=None)
     return None if first is None else f"rank {first.rank}: {first.message}"
+
+
+def failure_of(run_dir: Path, rank: int) -> str | None:
+    """The sentence of a rank that failed; None where nobody has said how."""
+    return next((f"rank {rank}: {f.message}" for f in _read_notes(run_dir) if f.rank == rank), None)
 
 
 def saw_another_go(run_dir: Path, rank: int, error: BaseException) -> bool:

@@ -19,7 +19,7 @@ from torch.distributed.launcher.api import elastic_launch
 
 from regrow.checkpoint.scratch import scratch_folder
 from regrow.launch.config.errors import naming_fields
-from regrow.launch.run.failures import first_failure
+from regrow.launch.run.failures import failure_of, first_failure
 from regrow.launch.run.rank_spec import OUTCOME, Outcome, RankSpec, read_outcome
 from regrow.launch.run.signals import SIGNALS, STOP_NOTE, StopFlag
 from regrow.trainer.process import PARENT_VARIABLE
@@ -134,7 +134,8 @@ def _failure(spec: RankSpec, error: ChildFailedError, received: list[int]) -> Ou
     rank, first = min(killed, key=lambda pair: pair[1].timestamp, default=error.get_first_failure())
     how = f"signal {signal.Signals(-first.exitcode).name}" if first.exitcode < 0 else f"exit code {first.exitcode}"
     where = spec.run_dir / "logs" / f"rank-{rank}.log"
-    message = (None if killed else first_failure(spec.run_dir)) or f"rank {rank} died ({how})"
+    told = failure_of(spec.run_dir, rank) if killed else first_failure(spec.run_dir)
+    message = told or f"rank {rank} died ({how})"
     outcome = read_outcome(spec.run_dir)
     if outcome is not None and outcome.message:
         return outcome

@@ -38,6 +38,7 @@ __all__ = [
     "efficient_attention_backward",
     "flash_attention",
     "flash_attention_backward",
+    "flight_record",
     "foreach_add",
     "foreach_copy",
     "foreach_divide",
@@ -248,3 +249,16 @@ def default_store() -> torch.distributed.Store:
     """The store of the default process group."""
     store: torch.distributed.Store = torch.distributed.distributed_c10d._get_default_store()
     return store
+
+
+def flight_record() -> bytes | None:
+    """What NCCL's flight recorder has of this process' collectives, as torch's own tools read it; None without one.
+
+    It may wait for collectives that hang: whoever calls it has done everything else.
+    """
+    try:
+        dump: Any = torch._C._distributed_c10d._dump_nccl_trace
+        record: bytes = dump()
+    except (AttributeError, RuntimeError):
+        return None
+    return record
