@@ -16,6 +16,7 @@ __all__ = ["COMMANDS", "main"]
 
 # `regrow WORD …`: the module's `main` is given what follows the word, and returns the exit code.
 COMMANDS = {
+    "doctor": "regrow.launch.commands.doctor",
     "explain": "regrow.launch.commands.explain",
 }
 
