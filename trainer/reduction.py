@@ -42,7 +42,8 @@ class Slot:
         kind: see `SlotKind`.
         read: this rank's value, asked for once a step, after the update; a scalar on the device, or a number of the
             host. On every rank it is of the same kind.
-        in_row: the value goes into the step's row of metrics under the slot's name.
+        in_row: the value goes into the step's row of metrics under the slot's name; one that is not a number is left
+            out.
         value: what the ranks had one step ago; before the first step, what it was registered with.
     """
 
@@ -222,7 +223,8 @@ class StepReduction:
         if pending.arrived is not None:
             pending.arrived.synchronize()
         unpack(pending.slots, pending.values.tolist(), self._world_size)
-        return {slot.name: slot.value for slot in pending.slots if slot.in_row}
+        rows = (slot for slot in pending.slots if slot.in_row and not math.isnan(slot.value))
+        return {slot.name: slot.value for slot in rows}
 
     def now(self, *slots: Slot, on_cpu: bool = False) -> None:
         """Reduces these slots alone, registered or not, and waits; all ranks call it together.

@@ -1,6 +1,6 @@
 """The files of a run's directory, by name."""
 
-__all__ = ["CONFIG", "METRICS", "RECORD", "SAMPLES"]
+__all__ = ["CONFIG", "METRICS", "RECORD", "SAMPLES", "STATISTICS"]
 
 # What the run is and was: `trainer/run_record.py`.
 RECORD = "run.json"
@@ -10,3 +10,5 @@ CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 # The windows that each step read, with `data.log_samples`.
 SAMPLES = "samples.jsonl"
+# Norms by module, with `hook/statistics`.
+STATISTICS = "statistics.jsonl"

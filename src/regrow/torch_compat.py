@@ -10,6 +10,7 @@ that compiles nothing does without.
 import importlib.util
 import os
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ __all__ = [
     "cpu_attention",
     "cpu_attention_backward",
     "default_store",
+    "dump_memory_snapshot",
     "efficient_attention",
     "efficient_attention_backward",
     "flash_attention",
@@ -50,11 +52,14 @@ __all__ = [
     "hosted_like",
     "is_in_backward",
     "make_compiler_repeatable",
+    "memory_by_category",
+    "on_out_of_memory",
     "onednn_linear",
     "overlap_tensor_parallel",
     "pipelining",
     "process_group",
     "reduce_scatter",
+    "remember_allocations",
     "scaled_product",
     "scatter_into",
     "set_activation_budget",
@@ -262,3 +267,41 @@ def flight_record() -> bytes | None:
     except (AttributeError, RuntimeError):
         return None
     return record
+
+
+def memory_by_category(profiler: torch.profiler.profile) -> list[tuple[str, int]]:
+    """Bytes at the peak of a profile, by what they are for, largest first; it must know shapes, stacks and memory."""
+    memory: Any = profiler._memory_profile()
+    now: dict[str, int] = {}
+    total = peak = 0
+    at_peak: dict[str, int] = {}
+    for _, action, (key, version), size in memory.timeline:
+        change = {"PREEXISTING": size, "CREATE": size, "DESTROY": -size}.get(action.name, 0)
+        category = memory._categories.get(key, version)
+        name = "unknown" if category is None else str(category.name).lower().replace("_", " ")
+        now[name] = now.get(name, 0) + change
+        total += change
+        if total > peak:
+            peak, at_peak = total, dict(now)
+    return sorted(((n, b) for n, b in at_peak.items() if b > 0), key=lambda item: -item[1])
+
+
+def remember_allocations(entries: int) -> None:
+    """Has the GPU's allocator remember who asked for what; 0 ends that."""
+    record: Any = torch.cuda.memory._record_memory_history
+    if entries:
+        record(max_entries=entries)
+    else:
+        record(enabled=None)
+
+
+def dump_memory_snapshot(path: str) -> None:
+    """What the GPU's allocator holds, as pytorch.org/memory_viz reads it."""
+    dump: Any = torch.cuda.memory._dump_snapshot
+    dump(path)
+
+
+def on_out_of_memory(act: Callable[[], None]) -> None:
+    """Has `act` called when a GPU has no memory for an allocation, while all others are still held."""
+    attach: Any = torch._C._cuda_attach_out_of_memory_observer
+    attach(lambda _device, _wanted, _total, _free: act())
