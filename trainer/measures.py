@@ -45,7 +45,7 @@ class Measures:
         if not counts or tensor.numel() == 0:
             return
         index = self._at[name]
-        for part in tensor.detach().reshape(-1).split(_PART):
+        for part in torch.split(tensor.detach().reshape(-1), _PART):
             finite = part.isfinite()
             clean = torch.where(finite, part, 0)
             norm = torch.linalg.vector_norm(clean, 2, dtype=torch.float64)

@@ -6,7 +6,7 @@ __all__ = ["Phase"]
 
 
 class Phase(Enum):
-    """A part of the loop. What is not `outside` or `hooks` is a part of each step, and takes about as long each time."""
+    """A part of the loop. All but `outside` and `hooks` belong to each step, and take about as long each time."""
 
     outside = "outside of the steps"
     hooks = "a hook"

@@ -1,1 +1,1 @@
-"""What `regrow doctor` looks at. Nothing here imports torch but the two probes, which run in processes of their own."""
+"""What `regrow doctor` looks at. Only the two probes import torch, in processes of their own."""

@@ -1,7 +1,6 @@
 """Slurm and Weights & Biases."""
 
 import netrc
-import os
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -44,9 +43,7 @@ def check_slurm(*, wanted: bool) -> Verdict:
         return _no_answer(bad, problem.splitlines()[-1])
     rows = [line.split() for line in done.stdout.splitlines() if len(line.split()) == 3]
     if not any(state == "up" for _, state, _ in rows):
-        return Verdict(
-            name="Slurm", state=bad, found="no partition is up", remedy="ask its administrator; see sinfo"
-        )
+        return Verdict(name="Slurm", state=bad, found="no partition is up", remedy="ask its administrator; see sinfo")
     told = ", ".join(f"{name} ({nodes} nodes, {state})" for name, state, nodes in rows)
     return Verdict(name="Slurm", state=State.ok, found=f"partitions {told}")
 
@@ -90,7 +87,7 @@ def check_wandb(environ: Mapping[str, str], mode: str | None) -> Verdict:
 
 
 def _has_entry(environ: Mapping[str, str], host: str) -> bool:
-    path = Path(environ.get("NETRC", str(Path(environ.get("HOME", os.path.expanduser("~"))) / ".netrc")))
+    path = Path(environ.get("NETRC", str(Path(environ.get("HOME", "~")).expanduser() / ".netrc")))
     try:
         return netrc.netrc(str(path)).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):

@@ -77,9 +77,7 @@ class TorchProbe:
         least = _least_torch()
         if tuple(int(n) for n in re.findall(r"\d+", found["torch"])[:2]) < least:
             needed = ".".join(map(str, least))
-            return Verdict(
-                name="versions", state=State.broken, found=told, remedy=f"pip install 'torch>={needed}'"
-            )
+            return Verdict(name="versions", state=State.broken, found=told, remedy=f"pip install 'torch>={needed}'")
         driver = _DRIVER.exists()
         if driver and not found["cuda"]:
             return Verdict(
@@ -113,7 +111,7 @@ class TorchProbe:
         busy = [str(n) for n, d in enumerate(devices) if d["free"] < 0.8 * d["total"]]
         if broken:
             return Verdict(
-                name="devices", state=State.broken, found=f"{told}; {host}; wrong products on GPU {', '.join(broken)}",
+                name="devices", state=State.broken, found=f"{told}; {host}; GPU {', '.join(broken)} computes wrongly",
                 remedy="leave these out (CUDA_VISIBLE_DEVICES) and have them looked at",
             )  # fmt: skip
         if busy:

@@ -262,8 +262,8 @@ def flight_record() -> bytes | None:
     It may wait for collectives that hang: whoever calls it has done everything else.
     """
     try:
-        dump: Any = torch._C._distributed_c10d._dump_nccl_trace
-        record: bytes = dump()
+        recorder: Any = torch._C._distributed_c10d
+        record: bytes = recorder._dump_nccl_trace()
     except (AttributeError, RuntimeError):
         return None
     return record
@@ -303,5 +303,5 @@ def dump_memory_snapshot(path: str) -> None:
 
 def on_out_of_memory(act: Callable[[], None]) -> None:
     """Has `act` called when a GPU has no memory for an allocation, while all others are still held."""
-    attach: Any = torch._C._cuda_attach_out_of_memory_observer
-    attach(lambda _device, _wanted, _total, _free: act())
+    binding: Any = torch._C
+    binding._cuda_attach_out_of_memory_observer(lambda _device, _wanted, _total, _free: act())

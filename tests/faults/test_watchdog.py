@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from regrow.checkpoint.processes import process_stat
+from tests.faults.hook_package import write_hook
 from tests.faults.test_kills import command, workers
 from tests.support import curve, metrics, record, wait_until
 from tests.warm import regrow, start
@@ -61,44 +62,11 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on_by_itself(corpus: Path, tmp
     assert not list((run_dir / "watchdog").glob("live-*"))
 
 
-HANG = '''
-import threading
-from dataclasses import dataclass
-from typing import ClassVar
-
-from regrow.trainer.config import HookConfig
-from regrow.trainer.hook import Hook
-
-
-@dataclass(kw_only=True, slots=True)
-class HangConfig(HookConfig):
-    """Hangs in a forward pass, once."""
-
-    SCHEMA: ClassVar[tuple[str, str]] = ("hook", "hang_schema")
-    _target_: str = "hanging.config.HangHook"
-
-
-class HangHook(Hook):
-    def __init__(self, config):
-        pass
-
-    def before_step(self, trainer):
-        if trainer.state.step == 8 and trainer.context.rank == 1:
-            trainer.engine.forward_backward = lambda *given: threading.Event().wait()
-'''
-
-
 def test_a_rank_that_hangs_by_itself_is_told_from_those_that_wait(corpus: Path, tmp_path: Path) -> None:
     """Without restarts the sentence is the last thing that the command says."""
-    package = tmp_path / "hanging"
-    (package / "conf/hook").mkdir(parents=True)
-    (package / "__init__.py").write_text("")
-    (package / "config.py").write_text(HANG)
-    (package / "conf/hook/hang.yaml").write_text("defaults: [hang_schema, _self_]\n")
-    arguments = command(corpus, *RANKS, *WATCHED, "+hook@hooks.hang=hang", "run.name=a")
-    code, out = regrow(
-        arguments, tmp_path, REGROW_PACKAGES="hanging", PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
-    )
+    act = "trainer.engine.forward_backward = lambda *given: threading.Event().wait()"
+    write_hook(tmp_path, "hanging", step=8, rank=1, act=act)
+    code, out = regrow(command(corpus, *RANKS, *WATCHED, "+hook@hooks.bad=bad", "run.name=a"), tmp_path)
     assert code == 1, out
     _, report = report_of(tmp_path / "outputs/a")
     assert report["missing"] == [1], report
@@ -106,24 +74,15 @@ def test_a_rank_that_hangs_by_itself_is_told_from_those_that_wait(corpus: Path, 
     assert report["ranks"][1]["answers"]
     assert report["ranks"][1]["phase"] == "forward and backward"
     assert report["ranks"][0]["collective"], report
-    assert "rank 1" in out.strip().splitlines()[-1]
-    assert "is missing, in forward and backward" in out.strip().splitlines()[-1]
+    last = out.strip().splitlines()[-1]
+    assert last.startswith("error: rank 1: step 9 hangs")
+    assert "is missing, in forward and backward" in last
 
 
 def test_what_may_take_long_is_no_hanging_step(corpus: Path, tmp_path: Path) -> None:
     """Rank 0 is in a hook for longer than a step may take, and the other rank waits for it."""
-    package = tmp_path / "slow"
-    (package / "conf/hook").mkdir(parents=True)
-    (package / "__init__.py").write_text("")
-    slow = HANG.replace("hanging", "slow").replace("== 1:", "== 0:").replace(
-        "trainer.engine.forward_backward = lambda *given: threading.Event().wait()", "threading.Event().wait(4.0)"
-    )
-    (package / "config.py").write_text(slow)
-    (package / "conf/hook/hang.yaml").write_text("defaults: [hang_schema, _self_]\n")
-    watched = [*WATCHED, "hooks.watchdog.min_s=1"]
-    arguments = command(corpus, *RANKS, *watched, "+hook@hooks.hang=hang", "run.name=a", "train.steps=12")
-    code, out = regrow(
-        arguments, tmp_path, REGROW_PACKAGES="slow", PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
-    )
+    write_hook(tmp_path, "slow", step=8, rank=0, act="threading.Event().wait(6.0)")
+    watched = [*WATCHED, "+hook@hooks.bad=bad", "run.name=a", "train.steps=12"]
+    code, out = regrow(command(corpus, *RANKS, *watched), tmp_path)
     assert code == 0, out
     assert not list((tmp_path / "outputs/a/watchdog").glob("step-*"))

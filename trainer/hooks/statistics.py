@@ -108,9 +108,7 @@ class StatisticsHook(Hook):
         """What is measured, and its names."""
         config = self._config
         kinds = {"gradient": config.gradients, "weight": config.weights, "activation": config.activations}
-        return {
-            kind: model.block_names if kind == "activation" else model.names for kind, on in kinds.items() if on
-        }
+        return {kind: model.block_names if kind == "activation" else model.names for kind, on in kinds.items() if on}
 
     def _look_at(self, trainer: Trainer) -> _Model:
         context, by = trainer.context, self._config.by

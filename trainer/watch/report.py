@@ -60,9 +60,7 @@ def _finding(member: Member, note: Note | None, stacks: Stacks | None, *, answer
         collective, place = place_of(stacks.main)
     else:
         phase, (collective, place) = "a phase that is not known", place_of(())
-    return Finding(
-        member=member, answers=answers, phase=phase, collective=collective, place=place, state=state
-    )
+    return Finding(member=member, answers=answers, phase=phase, collective=collective, place=place, state=state)
 
 
 def write_report(folder: Path, findings: Sequence[Finding], step: int, waited_s: float) -> str:

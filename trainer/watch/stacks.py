@@ -75,12 +75,18 @@ def own_frames() -> list[Frame]:
     return [Frame(f.f_code.co_name, f.f_code.co_filename, line) for f, line in traceback.walk_stack(frame)]
 
 
+_COMPILER = ("torch/_dynamo/convert_frame.py", "torch/_inductor/compile_fx.py")
+
+
 def is_compiling() -> bool:
     """Whether a thread of this process is in torch's compiler, which may take minutes."""
     for frame in sys._current_frames().values():  # noqa: SLF001
         for inner, _ in traceback.walk_stack(frame):
             file, name = inner.f_code.co_filename, inner.f_code.co_name
-            if file.endswith(("torch/_dynamo/convert_frame.py", "torch/_inductor/compile_fx.py")) and "compile" in name:
+            if (
+                file.endswith(("torch/_dynamo/convert_frame.py", "torch/_inductor/compile_fx.py"))
+                and "compile" in name
+            ):
                 return True
     return False
 
@@ -128,7 +134,7 @@ def stacks_of(pid: int, timeout_s: float) -> Stacks:
     beside = Path(sys.executable).with_name("py-spy")
     tool = str(beside) if beside.is_file() else shutil.which("py-spy")
     if tool is None:
-        return Stacks(text="py-spy is not there to read the stacks of a process that does not answer; install regrow[debug]\n")
+        return Stacks(text="py-spy, which reads the stacks of processes that do not answer, is not there\n")
     command = [tool, "dump", "--nonblocking", "--json", "--pid", str(pid)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)

@@ -85,7 +85,13 @@ def names(folder: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_given_steps_of_given_ranks_are_traced_and_told(corpus: Path, tmp_path: Path) -> None:
-    chosen = ["hooks.profile.at=[2]", "hooks.profile.count=2", "hooks.profile.ranks=[1]", "hooks.profile.memory=true", "model.n_layers=1"]
+    chosen = [
+        "hooks.profile.at=[2]",
+        "hooks.profile.count=2",
+        "hooks.profile.ranks=[1]",
+        "hooks.profile.memory=true",
+        "model.n_layers=1",
+    ]
     quiet, told = run(corpus, tmp_path, 2, [], *chosen, "train.steps=5")
     assert names(tmp_path) == ["steps-2-3-rank-1.json.gz", "steps-2-3-rank-1.txt"]
     trace = json.loads(gzip.decompress((tmp_path / "profile/steps-2-3-rank-1.json.gz").read_bytes()))

@@ -11,7 +11,13 @@ from pathlib import Path
 import pytest
 
 from regrow.launch.doctor.disk import check_bandwidth, check_space, check_writing
-from regrow.launch.doctor.host import check_clock, check_git, check_locked_memory, check_open_files, check_shared_memory
+from regrow.launch.doctor.host import (
+    check_clock,
+    check_git,
+    check_locked_memory,
+    check_open_files,
+    check_shared_memory,
+)
 from regrow.launch.doctor.services import check_slurm, check_wandb
 from regrow.launch.doctor.verdict import Check, State, Verdict, run_checks
 
@@ -133,9 +139,7 @@ def test_clocks_of_several_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert check_clock({}).name == "clock"
 
 
-@pytest.mark.parametrize(
-    ("mode", "state"), [(None, State.ok), ("offline", State.warning), ("online", State.broken)]
-)
+@pytest.mark.parametrize(("mode", "state"), [(None, State.ok), ("offline", State.warning), ("online", State.broken)])
 def test_wandb_without_a_login(tmp_path: Path, mode: str | None, state: State) -> None:
     assert check_wandb({"HOME": str(tmp_path)}, mode).state is state
     (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password secret\n")
