@@ -20,6 +20,7 @@ __all__ = [
     "RankFailed",
     "clear_failures",
     "failure_of",
+    "first_failed",
     "first_failure",
     "note_failure",
     "note_sentence",
@@ -116,8 +117,14 @@ def _read_notes(run_dir: Path) -> list[_Failure]:
 
 def first_failure(run_dir: Path) -> str | None:
     """The sentence of the rank that failed first; None where none has said how it failed."""
+    rank = first_failed(run_dir)
+    return None if rank is None else failure_of(run_dir, rank)
+
+
+def first_failed(run_dir: Path) -> int | None:
+    """The rank that failed first, of those of which is said how."""
     first = min(_read_notes(run_dir), key=lambda f: (f.at, f.rank), default=None)
-    return None if first is None else f"rank {first.rank}: {first.message}"
+    return None if first is None else first.rank
 
 
 def failure_of(run_dir: Path, rank: int) -> str | None:

@@ -19,7 +19,7 @@ from torch.distributed.launcher.api import elastic_launch
 
 from regrow.checkpoint.scratch import scratch_folder
 from regrow.launch.config.errors import naming_fields
-from regrow.launch.run.failures import failure_of, first_failure
+from regrow.launch.run.failures import failure_of, first_failed
 from regrow.launch.run.rank_spec import OUTCOME, Outcome, RankSpec, read_outcome
 from regrow.launch.run.signals import SIGNALS, STOP_NOTE, StopFlag
 from regrow.trainer.process import PARENT_VARIABLE
@@ -132,10 +132,13 @@ def _failure(spec: RankSpec, error: ChildFailedError, received: list[int]) -> Ou
     # A rank that a signal killed says nothing; the others say that they saw it go. The agent itself sends TERM.
     killed = [(r, f) for r, f in error.failures.items() if f.exitcode < 0 and f.exitcode != -signal.SIGTERM]
     rank, first = min(killed, key=lambda pair: pair[1].timestamp, default=error.get_first_failure())
+    told = first_failed(spec.run_dir)
+    if not killed and told is not None:
+        # The agent may have noticed another one's end first.
+        rank, first = told, error.failures.get(told, first)
     how = f"signal {signal.Signals(-first.exitcode).name}" if first.exitcode < 0 else f"exit code {first.exitcode}"
     where = spec.run_dir / "logs" / f"rank-{rank}.log"
-    told = failure_of(spec.run_dir, rank) if killed else first_failure(spec.run_dir)
-    message = told or f"rank {rank} died ({how})"
+    message = failure_of(spec.run_dir, rank) or f"rank {rank} died ({how})"
     outcome = read_outcome(spec.run_dir)
     if outcome is not None and outcome.message:
         return outcome

@@ -83,10 +83,7 @@ def is_compiling() -> bool:
     for frame in sys._current_frames().values():  # noqa: SLF001
         for inner, _ in traceback.walk_stack(frame):
             file, name = inner.f_code.co_filename, inner.f_code.co_name
-            if (
-                file.endswith(("torch/_dynamo/convert_frame.py", "torch/_inductor/compile_fx.py"))
-                and "compile" in name
-            ):
+            if file.endswith(_COMPILER) and "compile" in name:
                 return True
     return False
 
