@@ -63,8 +63,8 @@ def _finding(member: Member, note: Note | None, stacks: Stacks | None, *, answer
     return Finding(member=member, answers=answers, phase=phase, collective=collective, place=place, state=state)
 
 
-def write_report(folder: Path, findings: Sequence[Finding], step: int, waited_s: float) -> str:
-    """Writes `report.json` and `report.txt`; returns the sentence."""
+def write_report(folder: Path, name: str, findings: Sequence[Finding], step: int, waited_s: float) -> str:
+    """Writes `NAME.txt` for a person and then `NAME.json`; returns the sentence."""
     told = sentence(findings, step, waited_s)
     rows = [
         {
@@ -75,11 +75,11 @@ def write_report(folder: Path, findings: Sequence[Finding], step: int, waited_s:
     ]  # fmt: skip
     missing = [f.member.rank for f in blamed(findings)]
     body = {"step": step, "waited_s": round(waited_s, 1), "missing": missing, "sentence": told, "ranks": rows}
-    write_text(folder / "report.json", json.dumps(body, indent=1) + "\n")
     stacks = []
     for finding in findings:
         path = folder / f"rank-{finding.member.rank}.stacks.txt"
         with suppress(OSError):
             stacks.append(f"rank {finding.member.rank}\n{path.read_text()}")
-    write_text(folder / "report.txt", "\n".join([told, "", *stacks]))
+    write_text(folder / f"{name}.txt", "\n".join([told, "", *stacks]))
+    write_text(folder / f"{name}.json", json.dumps(body, indent=1) + "\n")
     return told

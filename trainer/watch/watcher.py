@@ -137,13 +137,18 @@ class Watcher:
         faulthandler.dump_traceback_later(watched.abort_after_s, exit=True, file=own or sys.stderr)
         leads = watched.rank == min([watched.rank, *(r for r in answering if watched.members[r].is_here)])
         # The others of this host come to the same result, and say so.
-        while time.monotonic() - began < (2 * self._poll_s if leads else 0.7 * watched.abort_after_s):
+        wait_s = max(0.5, 2 * self._poll_s) if leads else 0.7 * watched.abort_after_s
+        while time.monotonic() - began < wait_s and not self._has_gone_on():
+            if not leads and (folder / "report.json").exists():
+                break
             self._notes.publish(self._note(hangs=True))
-            if self._has_gone_on():
-                faulthandler.cancel_dump_traceback_later()
-                log.warning("step %d took long, and has gone on; see %s", step, folder)
-                return
             self._closed.wait(self._poll_s)
+        if self._has_gone_on():
+            faulthandler.cancel_dump_traceback_later()
+            if own is not None:
+                os.close(own)
+            log.warning("step %d took long, and has gone on; see %s", step, folder)
+            return
         if leads or not (folder / "report.json").exists():
             self._lead(folder, step, answering)
         self._write_record(folder)
@@ -155,7 +160,9 @@ class Watcher:
         own = self._note(hangs=True)
         notes, heard = {**self._notes.read(), watched.rank: own}, [*answering, watched.rank]
         findings = find(watched.members, notes, heard, folder, watched.abort_after_s / 4)
-        told = write_report(folder, findings, step, self._in_phase_s)
+        # One report a host; the first rank's has the plain name.
+        name = "report" if watched.rank == min(heard) else f"report-rank-{watched.rank}"
+        told = write_report(folder, name, findings, step, self._in_phase_s)
         log.error("%s; stacks are in %s", told, folder)
         if len(watched.members) == 1:
             print(f"error: rank 0: {told}; stacks are in {folder}", file=sys.stderr, flush=True)
