@@ -1,6 +1,6 @@
 """The files of a run's directory, by name."""
 
-__all__ = ["CONFIG", "METRICS", "RECORD", "SAMPLES"]
+__all__ = ["CONFIG", "GENERATED", "GENERATED_LAST", "METRICS", "RECORD", "SAMPLES"]
 
 # What the run is and was: `trainer/run_record.py`.
 RECORD = "run.json"
@@ -10,3 +10,6 @@ CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 # The windows that each step read, with `data.log_samples`.
 SAMPLES = "samples.jsonl"
+# Texts generated while it trains, and at its end: `trainer/hooks/sample.py`.
+GENERATED = "generated.jsonl"
+GENERATED_LAST = "generated.txt"
