@@ -41,7 +41,7 @@ _FIRST_RETRY_S, _LAST_RETRY_S = 2.0, 60.0
 _TRIES = 3
 # For all loggers of a run together.
 _FINISH_TIMEOUT_S = 60.0
-# Importing a library is all Python's, which training needs too: one does so at a time, but waits for no other's server.
+# Importing is all Python's, which training needs too: one library at a time, but none waits for another's server.
 _opening = threading.Lock()
 _OPENING_S = 20.0
 
