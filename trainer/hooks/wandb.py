@@ -69,9 +69,11 @@ class _WandbRun(Store):
             settings=wandb.Settings(console="off", silent=True),
         )
         if config.mode is WandbMode.online:
-            self._last = int(self._run.summary.get(_STEP) or 0)
+            summary: Any = self._run.summary
+            self._last = int(summary.get(_STEP) or 0)
         self._run.define_metric(_STEP)
-        self._run.define_metric("*", step_metric=_STEP)
+        # Each row brings its step; with what comes at the end, none is to stand a second time.
+        self._run.define_metric("*", step_metric=_STEP, step_sync=False)
         self._note_project()
         self._samples = RowTail(run.run_dir / GENERATED)
         self._texts: dict[int, list[str]] = {}
@@ -87,7 +89,8 @@ class _WandbRun(Store):
                 path = Path(self._run.dir) / "uncommitted.diff"
                 path.write_text(project.diff)
                 self._run.save(str(path), base_path=self._run.dir, policy="now")
-        self._run.config.update({"regrow": about}, allow_val_change=True)
+        config: Any = self._run.config
+        config.update({"regrow": about}, allow_val_change=True)
 
     def last_step(self) -> int:
         return self._last
