@@ -10,7 +10,6 @@ from regrow.trainer.config import WandbConfig, WandbMode
 from regrow.trainer.hooks.config import WandbHookConfig
 from regrow.trainer.hooks.log_records import read_log_records
 from regrow.trainer.hooks.logger import LoggedRun, LoggerHook, RunEnd, Store, measured
-from regrow.trainer.hooks.plot import plot_loss
 from regrow.trainer.hooks.user_project import read_user_project
 from regrow.trainer.jsonlines import RowTail
 from regrow.trainer.run_files import GENERATED, GENERATED_LAST
@@ -133,6 +132,9 @@ class _WandbRun(Store):
     def _last_media(self, step: int) -> dict[str, Any]:
         """The texts generated at the end, and the picture of the loss."""
         import wandb
+
+        # matplotlib takes a second too.
+        from regrow.trainer.hooks.plot import plot_loss
 
         media: dict[str, Any] = {}
         run_dir = self._logged.run_dir
