@@ -280,6 +280,12 @@ class WandbConfig:
         entity: W&B's team or user; null is the account's own.
         group: runs shown together; null is the sweep's name in a sweep.
         tags: words to find runs by, as you like.
+        diff_bytes: how much of the uncommitted changes of your own repository, the one that the command is given in,
+            goes with the run; 0 for none of it.
+        samples: the texts of the hook `sample`, as tables.
+        picture: a picture of the loss at the end.
+        artifacts: each checkpoint, as an artifact that refers to where it lies; nothing of it is sent.
+        alerts: a message when the run fails or is preempted.
     """
 
     SCHEMA: ClassVar[tuple[str, str]] = ("wandb", "wandb_schema")
@@ -289,6 +295,11 @@ class WandbConfig:
     entity: str | None = None
     group: str | None = None
     tags: list[str] = field(default_factory=list)
+    diff_bytes: int = 1_000_000
+    samples: bool = True
+    picture: bool = True
+    artifacts: bool = False
+    alerts: bool = True
 
 
 class HookStage(Enum):

@@ -11,9 +11,12 @@ from typing import Any, final
 
 from regrow.checkpoint.files import fsync_folder, naming, open_regular
 
-__all__ = ["StepLog", "read_rows", "rewrite_rows"]
+__all__ = ["RowTail", "StepLog", "read_rows", "rewrite_rows"]
 
 log = logging.getLogger(__name__)
+
+# Read at once by a tail.
+_TAIL_BYTES = 1 << 20
 
 
 def read_rows(path: Path, damaged: list[int] | None = None) -> Iterator[dict[str, Any]]:
@@ -115,3 +118,38 @@ class StepLog:
     def close(self) -> None:
         """Ends the file."""
         os.close(self._file)
+
+
+@final
+class RowTail:
+    """Reads the rows that a file gains, each once.
+
+    The file may be missing yet, and grows at its end alone while this is used; a line without its end is read later.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """The next rows, a few thousand at most; none where there are no more now.
+
+        Raises:
+            OSError: the file cannot be read, or is not a regular file.
+        """
+        try:
+            descriptor = open_regular(self._path)
+        except FileNotFoundError:
+            return []
+        with os.fdopen(descriptor, "rb") as file, naming(self._path):
+            rows: list[dict[str, Any]] = []
+            file.seek(self._offset)
+            # Lines that cannot be read are passed over, unless nothing else has come.
+            while not rows and (lines := [line for line in file.readlines(_TAIL_BYTES) if line.endswith(b"\n")]):
+                self._offset += sum(map(len, lines))
+                found = [_row_of(line.decode(errors="replace")) for line in lines]
+                rows = [row for row in found if row is not None]
+            return rows

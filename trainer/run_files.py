@@ -1,6 +1,6 @@
 """The files of a run's directory, by name."""
 
-__all__ = ["CONFIG", "METRICS", "RECORD", "SAMPLES", "STATISTICS"]
+__all__ = ["CONFIG", "GENERATED", "GENERATED_LAST", "METRICS", "RECORD", "SAMPLES", "STATISTICS"]
 
 # What the run is and was: `trainer/run_record.py`.
 RECORD = "run.json"
@@ -12,3 +12,6 @@ METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 # Norms by module, with `hook/statistics`.
 STATISTICS = "statistics.jsonl"
+# Texts generated while it trains, and at its end: `trainer/hooks/sample.py`.
+GENERATED = "generated.jsonl"
+GENERATED_LAST = "generated.txt"

@@ -114,7 +114,8 @@ class RunRecord:
         changes: hyperparameters changed on resume, with the step.
         extensions: how the run went on beyond its schedule, oldest first.
         data_fingerprint: of the corpus and its tokenizer.
-        wandb_step: Weights & Biases has taken every row up to this step.
+        wandb_step: Weights & Biases has taken every row up to this step, as former versions noted it; loggers have
+            notes of their own now.
     """
 
     run_id: Annotated[Token, Meta(min_length=1)] = field(default_factory=new_id)

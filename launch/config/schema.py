@@ -29,6 +29,7 @@ from regrow.trainer.config import (
     WandbConfig,
 )
 from regrow.trainer.data.config import DataConfig
+from regrow.trainer.hooks.logger_config import CsvConfig, MlflowConfig, TensorBoardConfig, TrackioConfig
 from regrow.trainer.run_record import Extend
 
 __all__ = ["Config", "Device", "Kernels", "LaunchConfig", "Mode", "RunConfig", "register_schemas", "schema_classes"]
@@ -131,8 +132,12 @@ class Config:
         train: the loop: steps, clipping, recomputation, compilation.
         run: where a run lives and how it goes on.
         launch: how ranks are started.
-        logger: the choice of the group `logger`, which adds what sends metrics elsewhere.
+        logger: the choice of the group `logger`, the last of several; each adds what sends metrics elsewhere.
         wandb: Weights & Biases, with `logger=wandb`.
+        tensorboard: TensorBoard's event files, with `logger=tensorboard`.
+        csv: a table of all steps, with `logger=csv`.
+        mlflow: MLflow, with `logger=mlflow`.
+        trackio: Trackio, with `logger=trackio`.
         hooks: parts of the loop, by name.
         mode: what the command does.
         seed: seed of the first weights, the order of data, and dropout; another seed is another run.
@@ -150,6 +155,10 @@ class Config:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     logger: str = "jsonl"
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    tensorboard: TensorBoardConfig = field(default_factory=TensorBoardConfig)
+    csv: CsvConfig = field(default_factory=CsvConfig)
+    mlflow: MlflowConfig = field(default_factory=MlflowConfig)
+    trackio: TrackioConfig = field(default_factory=TrackioConfig)
     hooks: dict[str, HookConfig] = field(default_factory=dict)
     mode: Mode = Mode.train
     seed: int = 0

@@ -1,22 +1,17 @@
-"""Sweeps here, Weights & Biases, the wheel, the demo."""
+"""Sweeps here, the wheel, the demo."""
 
-import json
-import os
-import signal
-import struct
 import subprocess
 import sys
 import venv
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
-from tests.support import REPO, curve, metrics, record, tiny, wait_until
-from tests.warm import regrow, start
+from tests.support import REPO, curve, metrics, record, tiny
+from tests.warm import regrow
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -48,81 +43,6 @@ def test_one_bad_run_does_not_end_the_sweep(corpus: Path, tmp_path: Path) -> Non
     assert "the loss of step" in out
     runs = [p for p in (tmp_path / "outputs").iterdir() if p.is_dir()]
     assert sorted(record(p)["attempts"][-1]["end"] for p in runs) == ["failed", "finished"]
-
-
-def wandb_entries(file: Path) -> Iterator[Any]:
-    """The records of a `.wandb` file, decoded with the library: LevelDB's log format after a head of 7 bytes."""
-    from wandb.proto import wandb_internal_pb2
-
-    record_type: Any = getattr(wandb_internal_pb2, "Record")  # noqa: B009 (generated at import)
-    data, position, whole = file.read_bytes(), 7, b""
-    assert data.startswith(b":W&B")
-    while position + 7 <= len(data):
-        left = 32768 - position % 32768
-        if left < 7:
-            position += left
-            continue
-        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
-        part = data[position + 7 : position + 7 + length]
-        if kind == 0 or len(part) < length:
-            return  # the tail that a kill cut off
-        position += 7 + length
-        whole += part
-        if kind in (1, 4):  # full, last
-            entry = record_type()
-            entry.ParseFromString(whole)
-            yield entry
-            whole = b""
-
-
-def wandb_records(run_dir: Path) -> list[tuple[str, list[int]]]:
-    """(run id, steps in order) of each `.wandb` file, oldest first."""
-    found = []
-    for file in sorted(run_dir.glob("wandb/offline-run-*/*.wandb"), key=lambda p: p.stat().st_ctime_ns):
-        run_id, steps = "", []
-        for entry in wandb_entries(file):
-            run_id = entry.run.run_id or run_id
-            for item in entry.history.item:
-                if "train/global_step" in (item.key, *item.nested_key):
-                    steps.append(int(json.loads(item.value_json)))
-        found.append((run_id, steps))
-    return found
-
-
-def test_wandb_sees_one_run_with_every_step(corpus: Path, tmp_path: Path) -> None:
-    wide = ["model.dim=128", "model.ffn_dim=512", "data.seq_len=64", "data.global_batch_size=16"]
-    arguments = tiny(
-        corpus, *wide, "logger=wandb", "train.steps=90", "checkpoint.interval=10", "hooks=none", "run.name=a"
-    )
-    run_dir = tmp_path / "outputs" / "a"
-    for step in (28, 61):
-        process = start(arguments, tmp_path)
-        wait_until(lambda step=step: bool(rows := metrics(run_dir)) and rows[-1]["step"] >= step)  # type: ignore[misc]
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-    code, out = regrow(arguments, tmp_path)
-    assert code == 0, out
-    files = wandb_records(run_dir)
-    assert len(files) == 3
-    # A kill may come before W&B has written anything.
-    assert {run_id for run_id, steps in files if run_id or steps} == {record(run_dir)["run_id"]}
-    seen: set[int] = set()
-    for _, steps in files:
-        # In order within a start, and no gap to what was seen before.
-        assert steps == sorted(steps)
-        assert not steps or steps[0] <= max(seen, default=0) + 1
-        seen |= set(steps)
-    assert seen == set(range(1, 91))
-
-
-def test_a_broken_wandb_stops_nothing(corpus: Path, tmp_path: Path) -> None:
-    arguments = tiny(corpus, "logger=wandb", "train.steps=3", "hooks=none", "run.name=a", "wandb.project=a/b?c")
-    (tmp_path / "outputs/a").mkdir(parents=True)
-    (tmp_path / "outputs/a/wandb").touch()
-    code, out = regrow(arguments, tmp_path)
-    assert code == 0, out
-    assert len(metrics(tmp_path / "outputs/a")) == 3
-    assert "W&B failed" in out
 
 
 def test_the_wheel_trains_where_folders_have_our_names(tmp_path: Path) -> None:

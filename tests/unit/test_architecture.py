@@ -8,6 +8,8 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import pytest
+
 from tests.support import REPO
 
 PACKAGES = ("models", "checkpoint", "trainer", "launch")
@@ -73,9 +75,14 @@ def test_only_launch_imports_hydra() -> None:
     assert users == {"launch"}
 
 
-def test_wandb_is_imported_in_one_place() -> None:
-    users = [p.name for p, modules in sources().items() if "wandb" in modules]
-    assert users == ["wandb.py"]
+@pytest.mark.parametrize("library", ["wandb", "tensorboard", "mlflow", "trackio"])
+def test_a_logger_is_imported_in_one_place_and_late(library: str) -> None:
+    users = {p for p, modules in sources().items() if any(m.split(".")[0] == library for m in modules)}
+    assert users == {REPO / f"trainer/hooks/{library}.py"}
+    for node in ast.parse((REPO / f"trainer/hooks/{library}.py").read_text()).body:
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        assert library not in {name.split(".")[0] for name in names}
 
 
 def test_config_modules_import_little() -> None:

@@ -12,6 +12,7 @@ from regrow.trainer.hooks.config import SampleConfig
 from regrow.trainer.jsonlines import StepLog
 from regrow.trainer.loop import Trainer
 from regrow.trainer.next_logits import RunningLogits
+from regrow.trainer.run_files import GENERATED, GENERATED_LAST
 
 __all__ = ["SampleHook"]
 
@@ -41,7 +42,7 @@ class SampleHook(Hook):
 
     def before_fit(self, trainer: Trainer) -> None:
         if self._config.every and trainer.context.is_main:
-            self._log = StepLog(trainer.resources.run_dir / "generated.jsonl", trainer.state.step)
+            self._log = StepLog(trainer.resources.run_dir / GENERATED, trainer.state.step)
 
     def after_optimizer_step(self, trainer: Trainer) -> None:
         if self._config.every and trainer.state.step % self._config.every == 0:
@@ -55,7 +56,7 @@ class SampleHook(Hook):
             return
         texts = self._texts(trainer)
         if trainer.context.is_main:
-            (trainer.resources.run_dir / "generated.txt").write_text("\n\n---\n\n".join(texts) + "\n")
+            (trainer.resources.run_dir / GENERATED_LAST).write_text("\n\n---\n\n".join(texts) + "\n")
             self._tell(texts)
 
     def close(self, trainer: Trainer) -> None:
