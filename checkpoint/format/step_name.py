@@ -2,7 +2,15 @@
 
 import re
 
-__all__ = ["ASIDE", "METADATA", "is_leftover", "parse_leftover", "parse_set_aside", "parse_step_name", "step_folder_name"]
+__all__ = [
+    "ASIDE",
+    "METADATA",
+    "is_leftover",
+    "parse_leftover",
+    "parse_set_aside",
+    "parse_step_name",
+    "step_folder_name",
+]
 
 # The file in which DCP describes a checkpoint; its own spelling is private.
 METADATA = ".metadata"

@@ -27,9 +27,15 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="regrow-report", description=__doc__)
     parser.add_argument("--version", action="version", version=f"regrow {own_version()}")
-    parser.add_argument("places", nargs="+", type=Path, metavar="RUN|SWEEP", help="runs, or folders with runs in them")
     parser.add_argument(
-        "-o", "--output", type=Path, metavar="PAGE", help=f"default: {REPORT} in the folder given, or here for several"
+        "places", nargs="+", type=Path, metavar="RUN|SWEEP", help="runs, or folders with runs in them"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="PAGE",
+        help=f"default: {REPORT} in the folder given, or here for several",
     )
     parser.add_argument("--watch", action="store_true", help="make it again whenever the runs' files change")
     parser.add_argument("--every", type=float, default=5.0, metavar="SECONDS", help="between looks, with --watch")

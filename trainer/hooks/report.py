@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 @final
 class ReportHook(Hook):
-    """See `ReportConfig`. On rank 0, after the record hook has said how the run ended; its failure is not the run's."""
+    """See `ReportConfig`. On rank 0, once the record says how the run ended; its failure is not the run's."""
 
     def __init__(self, config: ReportConfig) -> None:
         self._config = config

@@ -63,15 +63,16 @@ def read_columns(path: Path) -> Columns:
     """
     rows = read_rows_at_once(path)
     steps = [row["step"] for row in rows]
-    tokens, took = [row.get("tokens") for row in rows], [row.get("step_time_s") for row in rows]
-    curves = {}
-    for name in dict.fromkeys(name for row in rows for name in row):
-        if name not in ("step", "tokens"):
-            curves[name] = _finite(steps, [row.get(name) for row in rows])
+    # Most rows have the same names, and are not asked for them one by one.
+    names = dict.fromkeys(name for same in dict.fromkeys(map(tuple, rows)) for name in same)
+    curves = {
+        name: _finite(steps, [row.get(name) for row in rows]) for name in names if name not in ("step", "tokens")
+    }
+    tokens, took = [row.get("tokens") for row in rows], curves.get("step_time_s", ([], []))[1]
     return Columns(
         steps=steps,
-        tokens=[int(t) for t in tokens if _is_number(t)] if all(map(_is_number, tokens)) else [],
-        seconds=list(accumulate(map(float, took))) if all(map(_is_number, took)) else [],
+        tokens=tokens if set(map(type, tokens)) == {int} else [],
+        seconds=list(accumulate(took)) if len(took) == len(steps) else [],
         curves={name: curve for name, curve in curves.items() if curve[0]},
     )
 
@@ -80,10 +81,11 @@ def _is_number(value: object) -> bool:
     return (type(value) is float or type(value) is int) and math.isfinite(value)
 
 
-def _finite(steps: Sequence[int], values: Sequence[Any]) -> tuple[list[int], list[float]]:
-    if all(type(v) is float and v - v == 0.0 for v in values):
-        return list(steps), list(values)
-    kept = [(s, float(v)) for s, v in zip(steps, values, strict=True) if _is_number(v)]
+def _finite(steps: list[int], values: list[Any]) -> tuple[list[int], list[float]]:
+    kinds = set(map(type, values))
+    if kinds == {float} and math.isfinite(sum(values)):
+        return steps, values
+    kept = [(s, float(v)) for s, v in zip(steps, values, strict=True) if v is not None and _is_number(v)]
     return [s for s, _ in kept], [v for _, v in kept]
 
 

@@ -13,8 +13,8 @@ def flops_per_token(config: Mapping[str, Any]) -> float | None:
         config: of a run, as plain values.
 
     Returns:
-        6 per matrix weight that a token meets, and 12 · layers · heads' width · T for attention (Chowdhery et al. 2022,
-        app. B); None for a model of another kind.
+        6 per matrix weight that a token meets, and 12 · layers · heads' width · T for attention (Chowdhery et al.
+        2022, app. B); None for a model of another kind.
     """
     model, data = config.get("model"), config.get("data")
     if not isinstance(model, Mapping) or not isinstance(data, Mapping):

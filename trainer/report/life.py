@@ -1,12 +1,13 @@
 """The life line of a run: its starts, why each ended, its snapshots, its lines of steps, and the time that was lost.
 
-Pure: from a run's record, the events of its log, and the steps on its disk. `run.json` says when a start began and not
-when it ended: that is the last event of its log before the next one began.
+Pure: from a run's record, the events of its log, and the steps on its disk. `run.json` says when a start began and
+not when it ended: that is the last event of its log before the next one began.
 """
 
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from regrow.checkpoint.policy.lineage import Lineage, is_visible
@@ -275,7 +276,7 @@ def _lineage(lineage: Lineage, *, current: bool) -> dict[str, Any]:
 
 def _lost(starts: Sequence[Start], step_s: float) -> Lost:
     down, again = 0.0, 0
-    for before, after in zip(starts, starts[1:], strict=False):
+    for before, after in pairwise(starts):
         if before.how == "finished":
             continue  # nobody waited for what was asked for later
         down += max(0.0, after.began - before.ended)

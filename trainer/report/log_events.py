@@ -33,8 +33,8 @@ class LogEvent:
 
     Attributes:
         at: seconds since 1970, by this machine's clock and time zone.
-        kind: `trained` (a line of progress), `staged` (copied, training goes on), `committed`, `pruned`, `failed` (not
-            saved), or `resumed` (from it).
+        kind: `trained` (a line of progress), `staged` (copied, training goes on), `committed`, `pruned`, `failed`
+            (not saved), or `resumed` (from it).
         step: trained, or of the checkpoint.
         seconds: that staging or the whole save took; 0 where nothing tells.
     """
@@ -48,7 +48,7 @@ class LogEvent:
 def read_log(path: Path) -> list[LogEvent]:
     """The events of a log, in order; a log that is not there or cannot be read has none."""
     try:
-        with open(open_regular(path), "rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             file.seek(max(0, size - _LIMIT_BYTES))
             return parse_log(file.read(_LIMIT_BYTES).decode(errors="replace"))

@@ -1,7 +1,7 @@
 """From runs to one HTML page that holds everything it needs. Pure: values in, text out.
 
-What is read from files goes into one compressed block of JSON, and the page's script sets it as text alone: a name can
-hold no markup. The page's policy allows the scripts of this file, by their hashes, and no request at all.
+What is read from files goes into one compressed block of JSON, and the page's script sets it as text alone: a name
+can hold no markup. The page's policy allows the scripts of this file, by their hashes, and no request at all.
 """
 
 import base64

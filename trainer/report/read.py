@@ -68,7 +68,7 @@ def read_overrides(run_dir: Path) -> list[str]:
 
 def _read_yaml(path: Path) -> Any:
     try:
-        return yaml.load(read_regular(path, _CONFIG_BYTES), Loader=_LOADER)  # noqa: S506 (a safe loader)
+        return yaml.load(read_regular(path, _CONFIG_BYTES), Loader=_LOADER)
     except (OSError, yaml.YAMLError, ValueError, RecursionError):
         return None
 

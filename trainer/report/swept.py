@@ -25,7 +25,8 @@ def value_of(name: str, config: Mapping[str, Any], overrides: Mapping[str, str])
     for part in name.replace("/", ".").split("."):
         found = found.get(part) if isinstance(found, Mapping) else None
     if isinstance(found, Mapping) or found is None:
-        return overrides.get(name, found.get("name") if isinstance(found, Mapping) else None)
+        text = overrides.get(name, found.get("name") if isinstance(found, Mapping) else None)
+        return _plain(text) if isinstance(text, str) else text
     return found if isinstance(found, str | int | float | bool) else str(found)
 
 
@@ -46,3 +47,14 @@ def swept_fields(runs: Sequence[tuple[Mapping[str, Any], Sequence[str]]]) -> dic
         if len({repr(v) for v in values}) > 1:
             found[name] = values
     return found
+
+
+def _plain(text: str) -> str | int | float | bool:
+    """An override's text as the value that a config would have of it."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    words = {"true": True, "false": False}
+    return words.get(text.lower(), text.strip("'\""))

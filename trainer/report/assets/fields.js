@@ -13,7 +13,7 @@ class Fields {
 
   metric() {
     const { data, state } = this.page;
-    return data.runs.some((run) => run.last.has(state.metric)) ? state.metric : data.result;
+    return state.metric !== "loss" && data.runs.some((run) => run.last.has(state.metric)) ? state.metric : data.result;
   }
 
   draw() {

@@ -3,7 +3,7 @@ class Page {
   constructor(data) {
     this.data = data;
     this.focus = null;
-    this.state = { metric: data.metrics[0] ?? "loss", axis: "step", logx: false, logy: false, smooth: 0, colour: "", sort: "", down: false, theme: "auto", hidden: [] };
+    this.state = { metric: data.metrics[0] ?? "loss", axis: "step", logx: false, logy: false, smooth: data.runs.some((run) => (run.curves.get("loss")?.values.length ?? 0) > 150) ? 20 : 0, colour: "", sort: "", down: false, theme: "auto", hidden: [] };
     try { Object.assign(this.state, JSON.parse(decodeURIComponent(location.hash.slice(1)) || "{}")); } catch { /* another page's address */ }
     if (!data.metrics.includes(this.state.metric)) this.state.metric = data.metrics[0] ?? "loss";
     if (!data.fields.includes(this.state.colour)) this.state.colour = "";
