@@ -93,7 +93,7 @@ class Tab:
         )
         begun = time.monotonic()
         self.call("Page.navigate", url=f"{page.absolute().as_uri()}{hash_}")
-        self.wait_for("document.documentElement.dataset.ready === 'true'")
+        self.wait_for("document.documentElement?.dataset.ready === 'true'")
         # The first picture, with everything in it.
         self.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
         self.shown_s = time.monotonic() - begun

@@ -46,9 +46,10 @@ def build_page(runs: Sequence[RunReport], title: str, *, made_at: float, reload_
     while True:
         data = {**page_data(runs, points), "title": title, "made": made_at, "reload": reload_s}
         page = _html(title, data)
-        if len(page) <= LIMIT_BYTES or points == _FEWEST:
+        size = len(page.encode())
+        if size <= LIMIT_BYTES or points == _FEWEST:
             return page
-        points = max(_FEWEST, int(points * min(0.9, LIMIT_BYTES / len(page))))
+        points = max(_FEWEST, int(points * min(0.9, LIMIT_BYTES / size)))
 
 
 def page_data(runs: Sequence[RunReport], points: int) -> dict[str, Any]:
