@@ -44,12 +44,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace) -> int:
     places: list[Path] = [place.expanduser() for place in arguments.places]
+    runs = find_runs(places)
     out = arguments.output or (places[0] / REPORT if len(places) == 1 else Path(REPORT))
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"-o must be a file in a folder that is there, but is {out}; give for instance -o {REPORT}")
     if not arguments.every >= 0.1:
         raise UserError(f"--every must be at least 0.1 seconds, but is {arguments.every:g}; use 5")
-    runs = find_runs(places)
     title = ", ".join(place.resolve().name for place in places)
     if arguments.watch:
         _watch(places, out, title, arguments.every)

@@ -76,36 +76,34 @@ def _as_sweep_run(run_dir: Path, folder: Path) -> SweepRun:
 def _to_come(folder: Path, there: Sequence[SweepRun]) -> list[SweepRun]:
     """What the sweep's last command asks for and nobody has begun."""
     begun = [override_pairs(run.arguments) for run in there]
+    same, points = _grid(folder)
+    steps = override_pairs(same).get("train.steps", "")
     missing = []
-    for point in _grid(folder):
-        pairs = override_pairs(point)
-        if not any(pairs.items() <= own.items() for own in begun):
-            missing.append(
-                SweepRun(
-                    name=",".join(point), run_dir=str(folder / ",".join(point)), arguments=list(point), steps=0,
-                    checkpoint_folder="checkpoint", ranks=[1], gpu=False, cpus=1, launcher="here", resources={},
-                    working_dir="",
-                )
-            )  # fmt: skip
+    for point in points:
+        if not any(override_pairs(point).items() <= own.items() for own in begun):
+            run = _as_sweep_run(folder / ",".join(point), folder)
+            run.arguments, run.steps = [*same, *point], int(steps) if steps.isdecimal() else 0
+            missing.append(run)
     return missing
 
 
-def _grid(folder: Path) -> list[tuple[str, ...]]:
-    """The swept overrides of each run of the folder's last command; none where that is not a grid."""
+def _grid(folder: Path) -> tuple[list[str], list[tuple[str, ...]]]:
+    """The overrides of the folder's last command: those of all runs, and the swept ones of each; of a grid alone."""
     try:
         written: Any = yaml.safe_load(read_regular(folder / _MULTIRUN, _LIMIT_BYTES))
-        overrides = written["hydra"]["overrides"]["task"]
-        swept = [o for o in parse_overrides([str(o) for o in overrides]) if o.is_sweep_override()]
+        overrides = parse_overrides([str(o) for o in written["hydra"]["overrides"]["task"]])
+        swept = [o for o in overrides if o.is_sweep_override()]
         axes = [[f"{o.get_key_element()}={text}" for text in o.sweep_string_iterator()] for o in swept]
     except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError, HydraException):
         # Not there, not Hydra's, or of a sweeper that chooses its points itself.
-        return []
-    return list(islice(product(*axes), _MOST)) if axes else []
+        return [], []
+    same = [str(o.input_line) for o in overrides if not o.is_sweep_override()]
+    return same, list(islice(product(*axes), _MOST)) if axes else []
 
 
 def runs_of_command(folder: Path) -> list[Path]:
     """The directories of the runs that the folder's last command swept over; every run where that is not a grid."""
-    points = [override_pairs(point) for point in _grid(folder)]
+    points = [override_pairs(point) for point in _grid(folder)[1]]
     folders = run_folders(folder)
     if not points:
         return folders

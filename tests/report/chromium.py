@@ -36,7 +36,9 @@ class Browser:
         self._number = 0
         self.events: list[dict[str, Any]] = []
 
-    def call(self, method: str, session: str | None = None, timeout_s: float = 60.0, **params: Any) -> dict[str, Any]:
+    def call(
+        self, method: str, session: str | None = None, timeout_s: float = 150.0, **params: Any
+    ) -> dict[str, Any]:
         """Sends a command and waits for its answer; events that come meanwhile are kept."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": params}
@@ -83,8 +85,8 @@ class Tab:
 
     def __init__(self, browser: Browser, page: Path, hash_: str, *, dark: bool) -> None:
         self._browser = browser
-        target = browser.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = browser.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._target = browser.call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = browser.call("Target.attachToTarget", targetId=self._target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
         self.call(
@@ -108,7 +110,7 @@ class Tab:
         assert "exceptionDetails" not in done, done["exceptionDetails"]
         return done["result"].get("value")
 
-    def wait_for(self, condition: str, timeout_s: float = 60.0) -> None:
+    def wait_for(self, condition: str, timeout_s: float = 150.0) -> None:
         """Polls; AssertionError when it takes too long."""
         deadline = time.monotonic() + timeout_s
         while not self.evaluate(condition):
@@ -135,6 +137,10 @@ class Tab:
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         self.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
+
+    def close(self) -> None:
+        """The tab is gone."""
+        self._browser.call("Target.closeTarget", targetId=self._target)
 
     def complaints(self) -> list[str]:
         """What the page wrote to the console, its errors, and all that it asked the network for."""

@@ -1,5 +1,6 @@
 """Which fields differ between runs, out of their overrides and configs. Pure."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,8 @@ def value_of(name: str, config: Mapping[str, Any], overrides: Mapping[str, str])
     if isinstance(found, Mapping) or found is None:
         text = overrides.get(name, found.get("name") if isinstance(found, Mapping) else None)
         return _plain(text) if isinstance(text, str) else text
+    if isinstance(found, list):
+        return f"[{','.join(map(str, found))}]"
     return found if isinstance(found, str | int | float | bool) else str(found)
 
 
@@ -56,5 +59,5 @@ def _plain(text: str) -> str | int | float | bool:
             return kind(text)
         except ValueError:
             continue
-    words = {"true": True, "false": False}
-    return words.get(text.lower(), text.strip("'\""))
+    plain = re.sub(r"[\"' ]", "", text) if text.startswith("[") else text.strip("'\"")
+    return {"true": True, "false": False}.get(text.lower(), plain)

@@ -30,7 +30,7 @@ function number(value) {
   if (size >= 1e9) return `${short(value / 1e9)} G`;
   if (size >= 1e6) return `${short(value / 1e6)} M`;
   if (size >= 1e4) return `${short(value / 1e3)} k`;
-  return Number.isInteger(value) ? String(value) : String(Number(value.toPrecision(5)));
+  return Number.isInteger(value) ? String(value) : String(Number(value.toPrecision(size >= 1000 ? 4 : 5)));
 }
 
 function short(value) {

@@ -26,7 +26,11 @@ def test_columns_hold_what_is_a_number(tmp_path: Path) -> None:
     assert columns.steps == [1, 2]
     assert columns.tokens == [10, 20]
     assert columns.seconds == [0.5, 0.75]
-    assert columns.curves == {"loss": ([1, 2], [3.0, 2.5]), "step_time_s": ([1, 2], [0.5, 0.25]), "val_loss": ([2], [9.0])}
+    assert columns.curves == {
+        "loss": ([1, 2], [3.0, 2.5]),
+        "step_time_s": ([1, 2], [0.5, 0.25]),
+        "val_loss": ([2], [9.0]),
+    }
 
 
 def test_what_is_not_finite_is_no_point(tmp_path: Path) -> None:

@@ -9,7 +9,14 @@ from tests.support import settings_of, typed_config
 
 
 @pytest.mark.parametrize(
-    "model", ["llama3_8b", "qwen3_4b", "qwen3_moe_30b_a3b", "qwen3_moe_debug model.n_shared_experts=1", "qwen3_debug model.window=64"]
+    "model",
+    [
+        "llama3_8b",
+        "qwen3_4b",
+        "qwen3_moe_30b_a3b",
+        "qwen3_moe_debug model.n_shared_experts=1",
+        "qwen3_debug model.window=64",
+    ],
 )
 def test_as_the_model_counts(model: str) -> None:
     overrides = [f"model={model.split()[0]}", *model.split()[1:], "data.seq_len=256"]

@@ -39,7 +39,11 @@ def test_the_numbers_are_those_of_read_metrics(tmp_path: Path) -> None:
     assert [run["name"] for run in data["runs"]] == sorted({row["run"] for row in table})
     for run in data["runs"]:
         rows = {row["step"]: row for row in table if row["run"] == run["name"]}
-        names = {name for row in rows.values() for name, v in row.items() if v is not None} - {"run", "step", "tokens"}
+        names = {name for row in rows.values() for name, v in row.items() if v is not None} - {
+            "run",
+            "step",
+            "tokens",
+        }
         assert set(run["curves"]) == names
         for name, (differences, values) in run["curves"].items():
             known = {step: row[name] for step, row in rows.items() if row[name] is not None}
@@ -81,7 +85,12 @@ def test_names_hold_no_markup(tmp_path: Path) -> None:
         run,
         [{"step": 1, "loss": 1.0, HOSTILE: 2.0}],
         overrides=[f"data.name={HOSTILE}"],
-        record={"format": 1, "run_id": "a", "lineages": [{"id": "0"}], "attempts": [{"host": HOSTILE, "error": HOSTILE}]},
+        record={
+            "format": 1,
+            "run_id": "a",
+            "lineages": [{"id": "0"}],
+            "attempts": [{"host": HOSTILE, "error": HOSTILE}],
+        },
     )
     write_report([(run, HOSTILE)], tmp_path / "page.html", HOSTILE)
     page = (tmp_path / "page.html").read_text()
@@ -93,10 +102,12 @@ def test_names_hold_no_markup(tmp_path: Path) -> None:
     assert "default-src 'none'" in page
 
 
-@pytest.mark.parametrize("name", ["run.json", "config.yaml", "metrics.jsonl", ".hydra/overrides.yaml", "evaluations.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["run.json", "config.yaml", "metrics.jsonl", ".hydra/overrides.yaml", "evaluations.jsonl"]
+)
 def test_what_cannot_be_read_is_left_out(tmp_path: Path, name: str) -> None:
     make_sweep(tmp_path / "s", runs=1, steps=5)
-    (run,) = [p for p in (tmp_path / "s").iterdir()]
+    (run,) = (tmp_path / "s").iterdir()
     (run / name).write_bytes(b"\x00\xff{[: nonsense\n")
     write_report([(run, "r")], tmp_path / "page.html", "r")
     (found,) = data_of((tmp_path / "page.html").read_text())["runs"]
