@@ -272,7 +272,7 @@ def _state(
         status = run_status(record, _lease_of(run))
         if last.end is None or status == "running":
             return status
-    return {"failed": "failed", "finished": "not started"}.get(last.end, "stopped")
+    return {"failed": "failed", "finished": "not started"}.get(last.end or "", "stopped")
 
 
 def _lease_of(run: SweepRun) -> Storage:

@@ -68,7 +68,8 @@ def read_columns(path: Path) -> Columns:
     curves = {
         name: _finite(steps, [row.get(name) for row in rows]) for name in names if name not in ("step", "tokens")
     }
-    tokens, took = [row.get("tokens") for row in rows], curves.get("step_time_s", ([], []))[1]
+    tokens: list[Any] = [row.get("tokens") for row in rows]
+    took = curves.get("step_time_s", ([], []))[1]
     return Columns(
         steps=steps,
         tokens=tokens if set(map(type, tokens)) == {int} else [],
