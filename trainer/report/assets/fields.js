@@ -103,7 +103,7 @@ class Throughput {
     this.page = page;
     this.bars = element("div", { class: "bars" });
     this.node = element("section", { id: "throughput" }, element("div", { class: "bar" }, element("h2", {}, "Throughput"),
-      element("span", { class: "soft" }, "median tokens per second, and the layout of the last start")), this.bars);
+      element("span", { class: "soft" }, "median tokens per second, and how many ranks the last start had")), this.bars);
   }
 
   draw() {

@@ -114,7 +114,7 @@ function counted(life) {
 
 function lostInWords(life) {
   const { down_s, again_steps, again_s } = life.lost;
-  return `Between starts ${seconds(down_s)} passed; ${again_steps} steps were trained a second time${again_steps ? ` (${seconds(again_s)})` : ""}.`;
+  return `Between starts ${seconds(down_s)} passed; ${again_steps || "no"} steps were trained a second time${again_steps ? ` (${seconds(again_s)})` : ""}.`;
 }
 
 function tree(lineages) {

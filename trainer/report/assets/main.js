@@ -3,7 +3,7 @@ class Page {
   constructor(data) {
     this.data = data;
     this.focus = null;
-    this.state = { metric: data.metrics[0] ?? "loss", axis: "step", logx: false, logy: false, smooth: data.runs.some((run) => (run.curves.get("loss")?.values.length ?? 0) > 150) ? 20 : 0, colour: "", sort: "", down: false, theme: "auto", hidden: [] };
+    this.state = { metric: data.metrics[0] ?? "loss", axis: "step", logx: false, logy: false, smooth: data.runs.some((run) => (run.curves.get("loss")?.values.length ?? 0) > 150) ? 20 : 0, colour: repeated(data), sort: "", down: false, theme: "auto", hidden: [] };
     try { Object.assign(this.state, JSON.parse(decodeURIComponent(location.hash.slice(1)) || "{}")); } catch { /* another page's address */ }
     if (!data.metrics.includes(this.state.metric)) this.state.metric = data.metrics[0] ?? "loss";
     if (!data.fields.includes(this.state.colour)) this.state.colour = "";
@@ -66,6 +66,11 @@ class Page {
     this.colour = colours(this.data, this.state.colour);
     this.parts.forEach((part) => part.draw());
   }
+}
+
+// Runs that differ by their seed alone look alike, unless told otherwise.
+function repeated(data) {
+  return data.fields.includes("seed") ? data.fields.find((f) => f !== "seed") ?? "" : "";
 }
 
 unpack().then((data) => { globalThis.page = new Page(data); document.documentElement.dataset.ready = "true"; });
