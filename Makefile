@@ -52,8 +52,9 @@ lint: $(STAMP)  ## ruff and mypy --strict
 check: lint     ## lint and the fast tests
 	$(BIN)/pytest -q -m 'not slow and not gpu' -n $(WORKERS)
 
-test: $(STAMP) $(TORCHTUNE)/.installed  ## every test; installs Debian's Slurm for tests/slurm where it is missing
+test: $(STAMP) $(TORCHTUNE)/.installed  ## every test; installs Debian's Slurm and Chromium where they are missing
 	tests/slurm/setup.sh
+	tests/report/setup.sh
 	$(BIN)/pytest -n $(TEST_WORKERS)
 
 fuzz: $(STAMP)  ## hostile input, seeded, for about a minute (SEED, COUNT)

@@ -1,6 +1,16 @@
 """The files of a run's directory, by name."""
 
-__all__ = ["CONFIG", "GENERATED", "GENERATED_LAST", "METRICS", "RECORD", "SAMPLES", "STATISTICS"]
+__all__ = [
+    "CONFIG",
+    "EVALUATIONS",
+    "GENERATED",
+    "GENERATED_LAST",
+    "METRICS",
+    "RECORD",
+    "REPORT",
+    "SAMPLES",
+    "STATISTICS",
+]
 
 # What the run is and was: `trainer/run_record.py`.
 RECORD = "run.json"
@@ -15,3 +25,7 @@ STATISTICS = "statistics.jsonl"
 # Texts generated while it trains, and at its end: `trainer/hooks/sample.py`.
 GENERATED = "generated.jsonl"
 GENERATED_LAST = "generated.txt"
+# What was found beside the run, by step and task: `trainer/evaluation/record.py`.
+EVALUATIONS = "evaluations.jsonl"
+# A page on the run: `trainer/report/`.
+REPORT = "report.html"

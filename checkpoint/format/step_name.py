@@ -2,10 +2,20 @@
 
 import re
 
-__all__ = ["METADATA", "is_leftover", "parse_leftover", "parse_set_aside", "parse_step_name", "step_folder_name"]
+__all__ = [
+    "ASIDE",
+    "METADATA",
+    "is_leftover",
+    "parse_leftover",
+    "parse_set_aside",
+    "parse_step_name",
+    "step_folder_name",
+]
 
 # The file in which DCP describes a checkpoint; its own spelling is private.
 METADATA = ".metadata"
+# The folder beside the steps for those that are no longer on the run's line.
+ASIDE = "set-aside"
 
 # One spelling a number: `step-021`, other scripts' digits and numbers beyond 18 digits are not steps.
 _STEP = re.compile(r"step-(0|[1-9][0-9]{0,17})")

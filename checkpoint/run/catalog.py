@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from regrow.checkpoint.errors import CheckpointError, DamagedStepError
 from regrow.checkpoint.format.manifest import MANIFEST
-from regrow.checkpoint.format.step_name import parse_step_name, step_folder_name
+from regrow.checkpoint.format.step_name import ASIDE, parse_step_name, step_folder_name
 from regrow.checkpoint.format.stored_step import StoredStep
 from regrow.checkpoint.policy.lineage import Lineage, is_visible
 from regrow.checkpoint.policy.retention import RetainableStep, RetentionRule, removable_steps
@@ -24,7 +24,6 @@ __all__ = ["ASIDE", "PIN", "Catalog", "Scan", "newest_lineages"]
 # Where nothing can be renamed, the names of our files bear their writer.
 _OWN_FILE = re.compile(r"(rank-[0-9]+|__[0-9]+_[0-9]+)-[0-9a-f]{8}\.")
 PIN = "pinned"
-ASIDE = "set-aside"
 
 
 class Scan(NamedTuple):

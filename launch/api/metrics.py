@@ -8,9 +8,9 @@ from typing import Any
 import pyarrow as pa
 
 from regrow.checkpoint.errors import CheckpointError
-from regrow.launch.api.runs import is_run, run_folders
 from regrow.trainer.jsonlines import read_rows
 from regrow.trainer.run_files import METRICS
+from regrow.trainer.run_folders import is_run, run_folders
 
 __all__ = ["read_metrics"]
 

@@ -1,7 +1,5 @@
 """`regrow.runs`: the runs below a folder, and what each has come to. No torch."""
 
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,14 +7,13 @@ from typing import Any
 from regrow.checkpoint.errors import CheckpointError, DamagedStepError
 from regrow.checkpoint.policy.lineage import is_visible
 from regrow.checkpoint.run.catalog import Catalog
-from regrow.checkpoint.run.lease import Liveness, life_of, newest_lease, this_process
 from regrow.checkpoint.storage.base import Storage
 from regrow.checkpoint.storage.opening import open_storage
 from regrow.launch.run.stored_run import stored_config, stored_steps
-from regrow.trainer.run_files import METRICS, RECORD
+from regrow.trainer.run_folders import is_run, run_folders, run_status
 from regrow.trainer.run_record import RunRecord, RunRecordError
 
-__all__ = ["Run", "is_run", "run_folders", "runs"]
+__all__ = ["Run", "runs"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,29 +62,6 @@ def runs(root: str | Path = "outputs") -> list[Run]:
     return [_look_at(path, path.name if path == folder else str(path.relative_to(folder))) for path in found]
 
 
-def is_run(folder: Path) -> bool:
-    """Whether a folder is a run's directory."""
-    return (folder / RECORD).is_file() or (folder / METRICS).is_file()
-
-
-def run_folders(root: Path) -> list[Path]:
-    """The directories of the runs below a folder, by name. Nothing is looked for inside a run."""
-    return sorted(_below(root))
-
-
-def _below(folder: Path) -> Iterator[Path]:
-    try:
-        with os.scandir(folder) as entries:
-            below = [Path(e.path) for e in entries if e.is_dir(follow_symlinks=False) and not e.name.startswith(".")]
-    except PermissionError:
-        return
-    for path in below:
-        if is_run(path):
-            yield path
-        else:
-            yield from _below(path)
-
-
 def _look_at(path: Path, name: str) -> Run:
     try:
         record, config = RunRecord.load(path), stored_config(path)
@@ -102,7 +76,7 @@ def _look_at(path: Path, name: str) -> Run:
         step = _newest_step(place, record)
     # A run that saves nothing keeps its lease in its own directory.
     lease = place if config["checkpoint"].get("enable", True) else open_storage(path)
-    return Run(name=name, path=path, status=_status(record, lease), step=step, steps=steps)
+    return Run(name=name, path=path, status=run_status(record, lease), step=step, steps=steps)
 
 
 def _newest_step(place: Storage, record: RunRecord) -> int | None:
@@ -115,26 +89,3 @@ def _newest_step(place: Storage, record: RunRecord) -> int | None:
         if is_visible(record.lineages, step, entry.manifest.lineage):
             return step
     return None
-
-
-def _status(record: RunRecord, place: Storage) -> str:
-    life = _life(place)
-    if life is Liveness.alive:
-        return "running"
-    if not record.attempts:
-        return "not started"
-    end = record.attempts[-1].end
-    if end is None:
-        return "unknown" if life is Liveness.unknown else "killed"
-    return end if end in ("finished", "failed") else "stopped"
-
-
-def _life(place: Storage) -> Liveness:
-    """Of whoever holds the run. Steps on an object store are not asked: a listing of runs waits for no network."""
-    if place.is_remote:
-        return Liveness.unknown
-    try:
-        _, holder = newest_lease(place)
-    except OSError:
-        return Liveness.unknown
-    return Liveness.dead if holder is None else life_of(holder, this_process())

@@ -1,11 +1,11 @@
-"""`regrow-sweep`: looks after a sweep."""
+"""`regrow-sweep`: looks after a sweep, whichever launcher started it."""
 
 import argparse
 import json
 import logging
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from regrow.launch.config.errors import UserError
 from regrow.launch.run.logs import log_to_console
 from regrow.launch.run.versions import own_version
 from regrow.launch.sweep.local import run_here
+from regrow.launch.sweep.members import find_runs_of_sweep, sorted_statuses, statuses_in
 from regrow.launch.sweep.slurm import submit_runs
 from regrow.launch.sweep.slurm_jobs import Job, cancel, list_jobs
 from regrow.launch.sweep.status import RunStatus, Sweep, SweepRun, inspect_run
@@ -39,24 +40,33 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"regrow {own_version()}")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
-        ("status", "a table: state, step, losses, attempts, node, time lost between starts, checkpoints"),
+        (
+            "status",
+            "a table: state, swept fields, step, losses, attempts, node, time lost between starts, checkpoints",
+        ),
         ("resubmit", "submit again what is neither finished nor queued"),
         ("cancel", "have the running ones save, then cancel what is queued; nothing comes back by itself"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("folder", type=Path, help="the sweep's directory (run.root)")
         command.add_argument("--json", action="store_true", help="machine-readable")
+        if name == "status":
+            command.add_argument("--sort", metavar="NAME", help="by a measure or a swept field, the best first")
+            command.add_argument("--best", action="store_true", help="the best run alone, by --sort or its result")
     return parser
 
 
 def _run(arguments: argparse.Namespace) -> int:
     folder: Path = arguments.folder.absolute()
     sweep = Sweep.load(folder)
-    if sweep is None:
-        raise UserError(f"DIR must be a sweep's directory, but {folder} has no sweep.json; give the sweep's run.root")
     if arguments.command == "status":
-        _show(statuses_of(sweep), as_json=arguments.json)
+        _show(_chosen(find_runs_of_sweep(folder, sweep), arguments), arguments)
         return 0
+    if sweep is None:
+        raise UserError(
+            f"DIR must be the directory of a sweep that a launcher started, but {folder} has no sweep.json; give the "
+            "sweep's run.root, or the sweep's command again"
+        )
     names = _resubmit(sweep) if arguments.command == "resubmit" else _cancel(sweep)
     if arguments.json:
         print(json.dumps(names))
@@ -66,27 +76,37 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def statuses_of(sweep: Sweep) -> list[RunStatus]:
-    """Of all runs, in the order in which they were given."""
-    queue = _queue(sweep)
-    return [inspect_run(run, queue) for run in sweep.runs.values()]
+def _chosen(runs: Sequence[SweepRun], arguments: argparse.Namespace) -> list[RunStatus]:
+    """What is to be shown, in its order.
+
+    Raises:
+        UserError: no run has what they are to be sorted by, or none has a result.
+    """
+    statuses = statuses_in(runs, _queue(runs))
+    if not arguments.best:
+        return statuses if arguments.sort is None else sorted_statuses(statuses, arguments.sort)
+    begun = [s for s in sorted_statuses(statuses, arguments.sort) if s.last]
+    if not begun:
+        raise UserError("--best must be asked of a sweep with results, but no run has one yet; leave --best out")
+    return begun[:1]
 
 
-def _queue(sweep: Sweep) -> dict[str, Job] | None:
-    wanted = any(run.jobs for run in sweep.runs.values())
+def _queue(runs: Iterable[SweepRun]) -> dict[str, Job] | None:
+    wanted = any(run.jobs for run in runs)
     return list_jobs() if wanted and shutil.which("squeue") else None
 
 
-def _show(statuses: Sequence[RunStatus], *, as_json: bool) -> None:
-    if as_json:
+def _show(statuses: Sequence[RunStatus], arguments: argparse.Namespace) -> None:
+    if arguments.json:
         print(json.dumps([asdict(s) for s in statuses], indent=1))
         return
     console = Console(width=None if sys.stdout.isatty() else 200)
-    console.print(status_table(statuses))
+    console.print(status_table(statuses, arguments.sort))
 
 
 def _resubmit(sweep: Sweep) -> list[str]:
-    unfinished = [r for r, s in zip(sweep.runs.values(), statuses_of(sweep), strict=True) if s.state not in _ENDED]
+    queue = _queue(sweep.runs.values())
+    unfinished = [run for run in sweep.runs.values() if inspect_run(run, queue).state not in _ENDED]
     # What acts each time that it is given has acted already.
     again = ["run.resume=auto", "run.rewind=false"]
     slurm = [r for r in unfinished if r.launcher == "slurm"]
@@ -103,7 +123,7 @@ def _resubmit(sweep: Sweep) -> list[str]:
 
 
 def _cancel(sweep: Sweep) -> list[str]:
-    queue = _queue(sweep) or {}
+    queue = _queue(sweep.runs.values()) or {}
     own: dict[str, SweepRun] = {i: run for run in sweep.runs.values() for i in run.jobs if i in queue}
     cancel(list(own))
     return [run.name for run in own.values()]

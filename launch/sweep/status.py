@@ -10,12 +10,16 @@ from typing import Any
 
 from regrow.checkpoint.files import read_json, write_json
 from regrow.checkpoint.format.step_name import parse_step_name
+from regrow.checkpoint.storage.base import Storage
+from regrow.checkpoint.storage.opening import is_url, open_storage
 from regrow.launch.config.errors import UserError
 from regrow.launch.config.plugins import UserPackages
 from regrow.launch.exit_code import ExitCode
 from regrow.launch.sweep.slurm_jobs import Job
 from regrow.trainer.jsonlines import read_rows
-from regrow.trainer.run_files import METRICS
+from regrow.trainer.report.columns import read_columns, read_evaluations
+from regrow.trainer.run_files import EVALUATIONS, METRICS
+from regrow.trainer.run_folders import run_status
 from regrow.trainer.run_record import RunRecord
 
 __all__ = [
@@ -64,7 +68,7 @@ class SweepRun:
         ranks: how many it may have, the largest number first.
         gpu: whether its ranks use GPUs where there are some.
         cpus: that a rank takes.
-        launcher: its kind, `slurm` or `local`.
+        launcher: its kind, `slurm` or `local`; `here` for any other.
         resources: the launcher's fields, for submitting it again.
         working_dir: where the command was given.
         packages: the user's own that the command had.
@@ -185,6 +189,8 @@ class RunStatus:
         job: the newest id.
         lost_s: seconds between a stop and the next start, over all of them.
         checkpoints: complete steps on the disk; for a URL the newest that was committed.
+        fields: what tells the run from the others of its sweep, see `regrow.launch.sweep.members`.
+        last: the last value of every measure.
     """
 
     name: str
@@ -198,6 +204,8 @@ class RunStatus:
     job: str
     lost_s: float
     checkpoints: list[int]
+    fields: dict[str, Any] = field(default_factory=dict)
+    last: dict[str, float] = field(default_factory=dict)
 
 
 def inspect_run(run: SweepRun, jobs: Mapping[str, Job] | None) -> RunStatus:
@@ -209,7 +217,9 @@ def inspect_run(run: SweepRun, jobs: Mapping[str, Job] | None) -> RunStatus:
     """
     folder = Path(run.run_dir)
     record = _record(folder)
-    rows = list(read_rows(folder / METRICS))
+    columns = read_columns(folder / METRICS)
+    beside = read_evaluations(folder / EVALUATIONS, record.lineages if record else [])
+    last = {name: values[-1] for name, (_, values) in {**beside, **columns.curves}.items()}
     history = list(read_rows(folder / _HISTORY))
     job = next((jobs[i] for i in reversed(run.jobs) if i in jobs), None) if jobs else None
     node = (job.nodes if job else "") or (history[-1]["node"] if history else "")
@@ -218,15 +228,16 @@ def inspect_run(run: SweepRun, jobs: Mapping[str, Job] | None) -> RunStatus:
     return RunStatus(
         name=run.name,
         state=_state(run, record, history, job, in_queue=jobs is not None),
-        step=rows[-1]["step"] if rows else 0,
+        step=columns.steps[-1] if columns.steps else 0,
         steps=run.steps,
-        loss=rows[-1]["loss"] if rows else None,
-        val_loss=next((r["val_loss"] for r in reversed(rows) if "val_loss" in r), None),
+        loss=last.get("loss"),
+        val_loss=last.get("val_loss"),
         attempts=len(record.attempts) if record else 0,
         node=node,
         job=run.jobs[-1] if run.jobs else "",
         lost_s=_lost(history),
         checkpoints=_checkpoints(folder, run.checkpoint_folder, record),
+        last=last,
     )
 
 
@@ -254,9 +265,22 @@ def _state(
         return _EVENTS[own[-1]["event"]]
     if last is None:
         return "lost" if run.jobs and in_queue else "not started"
-    if last.end is None:
-        return "lost" if run.launcher == "slurm" and in_queue else "unknown"
-    return {"failed": "failed", "finished": "not started"}.get(last.end, "stopped")
+    if last.end is None and run.launcher == "slurm":
+        return "lost" if in_queue else "unknown"
+    if record is not None and (last.end is None or run.launcher != "slurm"):
+        # Nobody but the run itself says that it is running; it may have been started again.
+        status = run_status(record, _lease_of(run))
+        if last.end is None or status == "running":
+            return status
+    return {"failed": "failed", "finished": "not started"}.get(last.end or "", "stopped")
+
+
+def _lease_of(run: SweepRun) -> Storage:
+    if is_url(run.checkpoint_folder):
+        return open_storage(f"{run.checkpoint_folder.rstrip('/')}/{run.name}")
+    place = Path(run.run_dir, run.checkpoint_folder)
+    # A run that saves nothing keeps its lease in its own directory.
+    return open_storage(place if place.is_dir() else Path(run.run_dir))
 
 
 def _lost(history: Sequence[Mapping[str, Any]]) -> float:

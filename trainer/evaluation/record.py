@@ -13,10 +13,9 @@ from typing import Any, final
 from regrow.trainer.evaluation.measure import Measured
 from regrow.trainer.evaluation.task import Task
 from regrow.trainer.jsonlines import read_rows
+from regrow.trainer.run_files import EVALUATIONS
 
 __all__ = ["EVALUATIONS", "EvaluationKey", "EvaluationRecord", "fingerprint"]
-
-EVALUATIONS = "evaluations.jsonl"
 
 
 def fingerprint(task: Task) -> str:

@@ -27,10 +27,10 @@ def test_everything_stands_in_its_place() -> None:
     given = ["logger=wandb", "data.log_samples=true", "checkpoint.export.every_n=5", "+hook@hooks.mine=throttle"]
     assert names(*given) == [
         "begin", *OPTIONAL, "mine", "metrics", "samples", "progress", "wandb", "record", "export", "checkpoint",
-        "startup",
+        "startup", "report",
     ]  # fmt: skip
     kinds = [type(h).__name__ for h in build_hooks(typed_config(given))]
-    assert len(kinds) == len(set(kinds)) == 13
+    assert len(kinds) == len(set(kinds)) == 14
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_sections_reach_their_hooks() -> None:
 
 
 def test_a_stage_can_be_chosen() -> None:
-    assert names("+hook@hooks.mine=throttle", "hooks.mine.stage=end")[-2:] == ["startup", "mine"]
+    assert names("+hook@hooks.mine=throttle", "hooks.mine.stage=end")[-3:] == ["startup", "report", "mine"]
 
 
 @pytest.mark.parametrize("name", ["begin", "metrics", "record"])
@@ -82,6 +82,6 @@ def test_a_new_logger_is_a_file_of_its_own(tmp_path: Path) -> None:
     text = "# @package _global_\ndefaults:\n  - /hook@hooks.slow: throttle\nhooks:\n  slow:\n    stage: log\nlogger: slow\n"
     (tmp_path / "logger/slow.yaml").write_text(text)
     given = [f"hydra.searchpath=[file://{tmp_path}]", "logger=slow"]
-    assert names(*given)[-4:] == ["slow", "record", "checkpoint", "startup"]
+    assert names(*given)[-5:] == ["slow", "record", "checkpoint", "startup", "report"]
     # Where metrics go makes no other run.
     assert config_hash(settings_of(given)) == config_hash(settings_of([]))

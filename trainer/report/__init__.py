@@ -1,0 +1,1 @@
+"""Reports: what runs left in their directories, as one self-contained page."""
