@@ -6,6 +6,7 @@ import platform
 from functools import partial
 
 from regrow.launch.config.schema import Config
+from regrow.launch.run.banner import banner_of
 from regrow.launch.run.build import build_hooks
 from regrow.launch.run.compose_checkpoint import compose_checkpoint, compose_export
 from regrow.launch.run.compose_data import validation_samples
@@ -54,6 +55,7 @@ def compose_resources(spec: RankSpec, context: ParallelContext, threads: int, co
         micro_batch_size=config.data.micro_batch_size,
         document_mask=config.data.document_mask,
         begin=partial(_begin, spec),
+        banner=banner_of(spec, context, corpus, threads),
         attempt=_attempt(context, threads),
         checkpoint=compose_checkpoint(spec, corpus.fingerprint) if saves else None,
         export=compose_export(spec) if saves else None,
