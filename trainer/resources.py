@@ -21,11 +21,13 @@ class Started:
     Attributes:
         source: of the state, in words.
         step: the last that is done.
+        schedule_total: the steps that the learning-rate schedule spans.
         step_bytes: of a checkpoint; 0 for a run without them.
     """
 
     source: str
     step: int
+    schedule_total: int
     step_bytes: int
 
 

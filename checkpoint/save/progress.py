@@ -10,8 +10,8 @@ __all__ = ["SaveProgress", "SaveStage"]
 class SaveStage(Enum):
     """What is being done of a save on this rank.
 
-    `staging` copies the state, `writing` sends it to the storage, `committing` waits for the other ranks and makes the
-    step valid. `saved` and `failed` are how the last one ended; `none`: there was none.
+    `staging` copies the state, `writing` sends it to the storage, `committing` waits for the other ranks and makes
+    the step valid. `saved` and `failed` are how the last one ended; `none`: there was none.
     """
 
     none = "none"

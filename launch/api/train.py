@@ -16,8 +16,8 @@ import torch.distributed as dist
 from regrow.errors import ConfigError
 from regrow.launch.config.schema import Config
 from regrow.launch.exit_code import ExitCode
-from regrow.launch.run.allocator import use_expandable_segments
 from regrow.launch.run.acknowledge import acknowledging
+from regrow.launch.run.allocator import use_expandable_segments
 from regrow.launch.run.failures import RankFailed, first_failure
 from regrow.launch.run.logs import log_to_console
 from regrow.launch.run.prepare import prepare_run

@@ -1,8 +1,8 @@
 """Says at once that a request to stop was heard. Standard library only: it begins before torch is imported.
 
-Python runs a signal's handler between two of its own instructions, so not before an operator returns, which may take
-many seconds. The system itself writes the signal's number to a pipe, and a thread that waits there needs no turn of the
-main thread's.
+Python runs a signal's handler between two of its own instructions, so not before an operator returns, which may
+take many seconds. The signal's number is written to a pipe at once, though, and a thread that waits there needs no
+turn of the main thread's.
 """
 
 import logging

@@ -1,15 +1,15 @@
-"""What a start says of its run in six lines: what is trained, with what, on what, for how long, saved how, and where."""
+"""What a start says of its run in six lines: what is trained, where, on what, for how long, and how it is saved."""
 
 import math
 import os
 from functools import partial
 from math import prod
-from pathlib import Path
 
 import torch
 
 from regrow.checkpoint.storage.opening import is_url
 from regrow.launch.config.schema import Config
+from regrow.launch.run.build import build_schedule
 from regrow.launch.run.rank_spec import RankSpec
 from regrow.launch.run.weights import shapes_of
 from regrow.models.config import DecoderConfig, ModelConfig
@@ -40,8 +40,8 @@ def _lines(spec: RankSpec, context: ParallelContext, corpus: Corpus, threads: in
         "model": _model(config.model),
         "device": _device(config, context, threads),
         "data": _data(config, corpus),
-        "steps": _steps(config, corpus),
-        "checkpoint": _checkpoint(config, spec.run_dir, started.step_bytes),
+        "steps": _steps(config, corpus, started.schedule_total),
+        "checkpoint": _checkpoint(config, started.step_bytes),
         "run": f"{spec.run_dir}; {started.source}; continuing after step {started.step}",
     }
     return [f"{name:<10}  {text}" for name, text in parts.items()]
@@ -101,20 +101,21 @@ def _data(config: Config, corpus: Corpus) -> str:
     )
 
 
-def _steps(config: Config, corpus: Corpus) -> str:
+def _steps(config: Config, corpus: Corpus, schedule_total: int) -> str:
     steps, scheduler = config.train.steps, config.scheduler
     tokens = steps * _tokens_a_step(config)
     epochs = tokens / max(1, _tokens_an_epoch(config, corpus))
-    shape = scheduler._target_.rpartition(".")[2]
-    total = scheduler.total_steps
-    over = f" over {total:,} steps" if total is not None and total != steps else ""
+    optimizer, shape = (part._target_.rpartition(".")[2] for part in (config.optimizer, scheduler))
+    over = f" over {schedule_total:,} steps" if schedule_total != steps else ""
+    shortened = build_schedule(config).shortened(schedule_total) is not None
+    warm_up = "warm-up shortened" if shortened else f"warm-up {scheduler.warmup_steps:,}"
     return (
-        f"{steps:,}, {count_text(tokens)} tokens, {epochs:.2g} epochs; {config.optimizer._target_.rpartition('.')[2]}, "
-        f"lr {config.optimizer.lr:g}, {shape}{over}, warm-up {scheduler.warmup_steps:,}"
+        f"{steps:,}, {count_text(tokens)} tokens, {epochs:.2g} epochs; {optimizer}, "
+        f"lr {config.optimizer.lr:g}, {shape}{over}, {warm_up}"
     )
 
 
-def _checkpoint(config: Config, run_dir: Path, step_bytes: int) -> str:
+def _checkpoint(config: Config, step_bytes: int) -> str:
     options = config.checkpoint
     if not options.enable:
         return "none: nothing is saved or resumed"

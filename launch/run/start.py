@@ -86,7 +86,7 @@ def _say_how_it_ended(spec: RankSpec, outcome: Outcome) -> None:
     further = ""
     if outcome.exit_code is ExitCode.resumable:
         saves = spec.config.checkpoint.enable and not spec.config.checkpoint.load_only
-        goes_on = "the same command goes on from there" if saves else "nothing was saved: the same command begins anew"
+        goes_on = "the same command goes on from there" if saves else "nothing was saved: it would begin anew"
         further = f"; {goes_on}" if outcome.step else "; nothing was lost, give the same command again"
     log.info("%s at step %d: %s%s", outcome.kind, outcome.step, spec.run_dir, further)
 

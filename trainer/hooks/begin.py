@@ -35,7 +35,12 @@ class BeginHook(Hook):
         step_bytes = _step_bytes(trainer) if trainer.resources.checkpoint is not None else 0
         if trainer.context.is_main:
             source = trainer.restorer.source if trainer.restorer is not None else "fresh weights"
-            started = Started(source=f"state: {source}", step=trainer.state.step, step_bytes=step_bytes)
+            started = Started(
+                source=f"state: {source}",
+                step=trainer.state.step,
+                schedule_total=trainer.state.schedule_total,
+                step_bytes=step_bytes,
+            )
             for line in trainer.resources.banner(started):
                 log.info("%s", line)
 

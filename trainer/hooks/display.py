@@ -92,6 +92,7 @@ class Display:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         # One column is left free: a terminal that breaks a full line would move everything below it.
         width = max(20, min(options.max_width - 1, _WIDEST))
+        yield Text()
         yield Text(self._name, style="bold", no_wrap=True, overflow="ellipsis")
         yield self._bar(width)
         for cells in (self._training(), self._speed(), self._results(), self._checkpoint()):
@@ -109,16 +110,10 @@ class Display:
         if row is None:
             return [cell("the first step is under way")]
         norm = "not finite" if row["grad_norm"] is None else f"{row['grad_norm']:.3f}"
-        return [
-            cell("loss", f"{row['loss']:.4f}"),
-            cell("grad norm", norm),
-            cell("lr", f"{row['lr']:.2e}"),
-            cell("left", self._time_left()),
-        ]
+        cells = [cell("loss", f"{row['loss']:.4f}"), cell("grad norm", norm), cell("lr", f"{row['lr']:.2e}")]
+        return [*cells, cell("time left", self._time_left())] if self._step < self._steps else cells
 
     def _time_left(self) -> str:
-        if self._step >= self._steps:
-            return "none"
         if len(self._times) < 2:
             return "not known yet"
         (began, first), (ended, last) = self._times[0], self._times[-1]
