@@ -130,9 +130,7 @@ def _leads(pid: int | None) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[5] == str(pid)
 
 
-def _run(
-    main: Callable[[], None], arguments: list[str], terminal: str, cwd: Path, environ: dict[str, str]
-) -> None:
+def _run(main: Callable[[], None], arguments: list[str], terminal: str, cwd: Path, environ: dict[str, str]) -> None:
     become_command(arguments, Path(terminal), cwd, environ)
     fcntl.ioctl(1, termios.TIOCSCTTY, 0)
     os.dup2(os.open(terminal, os.O_RDONLY), 0)

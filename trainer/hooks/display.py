@@ -10,8 +10,6 @@ from typing import Any, final
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
 from regrow.checkpoint.save.progress import SaveProgress, SaveStage
@@ -94,16 +92,20 @@ class Display:
         width = max(20, min(options.max_width - 1, _WIDEST))
         yield Text()
         yield Text(self._name, style="bold", no_wrap=True, overflow="ellipsis")
-        yield self._bar(width)
+        yield from self._bar(width, ascii_only=options.ascii_only)
         for cells in (self._training(), self._speed(), self._results(), self._checkpoint()):
             yield from flow(cells, width)
 
-    def _bar(self, width: int) -> Table:
-        line = Table.grid(padding=(0, 2, 0, 0))
-        done = self._step / max(1, self._steps)
-        words = f"step {self._step:,} of {self._steps:,}  {done:.0%}"
-        line.add_row(ProgressBar(total=self._steps, completed=self._step, width=max(4, width // 3)), words)
-        return line
+    def _bar(self, width: int, *, ascii_only: bool) -> list[Text]:
+        """How far the run is; the bar takes what the words leave of a third of the line."""
+        part = self._step / max(1, self._steps)
+        words = f"step {self._step:,} of {self._steps:,}  {part:.0%}"
+        length = min(width // 3, width - len(words) - 2)
+        if length < 4:
+            return flow([Text(words)], width)
+        full, empty = "=-" if ascii_only else "━─"
+        done = round(part * length)
+        return [Text.assemble((full * done, "cyan"), (empty * (length - done), "dim"), f"  {words}", no_wrap=True)]
 
     def _training(self) -> list[Text]:
         row = self._row

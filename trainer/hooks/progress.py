@@ -1,4 +1,4 @@
-"""Progress for people: a display on a terminal, plain lines elsewhere, and a line for every step in the log's file."""
+"""Progress for people: a display on a terminal, lines elsewhere, and a line of every step in the log's file."""
 
 import logging
 from collections.abc import Mapping
