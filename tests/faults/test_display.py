@@ -74,7 +74,7 @@ def test_a_terminal_shows_the_run(corpus: Path, tmp_path: Path) -> None:
     ids=["piped", "slurm"],
 )
 def test_elsewhere_there_are_plain_lines(corpus: Path, tmp_path: Path, environ: dict[str, str]) -> None:
-    code, out = regrow(tiny(corpus, "train.steps=8", "train.log_every=3", *RUN), tmp_path, **environ)
+    code, out = regrow(tiny(corpus, "train.steps=8", "train.log_every=3", *RUN), tmp_path, 120.0, **environ)
     assert code == 0, out
     assert "\x1b" not in out
     assert "\r" not in out
@@ -133,7 +133,7 @@ def _long_backward(_hook: ThrottleHook, trainer: Trainer) -> None:
 def _train_slowly() -> None:
     from regrow.launch.train import main
 
-    ThrottleHook.before_optimizer_step = _long_backward  # type: ignore[method-assign]
+    setattr(ThrottleHook, "before_optimizer_step", _long_backward)  # noqa: B010
     main()
 
 

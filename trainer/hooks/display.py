@@ -89,7 +89,7 @@ class Display:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         # One column is left free: a terminal that breaks a full line would move everything below it.
-        width = max(20, min(options.max_width - 1, _WIDEST))
+        width = max(10, min(options.max_width - 1, _WIDEST))
         yield Text()
         yield Text(self._name, style="bold", no_wrap=True, overflow="ellipsis")
         yield from self._bar(width, ascii_only=options.ascii_only)

@@ -93,7 +93,7 @@ def test_an_error_on_the_way_out_does_not_hide_the_signal() -> None:
         try:
             raise Interrupted(signal.SIGINT)
         finally:
-            {}["gone"]
+            raise KeyError("gone")
     except KeyError as error:
         found = interrupted_by(error)
         assert found is not None

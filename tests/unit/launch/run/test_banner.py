@@ -22,4 +22,4 @@ def test_a_token_goes_through_some_experts(variant: str) -> None:
     assert active < total
     if variant == "qwen3_moe_30b_a3b":
         # As its model card says: 30.5 B and 3.3 B.
-        assert (round(total / 1e9, 1), round(active / 1e9, 1)) == (30.5, 3.3)
+        assert (total // 10**8, active // 10**8) == (305, 33)
