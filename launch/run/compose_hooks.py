@@ -20,6 +20,7 @@ from regrow.trainer.hook import Hook
 from regrow.trainer.parallel.context import ParallelContext
 from regrow.trainer.resources import Resources
 from regrow.trainer.run_record import Attempt
+from regrow.trainer.wording import FILE_ONLY
 
 __all__ = ["compose_hooks", "compose_resources"]
 
@@ -27,10 +28,11 @@ log = logging.getLogger(__name__)
 
 
 def compose_hooks(config: Config, context: ParallelContext) -> list[Hook]:
-    """The hooks in the order in which they run, which rank 0 logs."""
+    """The hooks in the order in which they run, which the log's file of rank 0 has."""
     hooks = build_hooks(config)
     if context.is_main:
-        log.info("hooks, in order: %s", ", ".join(type(h).__name__ for h in hooks))
+        names = ", ".join(type(h).__name__ for h in hooks)
+        log.info("hooks, in order: %s", names, extra={FILE_ONLY: True})
     return hooks
 
 

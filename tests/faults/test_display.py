@@ -185,7 +185,7 @@ def test_several_ranks_answer_once(corpus: Path, tmp_path: Path) -> None:
 
 def test_nothing_is_lost_before_the_first_step(corpus: Path, tmp_path: Path) -> None:
     with on_terminal(tiny(corpus, "train.steps=5", *RUN), tmp_path, columns=240) as session:
-        session.wait_for(lambda text: "hooks, in order" in text)
+        session.wait_for(lambda text: " device  " in text)
         session.press_ctrl_c()
         code = session.end()
         text = session.text()
