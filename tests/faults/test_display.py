@@ -10,7 +10,7 @@ import torch
 
 from regrow.trainer.hooks.throttle import ThrottleHook
 from regrow.trainer.loop import Trainer
-from tests.support import metrics, tiny, wait_until
+from tests.support import metrics, tiny
 from tests.terminal import on_terminal
 from tests.warm import regrow
 
@@ -92,14 +92,6 @@ def test_a_terminal_that_cannot_be_drawn_on_has_plain_lines(corpus: Path, tmp_pa
     assert b"step 4/4 " in session.received
 
 
-def test_a_terminal_without_colours_has_none(corpus: Path, tmp_path: Path) -> None:
-    with on_terminal(tiny(corpus, "train.steps=4", *RUN), tmp_path, NO_COLOR="1") as session:
-        assert session.end() == 0
-        assert "committed step 4" in session.visible()
-    codes = b"".join(re.findall(rb"\x1b\[([\d;]*)m", session.received)).decode()
-    assert not re.search(r"(?:^|;)(?:3[0-7]|4[0-7]|9[0-7]|38|48)(?:;|$)", codes)
-
-
 def test_the_banner_says_what_it_continues_from(corpus: Path, tmp_path: Path) -> None:
     first, again = (regrow(tiny(corpus, f"train.steps={n}", *RUN, "run.extend=hold"), tmp_path) for n in (4, 6))
     assert first[0] == again[0] == 0, again[1]
@@ -169,9 +161,9 @@ def test_a_second_ctrl_c_ends_at_once_even_then(corpus: Path, tmp_path: Path) ->
     assert session.received.rindex(b"\x1b[?25h") > session.received.rindex(b"\x1b[?25l")
 
 
-def test_several_ranks_answer_once(corpus: Path, tmp_path: Path) -> None:
+def test_several_ranks_answer_once_and_without_colours_where_none_are_wanted(corpus: Path, tmp_path: Path) -> None:
     slow = ["parallel.dp_shard=2", "+hook@hooks.slow=throttle", "hooks.slow.seconds=1"]
-    with on_terminal(tiny(corpus, "train.steps=50", *RUN, *slow), tmp_path, columns=240) as session:
+    with on_terminal(tiny(corpus, "train.steps=50", *RUN, *slow), tmp_path, columns=240, NO_COLOR="1") as session:
         session.wait_for(lambda text: "step 1 of 50" in text, timeout_s=120.0)
         session.press_ctrl_c()
         session.wait_for(lambda text: "Ctrl-C: the step under way is finished" in text)
@@ -180,7 +172,9 @@ def test_several_ranks_answer_once(corpus: Path, tmp_path: Path) -> None:
     assert text.count("Ctrl-C: ") == 1
     assert "SIGTERM" not in text
     assert "the same command goes on from there" in text
-    wait_until(lambda: len(metrics(tmp_path / "outputs/run")) >= 1)
+    assert metrics(tmp_path / "outputs/run")
+    codes = b";".join(re.findall(rb"\x1b\[([\d;]*)m", session.received)).decode()
+    assert not re.search(r"(?:^|;)(?:3[0-7]|4[0-7]|9[0-7]|38|48)(?:;|$)", codes)
 
 
 def test_nothing_is_lost_before_the_first_step(corpus: Path, tmp_path: Path) -> None:
