@@ -37,6 +37,7 @@ from regrow.launch.run.rank_spec import Outcome
 from regrow.launch.run.signals import STOP_NOTE_VARIABLE, StopFlag
 from regrow.launch.sweep.status import RunFailed, result_of
 from regrow.launch.sweep.submitit import stay_until_killed
+from regrow.trainer.process import interrupted_by
 
 __all__ = ["Application", "run_command"]
 
@@ -193,7 +194,9 @@ class Application:
             # Another rank may have failed before this one, which then saw it go.
             print(f"error: {first_failure(run_dir) or error}", file=sys.stderr)
             self._codes.append(error.exit_code)
-        except Exception:
+        except Exception as error:
+            if (stop := interrupted_by(error)) is not None:
+                raise stop from None
             traceback.print_exc()
             failure = first_failure(run_dir)
             if failure is not None:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 
 from regrow.launch.exit_code import ExitCode
+from regrow.launch.run.acknowledge import Acknowledger, speaks_for_all
 from regrow.launch.run.allocator import use_expandable_segments
 from regrow.launch.run.signals import Interrupted, StopFlag, write_note
 from regrow.launch.run.versions import own_version
@@ -25,6 +26,8 @@ def main() -> None:
     """The command's entry. Exit codes: 0 done, 1 failed, 2 bad input, 3 stopped and resumable."""
     flag = StopFlag()
     flag.install()
+    if speaks_for_all():
+        Acknowledger(flag).start()
     ensure_home()
     use_expandable_segments(os.environ)
     if PARENT_VARIABLE in os.environ:

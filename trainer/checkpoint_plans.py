@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from regrow.checkpoint.policy.lineage import Lineage
 from regrow.checkpoint.policy.retention import RetentionRule
 from regrow.checkpoint.policy.save import SavePolicy
 from regrow.checkpoint.run.lease import FencingToken
+from regrow.checkpoint.save.progress import SaveProgress
 from regrow.checkpoint.save.saver import SaverOptions
 from regrow.checkpoint.storage.base import Storage
 from regrow.trainer.hf_folder import HfExport
@@ -95,6 +96,7 @@ class CheckpointPlan:
         max_failures: so many in a row end it in any case.
         grace_s: between a request to stop and the kill; infinite where nobody kills.
         last: what the last step's save is.
+        progress: how far the save in flight is.
     """
 
     folder: Storage
@@ -111,6 +113,7 @@ class CheckpointPlan:
     max_failures: int
     last: LastSave
     grace_s: float = math.inf
+    progress: SaveProgress = field(default_factory=SaveProgress)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

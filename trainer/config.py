@@ -181,7 +181,7 @@ class TrainConfig:
         compile: torch.compile each block: `true`, `false`, or `auto`, which compiles on GPUs.
         compile_backend: torch.compile's backend, with `compile`.
         deterministic: torch's deterministic algorithms; on a GPU, training then repeats bit for bit.
-        log_every: steps between lines of progress where there is no terminal.
+        log_every: steps between lines of progress where there is no terminal; the log's file has every step.
         z_loss: what the squared logarithm of the sum of exponents of a position's logits counts beside its loss
             (PaLM, arXiv:2204.02311, section 5, where it is 1e-4); losses are reported without it. 0 for none.
     """

@@ -42,6 +42,7 @@ from regrow.trainer.optimizer import Optimizer
 from regrow.trainer.parallel.context import ParallelContext
 from regrow.trainer.parallel.engine import Engine
 from regrow.trainer.phase import Phase
+from regrow.trainer.process import interrupted_by
 from regrow.trainer.reduction import PendingReduction, Slot, SlotKind, StepReduction
 from regrow.trainer.resources import Resources
 from regrow.trainer.restore import Restorer
@@ -210,7 +211,7 @@ class Trainer:
             for hook in self._begun:
                 # The first error is the one to tell, and the hooks behind this one have their own to do.
                 with _only_logged(f"{type(hook).__name__}, told of an error,"):
-                    hook.on_exception(self, error)
+                    hook.on_exception(self, interrupted_by(error) or error)
             raise
         finally:
             while self._begun:

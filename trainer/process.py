@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 
-__all__ = ["PARENT_VARIABLE", "Interrupted", "die_with_parent"]
+__all__ = ["PARENT_VARIABLE", "Interrupted", "die_with_parent", "interrupted_by"]
 
 # The starter's pid: if it died before the request below took effect, nobody would send the signal.
 PARENT_VARIABLE = "REGROW_PARENT_PID"
@@ -18,6 +18,18 @@ class Interrupted(BaseException):
     def __init__(self, signal_number: int) -> None:
         super().__init__(signal.Signals(signal_number).name)
         self.signal_number = signal_number
+
+
+def interrupted_by(error: BaseException) -> Interrupted | None:
+    """The signal behind an error, None where there was none.
+
+    `Interrupted` comes between any two instructions, also in the middle of somebody's bookkeeping, whose clean-up may
+    then fail with an error of its own.
+    """
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, Interrupted):
+        seen = seen.__context__
+    return seen
 
 
 def die_with_parent(parent_pid: int) -> None:

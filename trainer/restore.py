@@ -1,8 +1,8 @@
-"""Where a run's state comes from: resumed, another step, weights elsewhere, or fresh; said in one line of the log."""
+"""Where a run's state comes from: resumed, another step, weights elsewhere, or fresh; the start's banner says it."""
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, final
 
@@ -21,6 +21,7 @@ from regrow.checkpoint.run.catalog import Catalog, Scan
 from regrow.checkpoint.run.reader_lock import reading
 from regrow.checkpoint.storage.base import Storage
 from regrow.checkpoint.storage.opening import open_storage
+from regrow.trainer.bars import Bar, showing
 from regrow.trainer.checkpoint_plans import RestorePlan
 from regrow.trainer.export_folder import exported_steps
 from regrow.trainer.named_tensors import counter_tensors, model_tensors, optimizer_tensors
@@ -57,6 +58,9 @@ class Restorer:
 
     Args:
         plan: see `RestorePlan`.
+
+    Attributes:
+        source: where the state comes from, in words.
     """
 
     def __init__(self, plan: RestorePlan) -> None:
@@ -67,6 +71,9 @@ class Restorer:
         # On rank 0: each step's manifest, read once.
         self._scan: Scan | None = None
         self._start = StartPoint(kind=StartKind.fresh)
+        # While something is loaded on the rank that shows it.
+        self._bar: Bar | None = None
+        self.source = "fresh weights"
 
     def restore(
         self, context: ParallelContext, engine: Engine, optimizer: Optimizer, steps: int
@@ -88,7 +95,7 @@ class Restorer:
         target = _Target(context=context, engine=engine, optimizer=optimizer, steps=steps)
         loaded = load_agreed(
             self._choose_start,
-            lambda start: self._load_start(target, start),
+            lambda start: self._load_shown(target, start),
             self._replaceable,
             context.cpu_group,
             # What the damaged step has left in the moments is not the next one's, which may hold weights alone.
@@ -97,10 +104,8 @@ class Restorer:
         start, self._damaged = loaded.choice, loaded.damaged
         source, state = loaded.result
         self._start = start
-        if context.is_main:
-            without = f", without {', '.join(start.exclude)}" if start.exclude else ""
-            step = 0 if state is None else state.step
-            log.info("state: %s%s; continuing after step %d", source, without, step)
+        without = f", without {', '.join(start.exclude)}" if start.exclude else ""
+        self.source = f"{source}{without}"
         return state
 
     def set_aside_unused(self) -> None:
@@ -160,6 +165,15 @@ class Restorer:
         may = start.kind is StartKind.step and not (named and lineage.request.load_step >= 0)
         return start.step if may else None
 
+    def _load_shown(self, target: _Target, start: StartPoint) -> tuple[str, TrainState | None]:
+        """The same, with a bar on rank 0."""
+        with showing("loading", quiet=not target.context.is_main) as self._bar:
+            return self._load_start(target, start)
+
+    @property
+    def _progress(self) -> Callable[[int, int], None] | None:
+        return None if self._bar is None else self._bar.update
+
     def _load_start(self, target: _Target, start: StartPoint) -> tuple[str, TrainState | None]:
         """Brings the tensors to a starting point; returns where from, and the state there."""
         if start.kind is StartKind.fresh:
@@ -193,7 +207,8 @@ class Restorer:
         tensors, parameters = model_tensors(target.engine.model), self._plan.parameters()
         with self._plan.open_initial(place.url) as source:
             # Buffers start as the model makes them where the weights come without.
-            load_from(source, tensors, self._plan.initial, optional=set(tensors) - set(parameters))
+            others = set(tensors) - set(parameters)
+            load_from(source, tensors, self._plan.initial, optional=others, progress=self._progress)
             if not start.model_only:
                 state = self._load_state(target, place, source, start)
             found = sum(name in source.infos for name in parameters)
@@ -226,7 +241,7 @@ class Restorer:
             if target.context.is_main and step.train_state:
                 counters = {n: torch.zeros_like(t) for n, t in counter_tensors(saved).items()}
         # A run's own step holds what its model has; other starts say themselves what they leave out.
-        load_step(step, tensors | counters, target.context.cpu_group, target.engine.names)
+        load_step(step, tensors | counters, target.context.cpu_group, target.engine.names, self._progress)
         if saved is None:
             return None
         _check_counters(step.url, saved, counters)

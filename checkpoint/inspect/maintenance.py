@@ -1,11 +1,12 @@
 """Looking after the steps of a folder: listing, verifying, pinning, pruning, repairing. No run is needed for it."""
 
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, final
 
 from regrow.checkpoint.config import KeepEveryNConfig
 from regrow.checkpoint.errors import CheckpointError, OtherFormatError
@@ -201,15 +202,39 @@ def tree(tensors: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def verify(storage: Storage, threads: int = 4) -> list[dict[str, Any]]:
-    """Reads everything and compares it with its hashes: one report for each step, with what is wrong."""
+def verify(
+    storage: Storage, threads: int = 4, progress: Callable[[int, int], None] = lambda _done, _total: None
+) -> list[dict[str, Any]]:
+    """Reads everything and compares it with its hashes: one report for each step, with what is wrong.
+
+    Args:
+        storage: a run, a checkpoint folder or a step.
+        threads: that read.
+        progress: told the bytes of tensors read and in all files, by each of them.
+    """
     if is_verified(storage) or storage.exists(METADATA) or not _has_steps(storage):
-        return [_verify_one(storage, threads)]
+        return [_verify_one(storage, threads, _Reading(sum(storage.sizes().values()), progress))]
     folder = folder_of(storage)
     rows = [r for r in list_steps(folder) if parse_step_name(r.name) is not None]
     if not rows:
         raise CheckpointError(f"RUN must hold a step, but {folder.url} holds none; check the path")
-    return [_verify_one(folder.child(r.name), threads) for r in rows]
+    reading = _Reading(sum(r.nbytes for r in rows), progress)
+    return [_verify_one(folder.child(r.name), threads, reading) for r in rows]
+
+
+@final
+class _Reading:
+    """What has been read of how much, by several threads."""
+
+    def __init__(self, total_bytes: int, progress: Callable[[int, int], None] = lambda _done, _total: None) -> None:
+        self._total, self._progress, self._done = total_bytes, progress, 0
+        self._lock = threading.Lock()
+
+    def add(self, nbytes: int) -> None:
+        """Counts what was read just now."""
+        with self._lock:
+            self._done += nbytes
+            self._progress(min(self._done, self._total), self._total)
 
 
 def _has_steps(storage: Storage) -> bool:
@@ -220,7 +245,7 @@ def _has_steps(storage: Storage) -> bool:
     return True
 
 
-def _verify_one(storage: Storage, threads: int) -> dict[str, Any]:
+def _verify_one(storage: Storage, threads: int, reading: _Reading) -> dict[str, Any]:
     report: dict[str, Any] = {"place": storage.url, "tensors": 0, "bytes": 0, "hashed": False, "problems": []}
     step = parse_step_name(storage.url.rstrip("/").rpartition("/")[2])
     try:
@@ -231,7 +256,7 @@ def _verify_one(storage: Storage, threads: int) -> dict[str, Any]:
             report["tensors"] = len(source.infos)
             report["bytes"] = sum(i.nbytes for i in source.infos.values())
             with ThreadPoolExecutor(threads) as pool:
-                answers = list(pool.map(lambda name: _verify_tensor(source, name), source.infos))
+                answers = list(pool.map(lambda name: _verify_tensor(source, name, reading), source.infos))
             report["problems"] += [a for a in answers if a is not None]
             if isinstance(source, StepSource):
                 opened, m = source.step, source.manifest
@@ -245,11 +270,11 @@ def _verify_one(storage: Storage, threads: int) -> dict[str, Any]:
     return report
 
 
-def _verify_tensor(source: TensorSource, name: str) -> str | None:
+def _verify_tensor(source: TensorSource, name: str, reading: _Reading) -> str | None:
     info = source.infos[name]
     try:
         for box in segments(whole(info.shape), info.dtype.itemsize, _PIECE_BYTES):
-            source.read(name, box)
+            reading.add(source.read(name, box).nbytes)
     except (CheckpointError, OSError) as error:
         return str(error)
     return None
@@ -333,7 +358,7 @@ def repair(storage: Storage) -> list[str]:
         others = {r.step for r in list_steps(folder) if r.state == "other version"}
         done += [f"step {step} is of another version of regrow and stays as it is" for step in sorted(others)]
         for step in catalog.candidates():
-            report = _verify_one(folder.child(step_folder_name(step)), 4) if step not in others else None
+            report = _verify_one(folder.child(step_folder_name(step)), 4, _Reading(0)) if step not in others else None
             if report is not None and report["problems"]:
                 done += catalog.clear_step(step, report["problems"][0])
     sound = [r for r in list_steps(folder) if r.state == "complete" and (r.kind == "full" or r.step == 0)]

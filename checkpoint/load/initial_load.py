@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -428,6 +428,7 @@ def load_from(
     *,
     optional: Collection[str] = (),
     threads: int = 4,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Reads a source into existing tensors, each rank its own boxes, cast to the tensors' types.
 
@@ -437,6 +438,7 @@ def load_from(
         rules: what may differ; `check_load` has looked at the whole model.
         optional: names that need not be there.
         threads: that read.
+        progress: told the bytes of this rank's tensors that are filled, and in all.
 
     Raises:
         CheckpointError: a tensor is not there.
@@ -450,9 +452,13 @@ def load_from(
             "use the model it was saved from, or checkpoint.load_strict=false to start without them"
         )
     with ThreadPoolExecutor(threads) as pool:
-        jobs = [pool.submit(_fill, source, n, t, rules) for n, t in tensors.items() if n in source.infos]
-        for job in jobs:
+        jobs = {pool.submit(_fill, source, n, t, rules): t for n, t in tensors.items() if n in source.infos}
+        total, done = sum(local_tensor(tensor).nbytes for tensor in jobs.values()), 0
+        for job in as_completed(jobs) if progress is not None else jobs:
             job.result()
+            done += local_tensor(jobs[job]).nbytes
+            if progress is not None:
+                progress(done, total)
 
 
 @torch.no_grad()

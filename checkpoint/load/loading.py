@@ -5,7 +5,7 @@ DCP, torchtitan's) are read without verification, and without running what a pic
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -63,8 +63,17 @@ def load_step(
     tensors: Mapping[str, Tensor],
     group: dist.ProcessGroup | None,
     known: Collection[str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> int:
-    """As `load_tensors`, from one of our steps; its manifest is not read again."""
+    """As `load_tensors`, from one of our steps; its manifest is not read again.
+
+    Args:
+        step: the step.
+        tensors: as there.
+        group: as there.
+        known: as there.
+        progress: told the bytes that this rank has read, and in all.
+    """
     _check_memory(tensors)
     rank, ranks = rank_and_count(group)
     if rank == 0:
@@ -72,7 +81,7 @@ def load_step(
     items = _needed_items(step, tensors, ranks)
     if known is not None:
         _check_known(step.url, items, known)
-    return read_tensors(step.storage, items, tensors)
+    return read_tensors(step.storage, items, tensors, progress=progress)
 
 
 def _needed_items(step: StoredStep, tensors: Mapping[str, Tensor], ranks: int) -> list[StoredChunk]:

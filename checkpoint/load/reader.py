@@ -4,7 +4,8 @@ Each thread reads a run of bytes that follow each other, through a descriptor of
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,7 +27,12 @@ _Wanted = tuple[Sequence[StoredChunk], Chunk, Tensor]
 
 
 def read_tensors(
-    location: Storage | Path | str, items: Sequence[StoredChunk], tensors: Mapping[str, Tensor], *, threads: int = 0
+    location: Storage | Path | str,
+    items: Sequence[StoredChunk],
+    tensors: Mapping[str, Tensor],
+    *,
+    threads: int = 0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Fills the tensors' local parts in place; returns the bytes read.
 
@@ -35,6 +41,7 @@ def read_tensors(
         items: what is stored there.
         tensors: by flat name.
         threads: that read at once; 0 takes what suits the storage and this rank's cores.
+        progress: told the bytes read and in all, by each of them.
 
     Raises:
         CheckpointError: a name is missing, or has another shape or dtype.
@@ -46,10 +53,11 @@ def read_tensors(
     wanted = ((by_name.get(name, []), chunk_of(name, t), local_tensor(t)) for name, t in tensors.items())
     ops = _read_ops(storage.url, wanted, storage.request_bytes)
     shares = list(_shares(ops, threads or _threads(storage))) or [[]]
+    tell = _counting(sum(op.stop - op.start for op in ops), progress) if progress is not None else None
     # This thread takes the first share: with as many as there are cores, the system keeps each on its own.
     with ThreadPoolExecutor(max(1, len(shares) - 1), thread_name_prefix="read") as pool:
-        others = [pool.submit(_read_share, storage, share) for share in shares[1:]]
-        return _read_share(storage, shares[0]) + sum(job.result() for job in others)
+        others = [pool.submit(_read_share, storage, share, tell) for share in shares[1:]]
+        return _read_share(storage, shares[0], tell) + sum(job.result() for job in others)
 
 
 def read_chunk(
@@ -109,10 +117,28 @@ def _shares(ops: Sequence[ReadOp], count: int) -> Iterator[list[ReadOp]]:
         yield run
 
 
-def _read_share(storage: Storage, ops: Sequence[ReadOp]) -> int:
+def _counting(total: int, progress: Callable[[int, int], None]) -> Callable[[int], None]:
+    """Adds up what several threads read."""
+    lock, done = threading.Lock(), 0
+
+    def tell(nbytes: int) -> None:
+        nonlocal done
+        with lock:
+            done += nbytes
+            progress(done, total)
+
+    return tell
+
+
+def _read_share(storage: Storage, ops: Sequence[ReadOp], tell: Callable[[int], None] | None) -> int:
     with ExitStack() as opened:
         files = {name: opened.enter_context(storage.open(name)) for name in sorted({op.file for op in ops})}
         try:
-            return sum(op.run(files[op.file]) for op in ops)
+            read = 0
+            for op in ops:
+                read += op.run(files[op.file])
+                if tell is not None:
+                    tell(op.stop - op.start)
+            return read
         finally:
             forget_scratch()

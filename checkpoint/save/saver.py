@@ -32,6 +32,7 @@ from regrow.checkpoint.ranks import broadcast_value, rank_and_count
 from regrow.checkpoint.run.lease import FencingToken, LeaseLostError
 from regrow.checkpoint.save.commit import Committer
 from regrow.checkpoint.save.coordinator import Report, SaveCoordinator, WorkingPlace, own_store, report_of
+from regrow.checkpoint.save.progress import SaveProgress
 from regrow.checkpoint.save.staging import StagingBuffer
 from regrow.checkpoint.save.writer import file_name, write_image, write_tensors
 from regrow.checkpoint.storage.base import Storage
@@ -108,6 +109,7 @@ class StepSaver:
         group: of all ranks, on the CPU; used while this is constructed and not later. None for one process without
             torch.distributed.
         options: see `SaverOptions`.
+        progress: is told how far the save in flight is.
     """
 
     def __init__(
@@ -117,9 +119,10 @@ class StepSaver:
         device: torch.device,
         group: dist.ProcessGroup | None,
         options: SaverOptions | None = None,
+        progress: SaveProgress | None = None,
     ) -> None:
         self._folder, self._mode, self._device = as_storage(folder), mode, device
-        self._options = options or SaverOptions()
+        self._options, self._progress = options or SaverOptions(), progress or SaveProgress()
         self._rank, self._ranks = rank_and_count(group)
         token = broadcast_value(uuid.uuid4().hex[:8], group)
         self._committer = Committer(self._folder, token, self._options.ticket)
@@ -178,6 +181,7 @@ class StepSaver:
         held = dict(tensors)
         plan = self._plan_for(held, owner_ranks)
         self._staged.clear()
+        self._progress.begin(manifest.step, plan.total_bytes)
         image, problem = None, None
         try:
             image = self._snapshot(plan, held)
@@ -276,7 +280,9 @@ class StepSaver:
         self._committer.begin(step)
         place = WorkingPlace(folder=self._committer.working_place(step), writer=self._committer.writer)
         try:
-            self._coordinator.report(key, self._write_own(work, step), place)
+            report = self._write_own(work, step)
+            self._progress.commit()
+            self._coordinator.report(key, report, place)
             if self._rank == 0:
                 error, final = self._commit(manifest, self._coordinator.collect(key, place))
                 self._coordinator.publish_result(key, error, place)
@@ -285,6 +291,7 @@ class StepSaver:
         except Exception as failure:
             log.exception("saving step %d failed", manifest.step)
             error = str(failure)
+        self._progress.end(saved=not error)
         url = None if error else self._folder.child(step_folder_name(manifest.step)).url
         seconds = time.perf_counter() - started
         return SaveResult(step=manifest.step, url=url, error=error, seconds=seconds, final=final)
@@ -303,9 +310,9 @@ class StepSaver:
             _check_room(folder, plan.total_bytes)
             names = [file_name(self._rank, index, self._committer.writer) for index in range(len(plan.file_bytes))]
             if work.image is None:
-                hashes = write_tensors(folder, names, plan, work.tensors)
+                hashes = write_tensors(folder, names, plan, work.tensors, self._progress)
             else:
-                hashes = write_image(folder, names, work.image, self._pool, hashes)
+                hashes = write_image(folder, names, work.image, self._pool, hashes, self._progress)
             body = rank_manifest(plan, names, [hashes[item.chunk.name] for item in plan.items])
             folder.write(rank_manifest_name(self._rank, self._committer.writer), body, flush=self._rank != 0)
         except OSError as error:

@@ -12,6 +12,7 @@ from regrow.checkpoint.format.hashing import BlockHasher, Hashes, block_bytes_fo
 from regrow.checkpoint.format.layout import Item, SavePlan, local_tensor
 from regrow.checkpoint.format.torch_archive import frame_of
 from regrow.checkpoint.memory import lasting_memory, raw_bytes
+from regrow.checkpoint.save.progress import SaveProgress
 from regrow.checkpoint.save.staging import StagingBuffer
 from regrow.checkpoint.storage.base import Storage
 
@@ -28,7 +29,12 @@ def file_name(rank: int, index: int, writer: str = "") -> str:
 
 
 def write_image(
-    folder: Storage, names: Sequence[str], image: StagingBuffer, pool: ThreadPoolExecutor, hashes: Hashes | None
+    folder: Storage,
+    names: Sequence[str],
+    image: StagingBuffer,
+    pool: ThreadPoolExecutor,
+    hashes: Hashes | None,
+    progress: SaveProgress,
 ) -> Hashes:
     """Writes the image's files, durable when this returns.
 
@@ -38,6 +44,7 @@ def write_image(
         image: must not change before this returns.
         pool: hashes while the files are written, unless `hashes` are known.
         hashes: of the items.
+        progress: is told what has been written.
 
     Raises:
         OSError: the storage is full or fails.
@@ -47,7 +54,7 @@ def write_image(
     def write(index: int) -> None:
         memory = image.file(index)
         windows = (memory[s : s + _WINDOW] for s in range(0, len(memory), _WINDOW))
-        folder.stream(names[index], len(memory), windows)
+        folder.stream(names[index], len(memory), progress.counting(index, windows))
 
     try:
         _all_files(write, len(image.plan.file_bytes))
@@ -57,7 +64,13 @@ def write_image(
     return hashes or found
 
 
-def write_tensors(folder: Storage, names: Sequence[str], plan: SavePlan, tensors: Mapping[str, Tensor]) -> Hashes:
+def write_tensors(
+    folder: Storage,
+    names: Sequence[str],
+    plan: SavePlan,
+    tensors: Mapping[str, Tensor],
+    progress: SaveProgress | None = None,
+) -> Hashes:
     """Writes the files without an image of them: a few windows of memory, whatever the size of the state.
 
     Args:
@@ -65,18 +78,20 @@ def write_tensors(folder: Storage, names: Sequence[str], plan: SavePlan, tensors
         names: of the files, none of which may be there.
         plan: the layout.
         tensors: must not change before this returns.
+        progress: is told what has been written.
 
     Raises:
         OSError: the storage is full or fails.
     """
     found: Hashes = {}
+    progress = progress or SaveProgress()
 
     def write(index: int) -> None:
         items = [item for item in plan.items if item.file == index]
         hashers = {item.chunk.name: BlockHasher(block_bytes_for(item.data_bytes)) for item in items}
         with ThreadPoolExecutor(1, thread_name_prefix="fill") as filler:
             windows = _filled_windows(plan.file_bytes[index], items, tensors, hashers, filler)
-            folder.stream(names[index], plan.file_bytes[index], windows)
+            folder.stream(names[index], plan.file_bytes[index], progress.counting(index, windows))
         found.update({name: hasher.blocks() for name, hasher in hashers.items()})
 
     _all_files(write, len(plan.file_bytes))

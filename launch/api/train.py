@@ -16,6 +16,7 @@ import torch.distributed as dist
 from regrow.errors import ConfigError
 from regrow.launch.config.schema import Config
 from regrow.launch.exit_code import ExitCode
+from regrow.launch.run.acknowledge import acknowledging
 from regrow.launch.run.allocator import use_expandable_segments
 from regrow.launch.run.failures import RankFailed, first_failure
 from regrow.launch.run.logs import log_to_console
@@ -101,7 +102,7 @@ def train(config: Config) -> TrainResult:
     log_to_console()
     begin()
     run_dir, flag = Path(config.run.root, config.run.name).absolute(), StopFlag(exits=False)
-    with _signals_handled(flag), _torch_settings_kept():
+    with _signals_handled(flag), acknowledging(flag), _torch_settings_kept():
         try:
             with _main_hidden():
                 spec = prepare_run(config, run_dir)

@@ -23,6 +23,8 @@ from regrow.launch.commands.convert import (
 from regrow.launch.commands.ending import end_with
 from regrow.launch.run.logs import log_to_console
 from regrow.launch.run.stored_run import steps_place
+from regrow.trainer.bars import showing
+from regrow.trainer.wording import size_text
 
 __all__ = ["main"]
 
@@ -85,15 +87,6 @@ def _table(rows: list[Mapping[str, str]]) -> list[str]:
     return ["  ".join(r[n].ljust(widths[n]) for n in head).rstrip() for r in [head, *rows]]
 
 
-def size_text(nbytes: float) -> str:
-    """A human-readable size."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if nbytes < 1024:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.1f} TiB"
-
-
 def _age_text(seconds: float | None) -> str:
     if seconds is None:
         return "-"
@@ -146,7 +139,9 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    reports = verify(steps_place(as_storage(args.place)))
+    with showing("verifying", quiet=args.json) as bar:
+        place = steps_place(as_storage(args.place))
+        reports = verify(place) if bar is None else verify(place, progress=bar.update)
     lines = [
         f"{r['place']}: {'sound' if not r['problems'] else '; '.join(r['problems'])} "
         f"({r['tensors']} tensors, {size_text(r['bytes'])})"

@@ -12,8 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from regrow.checkpoint.convert.average import AveragedSource
 from regrow.checkpoint.convert.conversion_plan import plan_safetensors, plan_step, plan_torch, size_in_bytes
@@ -34,6 +32,7 @@ from regrow.launch.run.versions import software_versions
 from regrow.launch.run.weights import OpenedWeights, WeightsSource, buffers_of, open_weights, shapes_of
 from regrow.models.config import DecoderConfig, ModelConfig
 from regrow.models.torchtitan import todays_keys
+from regrow.trainer.bars import showing
 from regrow.trainer.hf_folder import HfExport, export_hf
 
 __all__ = [
@@ -64,7 +63,7 @@ class ConversionRequest:
         threads: that read and write.
         max_shard_size: of a file of a Hugging Face folder, as in `5GB`.
         hf_assets_path: a folder whose config and tokenizer files are taken over.
-        shows_progress: a bar on a terminal.
+        shows_progress: a bar on a terminal, lines elsewhere.
     """
 
     checkpoint: str
@@ -381,14 +380,9 @@ def _tokenizer(place: str) -> Path | None:
 
 @contextmanager
 def _progress(request: ConversionRequest) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal; nothing elsewhere, nor where none is wanted."""
-    if not request.shows_progress or not sys.stderr.isatty():
-        yield lambda _done, _total: None
-        return
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("converting", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    """Tells how far it is, unless nobody wants to know."""
+    with showing("converting", quiet=not request.shows_progress) as bar:
+        yield bar.update if bar is not None else lambda _done, _total: None
 
 
 def _flavour(name: str | None, flavor: str | None) -> str | None:

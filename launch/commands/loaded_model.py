@@ -24,6 +24,7 @@ from regrow.launch.run.stored_run import steps_place
 from regrow.launch.run.weights import OpenedWeights, buffers_of, model_on_meta, open_weights
 from regrow.models.base import LanguageModel
 from regrow.models.config import DecoderConfig
+from regrow.trainer.bars import Bar
 from regrow.trainer.data.tokenizer import load_tokenizer, parse_tokenizer, tokenizer_file
 
 __all__ = ["TOKENIZER", "LoadedModel", "open_model", "open_on"]
@@ -75,7 +76,8 @@ def open_model(
         tensors = dict(model.named_parameters()) | {
             n: b for n, b in model.named_buffers() if n in buffers_of(config) and n in opened.source.infos
         }
-        load_from(opened.source, tensors, LoadRules(strict=True))
+        with Bar("loading") as bar:
+            load_from(opened.source, tensors, LoadRules(strict=True), progress=bar.update)
         data = section_of_run(stored, "data")
     return LoadedModel(model=model.eval(), tokenizer=found, tokenizer_folder=folder, data=data)
 

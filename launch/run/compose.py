@@ -40,6 +40,7 @@ def compose_trainer(spec: RankSpec, context: ParallelContext, flag: StopFlag, th
         threads: that this rank computes with, for the run's record.
     """
     config = spec.config
+    saves = config.checkpoint.enable and not config.checkpoint.load_only
     _make_repeatable(config)
     corpus = Corpus(spec.data_folders)
     parallel = _compose_model(spec, context)
@@ -65,7 +66,7 @@ def compose_trainer(spec: RankSpec, context: ParallelContext, flag: StopFlag, th
         restorer=compose_restorer(spec) if config.checkpoint.enable else None,
         hooks=compose_hooks(config, context),
         state=TrainState(schedule_total=config.scheduler.total_steps or config.train.steps),
-        stop_requested=StopRequest(flag, compiles=config.train.compile is True),
+        stop_requested=StopRequest(flag, compiles=config.train.compile is True, saves=saves),
     )
 
 

@@ -6,6 +6,7 @@ import platform
 from functools import partial
 
 from regrow.launch.config.schema import Config
+from regrow.launch.run.banner import banner_of
 from regrow.launch.run.build import build_hooks
 from regrow.launch.run.compose_checkpoint import compose_checkpoint, compose_export
 from regrow.launch.run.compose_data import validation_samples
@@ -20,6 +21,7 @@ from regrow.trainer.hook import Hook
 from regrow.trainer.parallel.context import ParallelContext
 from regrow.trainer.resources import Resources
 from regrow.trainer.run_record import Attempt
+from regrow.trainer.wording import FILE_ONLY
 
 __all__ = ["compose_hooks", "compose_resources"]
 
@@ -27,10 +29,11 @@ log = logging.getLogger(__name__)
 
 
 def compose_hooks(config: Config, context: ParallelContext) -> list[Hook]:
-    """The hooks in the order in which they run, which rank 0 logs."""
+    """The hooks in the order in which they run, which the log's file of rank 0 has."""
     hooks = build_hooks(config)
     if context.is_main:
-        log.info("hooks, in order: %s", ", ".join(type(h).__name__ for h in hooks))
+        names = ", ".join(type(h).__name__ for h in hooks)
+        log.info("hooks, in order: %s", names, extra={FILE_ONLY: True})
     return hooks
 
 
@@ -55,6 +58,7 @@ def compose_resources(spec: RankSpec, context: ParallelContext, threads: int, co
         micro_batch_size=config.data.micro_batch_size,
         document_mask=config.data.document_mask,
         begin=partial(_begin, spec),
+        banner=banner_of(spec, context, corpus, threads),
         attempt=_attempt(context, threads),
         failed=partial(note_sentence, spec.run_dir),
         checkpoint=compose_checkpoint(spec, corpus.fingerprint) if saves else None,

@@ -21,7 +21,7 @@ from regrow.checkpoint.scratch import scratch_folder
 from regrow.launch.config.errors import naming_fields
 from regrow.launch.run.failures import failure_of, first_failed
 from regrow.launch.run.rank_spec import OUTCOME, Outcome, RankSpec, read_outcome
-from regrow.launch.run.signals import SIGNALS, STOP_NOTE, StopFlag
+from regrow.launch.run.signals import SIGNALS, STOP_NOTE, StopFlag, show_cursor
 from regrow.trainer.process import PARENT_VARIABLE
 from regrow.trainer.start_marks import STARTED_VARIABLE
 
@@ -54,6 +54,7 @@ def run_local(spec: RankSpec, flag: StopFlag) -> Outcome:
         handles = threading.current_thread() is threading.main_thread()
         previous = {number: signal.getsignal(number) for number in SIGNALS} if handles else {}
         received = _pass_signals_on(spec_file.with_name(STOP_NOTE), flag) if handles else []
+        flag.passes_on = handles
         try:
             # -P keeps the working directory off the path: it may hold folders named like our packages.
             elastic_launch(_elastic_config(spec, folder), sys.executable)(
@@ -62,6 +63,7 @@ def run_local(spec: RankSpec, flag: StopFlag) -> Outcome:
         except ChildFailedError as error:
             return _failure(spec, error, received)
         finally:
+            flag.passes_on = False
             for number, handler in previous.items():
                 signal.signal(number, handler)
             os.environ.pop(PARENT_VARIABLE, None)
@@ -112,6 +114,7 @@ def _pass_signals_on(note: Path, flag: StopFlag) -> list[int]:
     def handle(number: int, _frame: FrameType | None) -> None:
         received.append(number)
         if received.count(signal.SIGINT) > 1:
+            show_cursor()
             for rank in _ranks():
                 rank.kill()
             flag.leave()

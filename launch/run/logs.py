@@ -6,6 +6,8 @@ import sys
 from io import TextIOWrapper
 from pathlib import Path
 
+from regrow.trainer.wording import FILE_ONLY
+
 __all__ = ["LogFile", "log_to_console", "log_to_files"]
 
 log = logging.getLogger(__name__)
@@ -58,6 +60,8 @@ class ConsoleHandler(logging.Handler):
     """Writes to what standard error is at that moment: a progress bar puts itself in its place, below the lines."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, FILE_ONLY, False):
+            return
         try:
             sys.stderr.write(self.format(record) + "\n")
             sys.stderr.flush()

@@ -16,6 +16,7 @@ from regrow.launch.run.signals import StopFlag
 from regrow.trainer.device import pin_threads
 from regrow.trainer.loop import NonFiniteLossError, Trainer
 from regrow.trainer.parallel.context import close_parallel, open_parallel
+from regrow.trainer.process import interrupted_by
 from regrow.trainer.start_marks import mark
 
 __all__ = ["run_as_child", "run_rank"]
@@ -47,6 +48,8 @@ def run_rank(spec: RankSpec, flag: StopFlag) -> Outcome:
                 write_outcome(spec.run_dir, outcome)
             return outcome
     except Exception as error:
+        if (stop := interrupted_by(error)) is not None:
+            raise stop from None
         problem = storage_problem(error)
         if problem is None and saw_another_go(spec.run_dir, rank, error):
             log.info("rank %d ends, because another one has failed", rank)

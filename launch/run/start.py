@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from regrow.checkpoint.run.lease import FencingToken
 from regrow.launch.config.errors import naming_fields
 from regrow.launch.config.refusals import Refused, refusing
+from regrow.launch.exit_code import ExitCode
 from regrow.launch.run.failures import clear_failures
 from regrow.launch.run.local import run_local
 from regrow.launch.run.ownership import own_run
@@ -76,8 +77,18 @@ def _run_here(spec: RankSpec, flag: StopFlag) -> Outcome:
             return _already_finished(spec, opened.reached)
         outcome = _train_here(dataclasses.replace(spec, ticket=ticket, record=opened.record), flag)
     if not spec.config.checkpoint.create_seed_checkpoint:
-        log.info("%s at step %d: %s", outcome.kind, outcome.step, spec.run_dir)
+        _say_how_it_ended(spec, outcome)
     return outcome
+
+
+def _say_how_it_ended(spec: RankSpec, outcome: Outcome) -> None:
+    """With what goes on from there, where something is left to do."""
+    further = ""
+    if outcome.exit_code is ExitCode.resumable:
+        saves = spec.config.checkpoint.enable and not spec.config.checkpoint.load_only
+        goes_on = "the same command goes on from there" if saves else "nothing was saved: it would begin anew"
+        further = f"; {goes_on}" if outcome.step else "; nothing was lost, give the same command again"
+    log.info("%s at step %d: %s%s", outcome.kind, outcome.step, spec.run_dir, further)
 
 
 def _train_here(spec: RankSpec, flag: StopFlag) -> Outcome:
@@ -114,7 +125,10 @@ def _run_given_rank(spec: RankSpec, flag: StopFlag) -> Outcome:
         record = RunRecord.from_json(opened["record"])
         try:
             # Rank 0 makes steps valid, and it is the one that holds the lease.
-            return run_rank(dataclasses.replace(spec, ticket=ticket, record=record), flag)
+            outcome = run_rank(dataclasses.replace(spec, ticket=ticket, record=record), flag)
+            if ticket is not None:
+                _say_how_it_ended(spec, outcome)
+            return outcome
         finally:
             flag.defer(deferring=False)
 

@@ -17,15 +17,17 @@ class StopRequest:
     Args:
         flag: the signal handler.
         compiles: whether the first step may take minutes.
+        saves: whether the run saves its state when it is asked to stop.
     """
 
-    def __init__(self, flag: StopFlag, *, compiles: bool) -> None:
+    def __init__(self, flag: StopFlag, *, compiles: bool, saves: bool) -> None:
         self._flag = flag
+        flag.saves = saves
         self._early = 1 if compiles else 0
 
     def __call__(self) -> StopReason | None:
         if self._early == 0:
-            self._flag.defer(deferring=True)
+            self._flag.train()
         self._early = max(0, self._early - 1)
         return _reason(self._flag.received)
 

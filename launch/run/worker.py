@@ -6,6 +6,7 @@ import signal
 import sys
 from pathlib import Path
 
+from regrow.launch.run.acknowledge import Acknowledger, speaks_for_all
 from regrow.launch.run.signals import STOP_NOTE, StopFlag
 from regrow.trainer.process import PARENT_VARIABLE, die_with_parent
 
@@ -19,8 +20,13 @@ def main() -> None:
     flag.defer(deferring=True)
     # A signal that came before these handlers stood is written down by the launcher.
     note = spec_file.with_name(STOP_NOTE)
-    if note.exists():
-        flag.received = int(note.read_text())
+    flag.cause = lambda: int(note.read_text()) if note.exists() else None
+    flag.received = flag.cause()
+    if speaks_for_all():
+        acknowledger = Acknowledger(flag)
+        acknowledger.start()
+        if flag.received is not None:
+            acknowledger.hear(flag.received)
     if PARENT_VARIABLE in os.environ:
         die_with_parent(int(os.environ[PARENT_VARIABLE]))
     # The terminal sends Ctrl-C to the launcher too, which passes it on as TERM.

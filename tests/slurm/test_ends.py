@@ -1,5 +1,6 @@
 """Runs that cannot go on stop with a message, instead of burning the queue."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,9 @@ def test_what_would_only_repeat_itself_is_not_requeued(cluster: Cluster, corpus:
     assert "has started 2 times without reaching a newer checkpoint than step 0" in log_of(tmp_path / "stuck")
     assert "checkpoint.load_step" in log_of(tmp_path / "input")
     assert "the loss of step" in log_of(tmp_path / "nan")
+    # Plain lines, and the banner: a job has no terminal.
+    assert "\x1b" not in log_of(tmp_path / "nan")
+    assert re.search(r"(?m)^\d\d:\d\d:\d\d model {2,}\S", log_of(tmp_path / "nan"))
     wait_until(lambda: not cluster.jobs(), 60.0, 0.5)
     # A waiting sweep says which run it was and ends with 1.
     waiting = ["hydra.launcher.wait=true", "hydra.launcher.poll_s=1", "run.root=nan"]

@@ -97,7 +97,7 @@ def test_config_modules_import_little() -> None:
 # The modules that are imported before the signal handlers stand.
 EARLY = (
     "launch/train.py", "launch/exit_code.py", "launch/run/signals.py", "launch/run/versions.py",
-    "launch/run/worker.py", "launch/run/allocator.py", "trainer/places.py", "trainer/process.py",
+    "launch/run/worker.py", "launch/run/allocator.py", "launch/run/acknowledge.py", "trainer/places.py", "trainer/process.py",
     "src/regrow/__init__.py",
 )  # fmt: skip
 

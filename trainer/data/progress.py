@@ -1,20 +1,14 @@
-"""How far tokenising is: a bar on a terminal, elsewhere a line in the log every ten seconds."""
+"""How far tokenising is; see `regrow.trainer.bars` for how that is shown."""
 
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import final
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from regrow.trainer.bars import Bar, figures
 
-__all__ = ["Amount", "TokenizingProgress", "figures", "showing_progress"]
+__all__ = ["Amount", "TokenizingProgress", "showing_progress"]
 
-log = logging.getLogger(__name__)
-
-_MEGABYTE = 10**6
-_LINE_EVERY_S = 10.0
 # Until a part has shown how much it is; English and code are near it.
 _BYTES_PER_TOKEN = 4.0
 
@@ -51,34 +45,16 @@ class Amount:
         return min(self._bytes + int(begun), self.total_bytes)
 
 
-def figures(done_bytes: int, total_bytes: int, elapsed_s: float) -> str:
-    """How much is done, how fast, and how long the rest will take; in MB of 10⁶ bytes."""
-    amount = f"{done_bytes / _MEGABYTE:,.0f} of {total_bytes / _MEGABYTE:,.0f} MB"
-    if done_bytes <= 0 or elapsed_s <= 0:
-        return amount
-    speed = done_bytes / elapsed_s
-    return f"{amount}, {speed / _MEGABYTE:.1f} MB/s, {_duration((total_bytes - done_bytes) / speed)} left"
-
-
-def _duration(seconds: float) -> str:
-    """For instance 2 h 05 min, 3 min 20 s, 7 s."""
-    whole = round(seconds)
-    if whole >= 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
-
-
 @final
 class TokenizingProgress:
     """Shows how far tokenising is; see `showing_progress`."""
 
-    def __init__(self, bar: Progress, total_bytes: int, parts: int) -> None:
+    def __init__(self, bar: Bar, total_bytes: int, parts: int) -> None:
         self._bar = bar
-        self._task = bar.add_task("tokenising", total=total_bytes or parts, figures="")
         self._amount = Amount(total_bytes)
         self._parts = parts
         self._finished = 0
-        self._started = self._said = time.monotonic()
+        self._started = time.monotonic()
 
     def finish(self, size_bytes: int, tokens: int) -> None:
         """Counts a part that is done."""
@@ -91,14 +67,13 @@ class TokenizingProgress:
         Args:
             tokens: written so far, those of parts that are not done included.
         """
-        now, total = time.monotonic(), self._amount.total_bytes
+        total = self._amount.total_bytes
+        if not total:
+            # What the size of a corpus is that is not in files, nobody knows before it is read.
+            self._bar.update(self._finished, self._parts, f"{self._finished} of {self._parts} parts")
+            return
         done = self._amount.done_bytes(tokens)
-        # What the size of a corpus is that is not in files, nobody knows before it is read.
-        words = figures(done, total, now - self._started) if total else f"{self._finished} of {self._parts} parts"
-        self._bar.update(self._task, completed=done if total else self._finished, figures=words)
-        if self._bar.disable and now - self._said >= _LINE_EVERY_S:
-            self._said = now
-            log.info("tokenising: %s", words)
+        self._bar.update(done, total, figures(done, total, time.monotonic() - self._started))
 
 
 @contextmanager
@@ -109,7 +84,5 @@ def showing_progress(total_bytes: int, parts: int) -> Iterator[TokenizingProgres
         total_bytes: of the files that are tokenised; 0: not known.
         parts: in which they are.
     """
-    console = Console(stderr=True)
-    columns = (TextColumn("tokenising"), BarColumn(), TextColumn("{task.fields[figures]}"))
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+    with Bar("tokenising") as bar:
         yield TokenizingProgress(bar, total_bytes, parts)

@@ -77,7 +77,7 @@ class CheckpointHook(Hook):
             run_on_main(context, trainer.restorer.set_aside_unused)
         self._made = saves = _Saves(
             plan=plan,
-            saver=StepSaver(plan.folder, plan.mode, context.device, context.cpu_group, plan.saver),
+            saver=StepSaver(plan.folder, plan.mode, context.device, context.cpu_group, plan.saver, plan.progress),
             results=SaveResults(plan, context, step),
             clock=time.monotonic(),
             saved_step=step,

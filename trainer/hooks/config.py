@@ -124,7 +124,7 @@ class ThrottleConfig(HookConfig):
 
 @dataclass(kw_only=True, slots=True)
 class BeginConfig(HookConfig):
-    """Writes what a start changes in the run's directory, once its state is loaded."""
+    """Writes what a start changes in the run's directory, once its state is loaded, and says what the run is."""
 
     SCHEMA: ClassVar[tuple[str, str]] = ("hook", "begin_schema")
     _target_: str = "regrow.trainer.hooks.begin.BeginHook"
@@ -151,7 +151,7 @@ class SamplesConfig(HookConfig):
 
 @dataclass(kw_only=True, slots=True)
 class ProgressConfig(HookConfig):
-    """A bar on a terminal, lines elsewhere.
+    """What the run is doing, drawn on a terminal; lines elsewhere. The log's file has a line for every step.
 
     Attributes:
         every: steps between lines where there is no terminal; `train.log_every` unless it is set here.

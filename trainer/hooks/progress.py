@@ -1,17 +1,16 @@
-"""Progress for people: a bar on a terminal, plain lines elsewhere."""
+"""Progress for people: a display on a terminal, lines elsewhere, and a line of every step in the log's file."""
 
 import logging
-import sys
 from collections.abc import Mapping
 from typing import Any, final
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from regrow.errors import ConfigError
+from regrow.trainer.bars import is_live, terminal
 from regrow.trainer.hook import Hook
 from regrow.trainer.hooks.config import ProgressConfig
+from regrow.trainer.hooks.display import Display
 from regrow.trainer.loop import Trainer
+from regrow.trainer.wording import FILE_ONLY
 
 __all__ = ["ProgressHook", "format_row"]
 
@@ -24,9 +23,16 @@ def format_row(row: Mapping[str, Any]) -> str:
     text = f"loss {row['loss']:.4f}  grad_norm {norm}  lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tokens/s"
     if row.get("mfu") is not None:
         text += f"  mfu {row['mfu']:.1%}"
-    if "val_loss" in row:
-        text += f"  val_loss {row['val_loss']:.4f}"
-    return text
+    if "data_wait_s" in row:
+        text += f"  data_wait {row['data_wait_s'] / max(row['step_time_s'], 1e-9):.0%}"
+    if "memory_gib" in row:
+        text += f"  memory {row['memory_gib']:.1f} GiB"
+    return text + "".join(f"  {name} {value:.4f}" for name, value in row.items() if _is_result(name))
+
+
+def _is_result(name: str) -> bool:
+    """Whether it was measured between steps: losses of validation, and tasks."""
+    return name.startswith(("val_loss", "eval/"))
 
 
 @final
@@ -37,24 +43,36 @@ class ProgressHook(Hook):
         if config.every < 1:
             raise ConfigError(f"hooks.progress.every must be at least 1, but is {config.every}; use 10")
         self._every = config.every
-        self._progress: Progress | None = None
+        self._display: Display | None = None
 
     def before_fit(self, trainer: Trainer) -> None:
-        if not (trainer.context.is_main and sys.stderr.isatty()):
+        if not (trainer.context.is_main and is_live()):
             return
-        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-        self._progress = Progress(*columns, console=Console(stderr=True))
-        self._progress.add_task("", total=trainer.options.steps, completed=trainer.state.step)
-        self._progress.start()
+        plan = trainer.resources.checkpoint
+        self._display = Display(
+            terminal(),
+            name=trainer.resources.run_name,
+            steps=trainer.options.steps,
+            step=trainer.state.step,
+            save=plan.progress if plan is not None and plan.policies else None,
+        )
+        self._display.start()
 
     def after_metrics(self, trainer: Trainer, row: Mapping[str, Any]) -> None:
         if not trainer.context.is_main:
             return
-        if self._progress is not None:
-            self._progress.update(self._progress.task_ids[0], completed=row["step"], description=format_row(row))
-        elif row["step"] % self._every == 0 or row["step"] in (1, trainer.options.steps) or "val_loss" in row:
-            log.info("step %d/%d  %s", row["step"], trainer.options.steps, format_row(row))
+        told = any(map(_is_result, row))
+        if self._display is not None:
+            self._display.note_row(row)
+        else:
+            told = told or row["step"] % self._every == 0 or row["step"] in (1, trainer.options.steps)
+        where = {} if told else {FILE_ONLY: True}
+        log.info("step %d/%d  %s", row["step"], trainer.options.steps, format_row(row), extra=where)
+
+    def after_commit(self, trainer: Trainer, step: int) -> None:
+        if self._display is not None:
+            self._display.note_commit(step)
 
     def close(self, trainer: Trainer) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+        if self._display is not None:
+            self._display.stop()

@@ -29,7 +29,7 @@ from regrow.trainer.data.corpus_content import files_content
 from regrow.trainer.data.corpus_paths import find_files
 from regrow.trainer.data.encoding import DocumentMarks, Encoded
 from regrow.trainer.data.prepare import prepare, tokenize
-from regrow.trainer.data.progress import Amount, figures, showing_progress
+from regrow.trainer.data.progress import Amount, showing_progress
 from regrow.trainer.data.recipe import file_key
 from regrow.trainer.data.source import CorpusPart, CorpusSource, DataError, digest
 from regrow.trainer.data.text import TextSource
@@ -444,19 +444,12 @@ def test_progress_grows_to_the_whole(parts: list[tuple[int, int]], data: st.Data
     assert amount.done_bytes(tokens) == total
 
 
-def test_figures() -> None:
-    assert figures(0, 10**9, 0.0) == "0 of 1,000 MB"
-    assert figures(250 * 10**6, 4 * 10**9, 12.5) == "250 of 4,000 MB, 20.0 MB/s, 3 min 08 s left"
-    assert figures(10**9, 10**12, 50.0) == "1,000 of 1,000,000 MB, 20.0 MB/s, 13 h 52 min left"
-    assert figures(10**6, 10**6, 1.0) == "1 of 1 MB, 1.0 MB/s, 0 s left"
-
-
 def test_a_line_tells_of_progress_where_there_is_no_terminal(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO), showing_progress(4 * 10**6, 2) as progress:
         progress.finish(2 * 10**6, 500_000)
         progress.show(500_000)
         assert not caplog.records
-        progress._said -= 11.0
+        progress._bar._said -= 11.0
         progress.show(750_000)
         progress.show(750_000)
     assert len(caplog.records) == 1
