@@ -63,16 +63,19 @@ def _conf_folders() -> list[Path]:
 
 
 def _check_choice(override: Override) -> None:
-    group, choice = override.key_or_group, override.value()
+    group, given = override.key_or_group, override.value()
     if group.startswith("hydra/"):
         return  # plugins have choices there
     folders = [folder / group for folder in _conf_folders() if (folder / group).is_dir()]
-    if not folders or override.is_sweep_override() or not isinstance(choice, str) or "$" in choice:
+    if not folders or override.is_sweep_override():
         return
     names = sorted({path.stem for folder in folders for path in (*folder.glob("*.yaml"), *folder.glob("*.yml"))})
-    # A choice may lie deeper, and says so with a slash.
-    if choice.partition(".")[0] not in names and "/" not in choice and not choice.endswith("_schema"):
-        raise UserError(unknown_choice(group, choice, names))
+    # Loggers combine.
+    for choice in given if isinstance(given, list) else [given]:
+        if not isinstance(choice, str) or "$" in choice or "/" in choice or choice.endswith("_schema"):
+            continue  # a choice may lie deeper, and says so with a slash
+        if choice.partition(".")[0] not in names:
+            raise UserError(unknown_choice(group, choice, names))
 
 
 def _check_field(override: Override, overrides: Sequence[Override]) -> None:

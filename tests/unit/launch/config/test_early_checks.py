@@ -1,5 +1,6 @@
 """What is refused before Hydra composes is refused in the words that composing it would have given."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,14 @@ def test_the_sentence_is_the_one_that_hydra_leads_to(overrides: list[str]) -> No
     sentence = early(overrides)
     assert sentence is not None
     assert sentence == composed(overrides)
+
+
+def test_each_of_several_choices_is_looked_at() -> None:
+    """Hydra names no choices there."""
+    sentence = early(["logger=[csv,nonsense]"])
+    assert sentence is not None
+    assert re.fullmatch(r"logger must be one of csv, .*, but is 'nonsense'; choose one of them", sentence)
+    assert early(["logger=[csv,tensorboard]"]) is None
 
 
 @pytest.mark.parametrize(
