@@ -14,8 +14,8 @@ class ProfileConfig(HookConfig):
 
     Attributes:
         at: steps at which profiles begin; a file named `request` in the run's folder `profile` begins one too.
-        count: steps of each.
-        ranks: that are profiled; empty: all.
+        count: steps in each profile.
+        ranks: ranks that are profiled; empty: all.
         memory: also who held how much at the peak, with the calls; on GPUs a snapshot for pytorch.org/memory_viz.
         on_oom: where a rank runs out of memory, say what held it, and on GPUs keep a snapshot.
         history: with `on_oom`, allocations on GPUs that are remembered all the time, with their calls; 0: none, and

@@ -10,7 +10,12 @@ __all__ = ["Grouping", "StatisticsConfig"]
 
 
 class Grouping(Enum):
-    """What is told together: a whole block (and what stands beside the blocks), or each parameter by itself."""
+    """What is told together.
+
+    Attributes:
+        block: a whole block, and what stands beside the blocks.
+        parameter: each parameter by itself.
+    """
 
     block = "block"
     parameter = "parameter"
@@ -22,10 +27,10 @@ class StatisticsConfig(HookConfig):
 
     Attributes:
         every: steps between rows; also after step 1.
-        gradients: of the whole batch, before they are clipped.
-        weights: as the step's forward pass had them.
-        activations: what blocks give, over the whole batch.
-        by: see `Grouping`; activations are always those of blocks.
+        gradients: tell of gradients: of the whole batch, before they are clipped.
+        weights: tell of weights, as the step's forward pass had them.
+        activations: tell of activations: what blocks give, over the whole batch.
+        by: what is told together; activations are always those of blocks.
         in_metrics: the norms stand in the row of metrics too, and reach the loggers.
     """
 
