@@ -146,8 +146,7 @@ def life_of_run(
     begins = [a.started_at for a in record.attempts]
     by_start: list[list[LogEvent]] = [[] for _ in begins]
     for event in events:
-        # The state is loaded, and said, a moment before a start is recorded.
-        at = bisect_left(begins, event.at + (1.0 if event.kind == "resumed" else 0.0)) - 1
+        at = bisect_left(begins, event.at) - 1
         if at >= 0:
             by_start[at].append(event)
     starts = [

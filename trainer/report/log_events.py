@@ -1,4 +1,4 @@
-"""What a run's first rank wrote into its log of steps, saves and loads, with the time of each."""
+"""What a run's first rank wrote into its log of steps and saves, with the time of each."""
 
 import os
 import re
@@ -13,18 +13,17 @@ __all__ = ["LogEvent", "parse_log", "read_log"]
 # Of a log that has grown for months, what came last.
 _LIMIT_BYTES = 32 << 20
 # `logs/rank-0.log` as `launch/run/logs.py` formats it; the messages are those of `hooks/checkpoint.py`,
-# `hooks/save_results.py` and `restore.py`.
+# `hooks/save_results.py` and `hooks/progress.py`.
 _LINE = re.compile(
     r"^(?P<time>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),(?P<ms>\d{3}) \[rank \d+\] [A-Z]+ (?:"
     r"saving step (?P<staged>\d+) \((?P<why>[^()]*)\): (?P<staged_ms>[\d.]+) ms"
     r"|saved .*step-(?P<committed>\d+)/?, durable after (?P<seconds>[\d.]+) s$"
     r"|removed steps (?P<pruned>[\d, ]+)$"
     r"|step (?P<failed>\d+) was not saved"
-    r"|state: .*; continuing after step (?P<resumed>\d+)$"
     r"|step (?P<trained>\d+)/\d+  loss)",
     re.MULTILINE,
 )
-_KINDS = ("staged", "committed", "pruned", "failed", "resumed", "trained")
+_KINDS = ("staged", "committed", "pruned", "failed", "trained")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,8 +32,8 @@ class LogEvent:
 
     Attributes:
         at: seconds since 1970, by this machine's clock and time zone.
-        kind: `trained` (a line of progress), `staged` (copied, training goes on), `committed`, `pruned`, `failed`
-            (not saved), or `resumed` (from it).
+        kind: `trained` (a line of progress), `staged` (copied, training goes on), `committed`, `pruned`, or `failed`
+            (not saved).
         step: trained, or of the checkpoint.
         seconds: that staging or the whole save took; 0 where nothing tells.
     """
