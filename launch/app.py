@@ -29,7 +29,7 @@ from regrow.launch.config.package_schemas import find_and_load
 from regrow.launch.config.plugins import UserPackages
 from regrow.launch.config.refusals import Refused
 from regrow.launch.config.run_name import register_resolver
-from regrow.launch.config.schema import register_schemas
+from regrow.launch.config.schema import Mode, register_schemas
 from regrow.launch.exit_code import ExitCode, gravest
 from regrow.launch.run.failures import RankFailed, first_failure
 from regrow.launch.run.logs import log_to_console
@@ -143,6 +143,9 @@ class Application:
         if not showing:
             # Hydra prints these itself, through loggers that would reach our console a second time.
             log_to_console()
+        if "mode=plan" in arguments:
+            # Hydra makes the folders of what it starts.
+            arguments = [*arguments, "hydra.run.dir=.", "hydra.sweep.dir=.", "hydra.sweep.subdir=."]
         sys.argv[1:] = _arguments_for_hydra(arguments, multirun=is_multirun(arguments) and not showing)
         try:
             with _launchers(arguments), composing_once():
@@ -164,6 +167,9 @@ class Application:
         """One run; returns its result, for sweepers that optimise."""
         if ExitCode.resumable in self._codes:
             return None  # a sweep that was asked to stop starts no further run
+        if config.mode is Mode.plan:
+            self._plan(config)
+            return None
         away = os.getpid() != self._home
         if away:
             self._flag.install()
@@ -172,6 +178,24 @@ class Application:
         if away and self._codes[-1]:
             raise RunFailed(f"{run_dir.name} ended with exit code {self._codes[-1]}", exit_code=self._codes[-1])
         return result_of(run_dir)
+
+    def _plan(self, config: DictConfig) -> None:
+        """Says what a run will need. A folder that Hydra made for it is removed."""
+        # torch takes seconds to import, and what shows or refuses a command needs none.
+        from regrow.launch.run.plan import plan_config
+
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        os.chdir(HydraConfig.get().runtime.cwd)
+        try:
+            print(plan_config(config))
+            self._codes.append(ExitCode.done)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            self._codes.append(ExitCode.bad_input)
+        finally:
+            if folder != Path.cwd():
+                with suppress(OSError):
+                    folder.rmdir()
 
     def _run_once(self, config: DictConfig) -> None:
         run_dir = Path(HydraConfig.get().runtime.output_dir)

@@ -15,13 +15,18 @@ from torch import Tensor
 
 from regrow.checkpoint.memory import lasting_memory
 
-__all__ = ["HostState", "Part", "Piece", "parts_of"]
+__all__ = ["HostState", "Part", "Piece", "buffer_bytes", "parts_of"]
 
 # Bytes of a part, of each kind of state: at 50 GiB/s a transfer of 1.3 ms, beside which a launch is nothing.
 _PART_BYTES = 64 << 20
 # Where a parameter's state begins.
 _ALIGNMENT = 64
 _BUFFERS = 2
+
+
+def buffer_bytes(state_bytes: int, kinds: int = 2) -> int:
+    """What the buffers take on the device, for so many bytes of each kind of state."""
+    return _BUFFERS * kinds * min(_PART_BYTES, state_bytes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

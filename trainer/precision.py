@@ -65,7 +65,8 @@ def change_parameters(model: LanguageModel, precision: PrecisionName) -> None:
     if dtype is not None:
         for parameter in model.parameters():
             # Tables and counters have dtypes of their own.
-            parameter.data = parameter.data.to(dtype)
+            if parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
 
 
 def change_precision(model: LanguageModel, precision: PrecisionConfig, *, device_type: str, tp: int) -> None:

@@ -30,6 +30,7 @@ from regrow.trainer.config import (
 )
 from regrow.trainer.data.config import DataConfig
 from regrow.trainer.hooks.logger_config import CsvConfig, MlflowConfig, TensorBoardConfig, TrackioConfig
+from regrow.trainer.plan.config import PlanConfig
 from regrow.trainer.run_record import Extend
 
 __all__ = ["Config", "Device", "Kernels", "LaunchConfig", "Mode", "RunConfig", "register_schemas", "schema_classes"]
@@ -40,9 +41,11 @@ class Mode(Enum):
 
     Attributes:
         train: trains, or goes on training.
+        plan: says what a run would need, and starts none.
     """
 
     train = "train"
+    plan = "plan"
 
 
 class Device(Enum):
@@ -140,6 +143,7 @@ class Config:
         trackio: Trackio, with `logger=trackio`.
         hooks: parts of the loop, by name.
         mode: what the command does.
+        plan: what `mode=plan` assumes of the machine, and how it answers.
         seed: seed of the first weights, the order of data, and dropout; another seed is another run.
     """
 
@@ -161,6 +165,7 @@ class Config:
     trackio: TrackioConfig = field(default_factory=TrackioConfig)
     hooks: dict[str, HookConfig] = field(default_factory=dict)
     mode: Mode = Mode.train
+    plan: PlanConfig = field(default_factory=PlanConfig)
     seed: int = 0
 
 

@@ -6,6 +6,7 @@ Shapes: R rows, Q ranks, E a rank's experts, D model width.
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -33,15 +34,23 @@ class LocalExperts(nn.Module):
 
 
 def _exchange(
-    group: str, ranks: int, rows_RD: Tensor, weights_R: Tensor, ends_E: Tensor, experts: nn.Module
+    group: str,
+    ranks: int,
+    rows_RD: Tensor,
+    weights_R: Tensor,
+    ends_E: Tensor,
+    experts: nn.Module,
+    *,
+    sizes: Callable[[Tensor, Tensor], tuple[list[int], list[int]]] | None = None,
 ) -> Tensor:
     """Rows to the ranks of their experts, the experts' results back to the rows.
 
     Rows travel in the order in which they lie; weights travel with them, so that a result needs none and is not kept.
+    `sizes` stands in for `sizes_on_host` where numbers cannot be read.
     """
     counts_QE = ends_E.diff(prepend=ends_E.new_zeros(1)).view(ranks, -1)
     incoming_QE = all_to_all_no_grad(counts_QE, None, None, group)
-    sent, received = sizes_on_host(counts_QE, incoming_QE)
+    sent, received = (sizes or sizes_on_host)(counts_QE, incoming_QE)
     # Rows arrive sorted by rank, then expert; the experts take them by expert.
     arrived_RD = all_to_all(rows_RD, received, sent, group)
     weights_R = all_to_all(weights_R, received, sent, group)

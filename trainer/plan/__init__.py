@@ -1,0 +1,1 @@
+"""What a run will need, before it starts: memory, bytes of checkpoints, time, and layouts that fit."""
