@@ -20,7 +20,7 @@ FLOORS = {
         {"save"},
         {"convert", "inspect"},
     ],
-    "launch": [{"config"}, {"run"}, {"sweep"}, {"commands"}, {"api"}],
+    "launch": [{"config"}, {"run"}, {"sweep", "doctor"}, {"commands"}, {"api"}],
 }
 
 
