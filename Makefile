@@ -21,7 +21,7 @@ GPU_WHEELS := .gpu-wheels
 GPU_SITE ?= /tmp/regrow-gpu-site
 GPU_JSON ?= gpu.json
 
-.PHONY: help demo test check lint fuzz attack clean install gpu gpu-wheels reference
+.PHONY: help demo test check lint fuzz attack clean install gpu gpu-wheels docs reference
 
 help:           ## this text
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
@@ -56,6 +56,9 @@ test: $(STAMP) $(TORCHTUNE)/.installed  ## every test; installs Debian's Slurm a
 	tests/slurm/setup.sh
 	tests/report/setup.sh
 	$(BIN)/pytest -n $(TEST_WORKERS)
+
+docs: $(STAMP)  ## the pages of docs/ as a site, in build/docs; warnings are errors
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
 
 fuzz: $(STAMP)  ## hostile input, seeded, for about a minute (SEED, COUNT)
 	$(BIN)/python -m tests.attack.fuzz --seed $(SEED) --count $(COUNT)
