@@ -118,6 +118,7 @@ LAZY = {
     ("launch/train.py", "_run"): "signal handlers stand first",
     ("launch/run/worker.py", "main"): "signal handlers stand first",
     ("launch/app.py", "_train"): "--help and refusals need no torch",
+    ("launch/app.py", "_plan"): "as above",
     ("launch/app.py", "_launchers"): "most commands need no joblib",
     ("launch/sweep/local.py", "_gpus"): "only a sweep over GPUs that nothing names needs torch",
 }

@@ -55,7 +55,7 @@ class _Storage:
 
 
 @final
-class LiveBytes(DispatchMode):
+class LiveBytes(DispatchMode):  # type: ignore[no-untyped-call]
     """Follows storages on a device while it is entered.
 
     Attributes:
@@ -64,7 +64,7 @@ class LiveBytes(DispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live: Counter[Kind] = Counter()
         self.peaks: dict[str, Peak] = {}
         self.kind = Kind.activations
