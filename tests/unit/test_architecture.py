@@ -180,7 +180,7 @@ def private_names_of_torch(path: Path) -> set[str]:
 
 
 def test_private_names_of_torch_are_in_one_module() -> None:
-    """What a new version of torch may take away is read in `regrow.torch_compat` alone."""
+    """What a new version of torch may take away is read in `regrow.torch_compat` and `torch_imagined` alone."""
     assert not {str(p): names for p in sources() if (names := private_names_of_torch(p))}
     assert private_names_of_torch(REPO / "src/regrow/torch_compat.py")
 

@@ -15,9 +15,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_iter
 
-from regrow.torch_imagined import DispatchMode, device_of_fake, key_of_storage, without_fakes
+from regrow.torch_imagined import DispatchMode, device_of_fake, key_of_storage, tree_iter, without_fakes
 
 __all__ = ["Kind", "LiveBytes", "Peak"]
 
