@@ -68,7 +68,7 @@ def _measure(overrides: list[str], folder: Path) -> int:
     with multiprocessing.Manager() as manager:
         results = manager.dict()
         multiprocessing.spawn(rank_of, (spec, world_size, port, results), nprocs=world_size)  # type: ignore[no-untyped-call]
-        return max(results.values())
+        return int(max(results.values()))
 
 
 def main() -> int:

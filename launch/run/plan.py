@@ -146,7 +146,14 @@ def fit_layouts(config: Config) -> list[Fit]:
 
 def _step_for_search(config: Config, cluster: Cluster) -> Step:
     """What does not depend on the layout is refused as a run refuses it."""
-    degrees = {"dp_replicate": 1, "dp_shard": cluster.nodes * cluster.gpus, "tp": 1, "pp": 1, "cp": 1, "ep": 1}
+    degrees: dict[str, Any] = {
+        "dp_replicate": 1,
+        "dp_shard": cluster.nodes * cluster.gpus,
+        "tp": 1,
+        "pp": 1,
+        "cp": 1,
+        "ep": 1,
+    }
     parallel = dataclasses.replace(config.parallel, **degrees, pp_layers=[])
     return step_of(dataclasses.replace(config, parallel=parallel))
 

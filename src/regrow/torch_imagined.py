@@ -9,10 +9,11 @@ import torch.distributed as dist
 import torch.distributed.pipelining.schedules as pipeline_schedules
 from torch._subclasses.fake_tensor import unset_fake_temporarily as without_fakes
 from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
+from torch.utils._pytree import tree_iter
 
 from regrow.torch_compat import clear_sharding_cache
 
-__all__ = ["DispatchMode", "device_of_fake", "imagined_ranks", "key_of_storage", "without_fakes"]
+__all__ = ["DispatchMode", "device_of_fake", "imagined_ranks", "key_of_storage", "tree_iter", "without_fakes"]
 
 
 def device_of_fake(func: Any, args: tuple[Any, ...]) -> torch.device | None:

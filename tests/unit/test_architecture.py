@@ -118,6 +118,7 @@ LAZY = {
     ("launch/train.py", "_run"): "signal handlers stand first",
     ("launch/run/worker.py", "main"): "signal handlers stand first",
     ("launch/app.py", "_train"): "--help and refusals need no torch",
+    ("launch/app.py", "_plan"): "as above",
     ("launch/app.py", "_launchers"): "most commands need no joblib",
     ("launch/sweep/local.py", "_gpus"): "only a sweep over GPUs that nothing names needs torch",
 }
@@ -179,7 +180,7 @@ def private_names_of_torch(path: Path) -> set[str]:
 
 
 def test_private_names_of_torch_are_in_one_module() -> None:
-    """What a new version of torch may take away is read in `regrow.torch_compat` alone."""
+    """What a new version of torch may take away is read in `regrow.torch_compat` and `torch_imagined` alone."""
     assert not {str(p): names for p in sources() if (names := private_names_of_torch(p))}
     assert private_names_of_torch(REPO / "src/regrow/torch_compat.py")
 

@@ -89,7 +89,7 @@ def accelerator_kernels(*, compiled: bool) -> Iterator[None]:
 
     # Recomputed blocks call them again in the backward pass, where torch's own modes do not reach.
     F.rms_norm, F.silu = _norm, remembered if compiled else silu  # type: ignore[assignment]
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, unpack) if compiled else nullcontext()  # type: ignore[no-untyped-call]
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, unpack) if compiled else nullcontext()
     try:
         with hooks:
             yield

@@ -184,7 +184,8 @@ def _follow(live: LiveBytes, parallel: ParallelModel, step: Step) -> None:
         block.register_forward_hook(functools.partial(_forward_ended, live, f"backward {name}", gradients, behind))
     for parameter in parameters:
         if not isinstance(parameter, DTensor):
-            parameter.register_post_accumulate_grad_hook(lambda p: live.mark([p.grad], Kind.gradients))
+            mark = functools.partial(_mark_gradient, live)
+            parameter.register_post_accumulate_grad_hook(mark)  # type: ignore[no-untyped-call]
     sizes = LossSizes.of(step.model, step.layout, step.batch)
 
     def kind_of(func: Any, tensor: Tensor) -> Kind | None:
@@ -198,6 +199,11 @@ def _follow(live: LiveBytes, parallel: ParallelModel, step: Step) -> None:
         return None
 
     live.rule(kind_of)
+
+
+def _mark_gradient(live: LiveBytes, parameter: Tensor) -> None:
+    if parameter.grad is not None:
+        live.mark([parameter.grad], Kind.gradients)
 
 
 def _place(index: int, count: int) -> str:

@@ -15,9 +15,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_iter
 
-from regrow.torch_imagined import DispatchMode, device_of_fake, key_of_storage, without_fakes
+from regrow.torch_imagined import DispatchMode, device_of_fake, key_of_storage, tree_iter, without_fakes
 
 __all__ = ["Kind", "LiveBytes", "Peak"]
 
@@ -55,7 +54,7 @@ class _Storage:
 
 
 @final
-class LiveBytes(DispatchMode):
+class LiveBytes(DispatchMode):  # type: ignore[no-untyped-call]
     """Follows storages on a device while it is entered.
 
     Attributes:
@@ -64,7 +63,7 @@ class LiveBytes(DispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live: Counter[Kind] = Counter()
         self.peaks: dict[str, Peak] = {}
         self.kind = Kind.activations

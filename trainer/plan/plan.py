@@ -1,6 +1,7 @@
 """The whole plan of a run, of its parts."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -204,5 +205,5 @@ def rank_memory(
 
 def with_layout(step: Step, layout: Layout) -> Step:
     """The same step under another layout."""
-    degrees = layout.as_dict()
+    degrees: dict[str, Any] = dict(layout.as_dict())
     return replace(step, layout=layout, parallel=replace(step.parallel, **degrees, pp_layers=[]))
