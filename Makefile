@@ -12,8 +12,6 @@ COUNT ?= 2000
 SHARE ?= 1
 # Processes that share out the tests.
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
-# Tests of whole runs also wait: for Slurm, for disks, for time to pass.
-TEST_WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n + 1 : 8)))
 ONLY ?=
 # Of `make gpu`, which needs a Python with torch, and no network.
 BUDGET_S ?= 330
@@ -55,7 +53,7 @@ check: lint     ## lint and the fast tests
 test: $(STAMP) $(TORCHTUNE)/.installed  ## every test; installs Debian's Slurm and Chromium where they are missing
 	tests/slurm/setup.sh
 	tests/report/setup.sh
-	$(BIN)/pytest -n $(TEST_WORKERS)
+	$(BIN)/pytest -n $(WORKERS)
 
 docs: $(STAMP)  ## the pages of docs/ as a site, in build/docs; warnings are errors
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
