@@ -63,6 +63,7 @@ RUNS: dict[str, list[str]] = {
     "experts fp32, EP 2": [*_MOE, "parallel.dp_shard=2", "parallel.ep=2"],
 }
 _STEPS = 3
+_LAST_STEP = "regrow.last_step"
 
 
 def overrides_of(name: str, corpus: Path) -> list[str]:
@@ -103,7 +104,7 @@ class _LastStep(Hook):
 
     def before_step(self, trainer: Trainer) -> None:
         if trainer.state.step == _STEPS - 1:
-            with record_function("regrow.last_step"):
+            with record_function(_LAST_STEP):
                 pass
 
 
@@ -123,15 +124,34 @@ def measured_peak(spec: RankSpec) -> int:
         trainer.hooks.append(_LastStep())
         trainer.fit()
     close_parallel()
-    events: Any = seen.profiler
-    found = sorted(events.kineto_results.events(), key=lambda event: event.start_ns())
-    live = most = 0
-    within = False
-    for event in found:
-        within = within or event.name() == "regrow.last_step"
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            most = max(most, live) if within else 0
+    return _most_live(seen.profiler)
+
+
+def _most_live(profiler: Any) -> int:
+    """The most bytes that were live from the mark of the last step on.
+
+    Storages are told apart by their addresses, not added up: gloo's threads, which the profiler does not see, free
+    some of what a collective was given. Such a storage counts until its address is given out again.
+    """
+    allocations: list[tuple[int, int, int]] = []
+    begins = 0
+    waiting = list(profiler.kineto_results.experimental_event_tree())
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        if event.name == _LAST_STEP:
+            begins = event.start_time_ns
+        if event.tag.name == "Allocation":
+            fields = event.extra_fields
+            allocations.append((event.start_time_ns, fields.ptr, fields.alloc_size))
+    live: dict[int, int] = {}
+    total = most = 0
+    for at, address, size in sorted(allocations, key=lambda a: a[0]):
+        total -= live.pop(address, 0)
+        if size > 0:
+            live[address] = size
+            total += size
+        most = max(most, total) if at >= begins else 0
     return most
 
 

@@ -26,8 +26,7 @@ SOME = [
     "dense bf16_params, 2 micro-batches",
     "experts bf16",
 ]
-# FSDP and TP are planned too low, see docs/plan.md.
-ON_RANKS = ["dense fp32, PP 2"]
+ON_RANKS = ["dense fp32, PP 2", "dense fp32, TP 2", "dense bf16, FSDP 2, selective"]
 
 
 def test_a_plan_leaves_nothing_behind(tmp_path: Path) -> None:
