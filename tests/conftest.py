@@ -28,8 +28,8 @@ if importlib.util.find_spec("hypothesis") is not None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slurm's tests come first and those with ranks of the pool next, one after another; beside them, where several
-    processes share tests out, whatever else there is, and the longest of that first.
+    """Where several processes share tests out, one has Slurm's first, another those with many ranks of the pool, and
+    whatever else there is follows, the longest of that first.
     """
 
     def place(item: pytest.Item) -> int:

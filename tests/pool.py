@@ -23,7 +23,7 @@ context.set_forkserver_preload(
     ["torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.distributed.pipelining",
      "torch._inductor.compile_fx", "networkx", "jinja2", "hydra", "regrow.launch.app", "regrow.launch.run.start",
      "regrow.trainer.hooks.checkpoint", "regrow.trainer.data.text", "regrow.trainer.parallel.engine", "regrow.trainer.schedules.base",
-     "regrow.launch.run.ranks", "regrow.launch.run.signals", "regrow.launch.run.lost_record", "regrow.trainer.hooks.begin", "tests.attack.warm"]
+     "regrow.launch.run.ranks", "regrow.launch.run.signals", "regrow.launch.run.lost_record", "regrow.trainer.hooks.begin", "tests.attack.warm", "tests.forking", "tests.warm"]
 )  # fmt: skip
 
 

@@ -15,8 +15,9 @@ from pathlib import Path
 import pyte
 
 from regrow.launch.train import main as train
+from regrow.trainer.process import die_with_parent
+from tests.forking import Call, become_program, fork_programs
 from tests.pool import context
-from tests.warm import become_command
 
 __all__ = ["Session", "on_terminal"]
 
@@ -131,7 +132,10 @@ def _leads(pid: int | None) -> bool:
 
 
 def _run(main: Callable[[], None], arguments: list[str], terminal: str, cwd: Path, environ: dict[str, str]) -> None:
-    become_command(arguments, Path(terminal), cwd, environ)
-    fcntl.ioctl(1, termios.TIOCSCTTY, 0)
-    os.dup2(os.open(terminal, os.O_RDONLY), 0)
-    main()
+    # The server that forked this process ends with the tests.
+    die_with_parent(os.getppid())
+    os.setsid()
+    descriptor = os.open(terminal, os.O_RDWR)
+    fcntl.ioctl(descriptor, termios.TIOCSCTTY, 0)
+    call = Call(main.__module__, ["regrow", *arguments], cwd, environ, main.__name__)
+    become_program(call, [descriptor] * 3, prepare=fork_programs)

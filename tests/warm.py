@@ -1,13 +1,12 @@
 """The real `regrow` command in a forked child of a warm process: about a second of the processor instead of five.
 
-What a start itself does, such as what is on the path, is shown by `tests.support.start`, which starts an interpreter.
+Its ranks are forks too (`tests.forking`). What a start itself does, such as what is on the path, is shown by
+`tests.support.start`, which starts interpreters.
 """
 
-import gc
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -16,9 +15,10 @@ from pathlib import Path
 from weakref import WeakSet, finalize
 
 from regrow.trainer.process import die_with_parent
+from tests.forking import Call, become_program, fork_programs
 from tests.pool import context
 
-__all__ = ["Command", "become_command", "kill_all", "regrow", "start"]
+__all__ = ["Command", "kill_all", "open_output", "regrow", "start"]
 
 _started: "WeakSet[Command]" = WeakSet()
 
@@ -27,18 +27,16 @@ class Command:
     """What `subprocess.Popen` is for an interpreter, as far as tests use it.
 
     Args:
-        arguments: of `regrow`.
-        cwd: the working directory.
-        environ: the whole environment.
+        call: the program.
     """
 
-    def __init__(self, arguments: Sequence[str], cwd: Path, environ: dict[str, str]) -> None:
+    def __init__(self, call: Call) -> None:
         descriptor, name = tempfile.mkstemp()
         os.close(descriptor)
         self._output = Path(name)
         finalize(self, self._output.unlink, missing_ok=True)
         # The command has children of its own, which only those that are no daemons may have.
-        self._child = context.Process(target=_run, args=(list(arguments), self._output, cwd, environ), daemon=False)
+        self._child = context.Process(target=_run, args=(call, self._output), daemon=False)
         self._child.start()
         assert self._child.pid is not None
         self.pid: int = self._child.pid
@@ -88,9 +86,9 @@ def _group(pid: int) -> int:
         return 0
 
 
-def start(arguments: Sequence[str], cwd: Path, **environ: str) -> Command:
-    """Starts `regrow` in a session of its own."""
-    return Command(arguments, cwd, {**os.environ, **environ})
+def start(arguments: Sequence[str], cwd: Path, module: str = "regrow.launch.train", **environ: str) -> Command:
+    """Starts a command, `regrow` if nothing else is said, in a session of its own."""
+    return Command(Call(module, [module, *arguments], cwd, {**os.environ, **environ}))
 
 
 def kill_all() -> None:
@@ -99,9 +97,15 @@ def kill_all() -> None:
         command.kill()
 
 
-def regrow(arguments: Sequence[str], cwd: Path, timeout_s: float = 120.0, **environ: str) -> tuple[int, str]:
-    """Runs `regrow` to its end; returns exit code and output."""
-    command = start(arguments, cwd, **environ)
+def regrow(
+    arguments: Sequence[str],
+    cwd: Path,
+    timeout_s: float = 120.0,
+    module: str = "regrow.launch.train",
+    **environ: str,
+) -> tuple[int, str]:
+    """Runs a command, `regrow` if nothing else is said, to its end; returns exit code and output."""
+    command = start(arguments, cwd, module, **environ)
     try:
         out, _ = command.communicate(timeout=timeout_s)
     finally:
@@ -110,32 +114,14 @@ def regrow(arguments: Sequence[str], cwd: Path, timeout_s: float = 120.0, **envi
     return command.returncode, out
 
 
-def become_command(arguments: Sequence[str], output: Path, cwd: Path, environ: dict[str, str]) -> None:
-    """Makes this process, which was just forked, what a shell would have started; `regrow.launch.train.main` is next.
-
-    Args:
-        arguments: of `regrow`.
-        output: receives both streams.
-        cwd: the working directory.
-        environ: the whole environment.
-    """
-    # What was imported before is no garbage; looking for it there would copy all of it.
-    gc.freeze()
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    for stream in (1, 2):
-        os.dup2(descriptor, stream)
-    os.close(descriptor)
-    os.environ.clear()
-    os.environ.update(environ)
-    os.chdir(cwd)
+def _run(call: Call, output: Path) -> None:
     # The server that forked this process ends with the tests.
     die_with_parent(os.getppid())
-    sys.argv = ["regrow", *arguments]
     os.setsid()
+    become_program(call, [os.open(os.devnull, os.O_RDONLY), *open_output(output)], prepare=fork_programs)
 
 
-def _run(arguments: list[str], output: Path, cwd: Path, environ: dict[str, str]) -> None:
-    become_command(arguments, output, cwd, environ)
-    from regrow.launch.train import main
-
-    main()
+def open_output(path: Path) -> tuple[int, int]:
+    """Descriptors of a file that receives a program's output and errors."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    return descriptor, descriptor

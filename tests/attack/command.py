@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from regrow.trainer.process import die_with_parent
+from tests.forking import Call, become_program, fork_programs
 from tests.pool import context
-from tests.warm import become_command
+from tests.warm import open_output
 
 __all__ = ["Ended", "run_command"]
 
@@ -109,16 +111,22 @@ def _command(
     prepare: Callable[[], None] | None,
 ) -> None:
     """The child's part; does not return."""
-    become_command(arguments, log, cwd, environ)
-    limit = _mapped_bytes() + _ROOM_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    if not privileged:
-        drop_capabilities()
-    if prepare is not None:
-        prepare()
-    from regrow.launch.train import main
 
-    main()
+    def limit() -> None:
+        most = _mapped_bytes() + _ROOM_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        if not privileged:
+            drop_capabilities()
+        # Before the ranks could inherit what is prepared here, which interpreters would not.
+        fork_programs()
+        if prepare is not None:
+            prepare()
+
+    # The server that forked this process ends with the tests.
+    die_with_parent(os.getppid())
+    os.setsid()
+    call = Call("regrow.launch.train", ["regrow", *arguments], cwd, environ)
+    become_program(call, [os.open(os.devnull, os.O_RDONLY), *open_output(log)], prepare=limit)
 
 
 def _mapped_bytes() -> int:

@@ -4,14 +4,18 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import tomllib
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from tests.docs.blocks import blocks_of, read_blocks
-from tests.support import REPO
+from tests.docs.warm_commands import serve, write_script
+from tests.pool import context
+from tests.support import REPO, wait_until
 
 PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]
 # Their programs are killed in the middle and run again, by tests of their own.
@@ -20,21 +24,24 @@ RUN = [p for p in PAGES if p.name not in ELSEWHERE and any(b.runs for b in read_
 
 
 @pytest.fixture(scope="session")
-def commands(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with the commands that an installation has, of these sources."""
     folder = tmp_path_factory.mktemp("bin")
-    scripts = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["scripts"]
-    for name, target in scripts.items():
-        module, _, function = target.partition(":")
-        (folder / name).write_text(
-            # Processes that are spawned import it, as they import the scripts of an installation.
-            f"#!{sys.executable} -P\nfrom {module} import {function}\nif __name__ == '__main__':\n    {function}()\n"
-        )
-    python = folder / "python"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} -P "$@"\n')
-    for path in folder.iterdir():
-        path.chmod(0o755)
-    return folder
+    # A socket's name is short, so not below pytest's folder.
+    with tempfile.TemporaryDirectory(prefix="regrow-docs-") as short:
+        address = Path(short) / "commands"
+        server = context.Process(target=serve, args=(address, os.getpid()), daemon=False)
+        server.start()
+        wait_until(address.exists)
+        scripts = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["scripts"]
+        for name, target in scripts.items():
+            write_script(folder / name, target, address)
+        python = folder / "python"
+        python.write_text(f'#!/bin/sh\nexec {sys.executable} -P "$@"\n')
+        python.chmod(0o755)
+        yield folder
+        server.kill()
+        server.join()
 
 
 @pytest.mark.docs

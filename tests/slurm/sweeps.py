@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from regrow.launch.sweep.status import Sweep, SweepRun
 from tests.runs import train
 from tests.slurm.cluster import Cluster
 from tests.support import assert_same_tensors, curve, metrics, record, regrow, samples, tiny, wait_until
+from tests.warm import regrow as regrow_warm
 
 __all__ = ["Runs", "assert_same_runs", "base", "ranks_of", "slurm", "status", "undisturbed"]
 
@@ -78,12 +77,9 @@ def status(cluster: Cluster, folder: Path) -> list[dict[str, Any]]:
 
 def sweep_command(cluster: Cluster, *arguments: str) -> str:
     """Runs `regrow-sweep`."""
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "regrow.launch.commands.sweep", *arguments],
-        env={**os.environ, **cluster.environ}, capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    code, out = regrow_warm(arguments, Path.cwd(), 60.0, "regrow.launch.commands.sweep", **cluster.environ)
+    assert code == 0, out
+    return out
 
 
 def ranks_of(run_dir: Path) -> list[psutil.Process]:

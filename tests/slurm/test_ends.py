@@ -7,7 +7,8 @@ import pytest
 
 from tests.slurm.cluster import Cluster
 from tests.slurm.sweeps import Runs, base, give, history, status
-from tests.support import regrow, wait_until
+from tests.support import wait_until
+from tests.warm import regrow
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(600)]
 

@@ -23,7 +23,8 @@ from tests.slurm.sweeps import (
     wait_finished,
     wait_for_step,
 )
-from tests.support import curve, metrics, record, regrow, samples, start, wait_until
+from tests.support import curve, metrics, record, samples, wait_until
+from tests.warm import regrow, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(600)]
 
