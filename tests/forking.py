@@ -30,6 +30,13 @@ _PR_SET_CHILD_SUBREAPER = 36
 # Of a request: the environment is the most of it.
 _LARGEST = 1 << 20
 _MOST_FILES = 4096
+# What is started again and again; others are started as they are.
+_PROGRAMS = (
+    "regrow.launch.run.worker",
+    "regrow.launch.train",
+    "regrow.launch.commands.evaluate",
+    "regrow.launch.commands.generate",
+)
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 # How long the fork may take, on a machine that does much else.
 _FORKED_S = 60.0
@@ -101,7 +108,7 @@ def _own_module(command: Any) -> str | None:
     if words[0] != sys.executable or not set(flags) <= {"-P", "-u"}:
         return None
     module = words[len(flags) + 2]
-    return module if module in ("regrow.launch.run.worker", "regrow.launch.train") else None
+    return module if module in _PROGRAMS else None
 
 
 def _serve(requests: socket.socket, command: int) -> None:

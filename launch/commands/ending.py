@@ -11,7 +11,10 @@ from typing import NoReturn
 from regrow.launch.config.errors import EXPLAINED
 from regrow.launch.exit_code import ExitCode
 
-__all__ = ["end_with", "exit_code_of"]
+__all__ = ["SAYS_WHY", "end_with", "exit_code_of"]
+
+# Errors whose message is a sentence for the user.
+SAYS_WHY = (*EXPLAINED, OSError, subprocess.TimeoutExpired)
 
 
 def end_with(work: Callable[[], int], *, as_json: bool = False) -> NoReturn:
@@ -38,7 +41,7 @@ def exit_code_of(work: Callable[[], int], *, as_json: bool = False) -> int:
         # Whoever reads the output (`head`) has seen enough; what is buffered must go somewhere at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except (*EXPLAINED, OSError, subprocess.TimeoutExpired) as error:
+    except SAYS_WHY as error:
         if as_json:
             print(json.dumps({"error": str(error)}))
         print(f"error: {error}", file=sys.stderr)

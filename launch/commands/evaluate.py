@@ -1,9 +1,11 @@
 """`regrow-eval`: what the model of any checkpoint makes of tasks."""
 
 import argparse
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from regrow.errors import ConfigError
 from regrow.launch.commands.ending import end_with
@@ -11,7 +13,10 @@ from regrow.launch.commands.model_options import add_model_options
 from regrow.launch.commands.watch_run import watch
 from regrow.launch.exit_code import ExitCode
 from regrow.trainer.evaluation.harness import READERS
-from regrow.trainer.evaluation.task import find_tasks
+from regrow.trainer.evaluation.task import Task, find_tasks
+
+if TYPE_CHECKING:
+    from regrow.launch.commands.command_ranks import CommandRanks
 
 __all__ = ["main"]
 
@@ -58,15 +63,38 @@ def _run(args: argparse.Namespace) -> ExitCode:
         return _run_harness(args)
     tasks = find_tasks(args.tasks, READERS)
     # torch takes seconds to import, and what is refused here does without; so does keeping a run's steps.
+    if args.watch and args.tp == 1 and args.ranks in (None, 1):
+        _watch(args, tasks)
+        return ExitCode.done
+    code: ExitCode = import_module("regrow.launch.commands.command_ranks").on_ranks(
+        args, "regrow.launch.commands.evaluate", lambda ranks: _work(args, tasks, ranks)
+    )
+    return code
+
+
+def _work(args: argparse.Namespace, tasks: Sequence[Task], ranks: "CommandRanks") -> None:
     if args.watch:
-        run_dir = Path(args.checkpoints[0]).expanduser()
-        watch(run_dir, lambda: import_module(_WORK).step_evaluator(run_dir, args, tasks))
+        _watch(args, tasks, ranks)
     else:
-        import_module(_WORK).run(args, tasks)
-    return ExitCode.done
+        import_module(_WORK).run(args, tasks, ranks)
+
+
+def _watch(args: argparse.Namespace, tasks: Sequence[Task], *ranks: "CommandRanks") -> None:
+    """Follows a run; of several ranks the first one does, and tells the others of each step."""
+    run_dir = Path(args.checkpoints[0]).expanduser()
+    if ranks and not ranks[0].speaks:
+        import_module(_WORK).follow(run_dir, args, tasks, *ranks)
+        return
+    try:
+        watch(run_dir, lambda: import_module(_WORK).step_evaluator(run_dir, args, tasks, *ranks))
+    finally:
+        if ranks:
+            ranks[0].told(lambda: None)
 
 
 def _run_harness(args: argparse.Namespace) -> ExitCode:
+    if args.tp > 1 or args.ranks not in (None, 1):
+        raise ConfigError("--harness must be given without --tp and --ranks, but is given with them; leave them out")
     for option in ("tasks", "watch"):
         if getattr(args, option):
             raise ConfigError(f"--harness must be given without --{option}, but is given with it; leave one out")

@@ -6,9 +6,11 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from regrow.checkpoint.errors import CheckpointError
 from regrow.checkpoint.format.later_metrics import add_later_metrics
 from regrow.checkpoint.format.step_name import parse_step_name
 from regrow.checkpoint.format.stored_step import StoredStep
@@ -17,11 +19,12 @@ from regrow.checkpoint.storage.base import Storage
 from regrow.checkpoint.storage.local import LocalStorage
 from regrow.checkpoint.storage.opening import as_storage
 from regrow.errors import ConfigError
+from regrow.launch.commands.command_ranks import ALONE, CommandRanks
 from regrow.launch.commands.identify_model import run_folder_of
 from regrow.launch.commands.loaded_model import LoadedModel, open_on
 from regrow.launch.commands.texts import Texts as Speaker
 from regrow.launch.commands.texts import ending_ids
-from regrow.launch.run.stored_run import steps_place
+from regrow.launch.run.stored_run import steps_place, stored_config, stored_steps
 from regrow.models.generation.generate import Request
 from regrow.models.generation.sampling import Sampling
 from regrow.models.scoring import Score, score_rows
@@ -32,23 +35,25 @@ from regrow.trainer.evaluation.record import EVALUATIONS, EvaluationKey, Evaluat
 from regrow.trainer.evaluation.task import Generation, Task
 from regrow.trainer.run_files import CONFIG
 
-__all__ = ["evaluate", "print_results", "run", "step_evaluator", "write_after"]
+__all__ = ["evaluate", "follow", "print_results", "run", "step_evaluator", "write_after"]
 
 log = logging.getLogger(__name__)
 
 
-def run(args: argparse.Namespace, tasks: Sequence[Task]) -> None:
+def run(args: argparse.Namespace, tasks: Sequence[Task], ranks: CommandRanks) -> None:
     """Prints the metrics of each checkpoint.
 
     Args:
         args: of the command.
         tasks: what is asked.
+        ranks: of the command.
 
     Raises:
         ConfigError: a checkpoint or a task cannot be used.
     """
-    found = {place: _results_of(place, args, tasks) for place in args.checkpoints}
-    print_results(found, as_json=args.json)
+    found = {place: _results_of(place, args, tasks, ranks) for place in args.checkpoints}
+    if ranks.speaks:
+        print_results(found, as_json=args.json)
 
 
 def print_results(found: Mapping[str, Mapping[str, Mapping[str, float]]], *, as_json: bool) -> None:
@@ -67,15 +72,37 @@ def print_results(found: Mapping[str, Mapping[str, Mapping[str, float]]], *, as_
             print(f"{f'{place}  ' if len(found) > 1 else ''}{name}  {shown}")
 
 
-def step_evaluator(run_dir: Path, args: argparse.Namespace, tasks: Sequence[Task]) -> Callable[[Storage], None]:
-    """What evaluates a step of a run and prints a line of JSON.
+def step_evaluator(
+    run_dir: Path, args: argparse.Namespace, tasks: Sequence[Task], ranks: CommandRanks = ALONE
+) -> Callable[[Storage], None]:
+    """What evaluates a step of a run and prints a line of JSON, on the first rank.
 
     Args:
         run_dir: the run's directory.
         args: of the command.
         tasks: what is asked.
+        ranks: of the command; the others follow.
     """
-    return lambda step: print(_line(step, _results_of(str(run_dir), args, tasks, step)), flush=True)
+
+    def evaluate_step(step: Storage) -> None:
+        ranks.told(lambda: step.url)
+        print(_line(step, _results_of(str(run_dir), args, tasks, ranks, step)), flush=True)
+
+    return evaluate_step
+
+
+def follow(run_dir: Path, args: argparse.Namespace, tasks: Sequence[Task], ranks: CommandRanks) -> None:
+    """Takes part in what the first rank evaluates, until it tells of no further step; see `step_evaluator`."""
+    steps = stored_steps(run_dir, stored_config(run_dir))
+    while True:
+        url: str | None = ranks.told(lambda: None)
+        if url is None:
+            return
+        try:
+            _results_of(str(run_dir), args, tasks, ranks, steps.child(url.rpartition("/")[2]))
+        except CheckpointError:
+            # The first rank meets it too, and says so.
+            continue
 
 
 def _line(step: Storage, found: dict[str, Measured]) -> str:
@@ -83,7 +110,7 @@ def _line(step: Storage, found: dict[str, Measured]) -> str:
 
 
 def _results_of(
-    place: str, args: argparse.Namespace, tasks: Sequence[Task], step: Storage | None = None
+    place: str, args: argparse.Namespace, tasks: Sequence[Task], ranks: CommandRanks, step: Storage | None = None
 ) -> dict[str, Measured]:
     """The metrics of a checkpoint by task, those of a run's step from its record as far as it has them.
 
@@ -91,13 +118,24 @@ def _results_of(
         place: the checkpoint.
         args: of the command.
         tasks: what is asked.
+        ranks: of the command.
         step: of the run at `place`, instead of the newest.
     """
-    recorded = _Recorded.of(place, args, step)
-    found = {task.name: known for task in tasks if (known := recorded.find(task)) is not None}
+    given = as_storage(place if "://" in place else Path(place).expanduser())
+    base = steps_place(given)
+    step = step or ranks.same_place(base, lambda: pin_source(base))
+    recorded = _Recorded.of(given, step, args)
+    found = ranks.told(lambda: {t.name: known for t in tasks if (known := recorded.find(t)) is not None})
     missing = [task for task in tasks if task.name not in found]
     if missing:
-        loaded = open_on(place, device=args.device, dtype=args.dtype, tokenizer=args.tokenizer, step=step)
+        loaded = open_on(
+            place,
+            device=args.device,
+            dtype=args.dtype,
+            tokenizer=args.tokenizer,
+            step=step,
+            ranks=ranks,
+        )
         for task in missing:
             found |= evaluate(
                 loaded,
@@ -106,8 +144,10 @@ def _results_of(
                 seed=args.seed,
                 batch_size=args.batch_size,
                 context=args.context,
+                ranks=ranks,
             )
-            recorded.add(task, found[task.name])
+            if ranks.speaks:
+                recorded.add(task, found[task.name])
     return {task.name: found[task.name] for task in tasks}
 
 
@@ -126,10 +166,8 @@ class _Recorded:
     args: argparse.Namespace
 
     @classmethod
-    def of(cls, place: str, args: argparse.Namespace, step: Storage | None) -> "_Recorded":
-        """See `_results_of`."""
-        given = as_storage(place if "://" in place else Path(place).expanduser())
-        stored = step or pin_source(steps_place(given))
+    def of(cls, given: Storage, stored: Storage, args: argparse.Namespace) -> "_Recorded":
+        """Of the step or folder `stored`, which lies in the run `given` or is it."""
         run = run_folder_of(stored)
         if isinstance(given, LocalStorage) and (given.path / CONFIG).is_file():
             run = given.path
@@ -176,16 +214,18 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 16,
     context: int | None = None,
+    ranks: CommandRanks = ALONE,
 ) -> dict[str, Measured]:
     """The metrics of a model, by task.
 
     Args:
-        loaded: the model, whole.
+        loaded: the model.
         tasks: what is asked.
         shots: examples before each item.
         seed: of their choice.
         batch_size: rows that are computed together.
         context: tokens that are looked back at most; None: as many as the model takes.
+        ranks: which share the items out, or hold the model together.
 
     Raises:
         ConfigError: the tokenizer is not the model's, or an item cannot be asked of it.
@@ -205,10 +245,18 @@ def evaluate(
     texts = Texts(loaded.tokenizer, min(ending_ids(loaded), default=0), context or longest)
 
     def score(rows: Sequence[Row]) -> Sequence[Score]:
-        return score_rows(model, rows, batch_size)
+        # Neighbours are of about the same length, so that the ranks have alike to do.
+        order = sorted(range(len(rows)), key=lambda n: -len(rows[n][0]))
+        found = ranks.share_out([rows[n] for n in order], lambda mine: score_rows(model, mine, batch_size))
+        scores: dict[int, Any] = dict(zip(order, found, strict=True))
+        return [scores[n] for n in range(len(rows))]
 
     def generate(prompts: Sequence[str], items: Sequence[Generation]) -> Sequence[str]:
-        return write_after(loaded, prompts, items, batch_size)
+        def write(mine: Sequence[tuple[str, Generation]]) -> Sequence[str]:
+            return write_after(loaded, [text for text, _ in mine], [item for _, item in mine], batch_size)
+
+        written: list[Any] = ranks.share_out(list(zip(prompts, items, strict=True)), write)
+        return written
 
     results = {task.name: measure(task, texts, score, generate, shots=shots, seed=seed) for task in tasks}
     if texts.cut:

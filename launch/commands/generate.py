@@ -52,8 +52,11 @@ def _run(args: argparse.Namespace) -> ExitCode:
     if not prompts and args.json:
         raise ConfigError("--json must stand beside a prompt, but there is none; give -p TEXT")
     # torch takes seconds to import, and what is refused here does without.
-    import_module("regrow.launch.commands.generate_texts").run(args, prompts)
-    return ExitCode.done
+    speak = import_module("regrow.launch.commands.generate_texts").run
+    code: ExitCode = import_module("regrow.launch.commands.command_ranks").on_ranks(
+        args, "regrow.launch.commands.generate", lambda ranks: speak(args, prompts, ranks)
+    )
+    return code
 
 
 def _prompts_of(file: Path | None) -> Iterator[str]:

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TextIO, final
 
+from regrow.errors import ConfigError
+from regrow.launch.commands.command_ranks import CommandRanks
 from regrow.launch.commands.loaded_model import open_on
 from regrow.launch.commands.texts import Texts, chat_template_of
 from regrow.models.generation.generate import Completion, Request
@@ -15,31 +17,36 @@ from regrow.trainer.data.chat.conversation import conversation_of
 __all__ = ["run"]
 
 
-def run(args: argparse.Namespace, prompts: Sequence[str]) -> None:
+def run(args: argparse.Namespace, prompts: Sequence[str], ranks: CommandRanks) -> None:
     """Completes the prompts, or talks where there are none; prints what comes.
 
     Args:
         args: of the command.
         prompts: texts, or turns of a user with `--chat`.
+        ranks: of the command.
 
     Raises:
         ConfigError: an option, a prompt or the checkpoint cannot be.
     """
     request = _request(args)
     request.check("--")
-    speaker = _Speaker(args, request)
+    if not prompts and args.ranks not in (None, args.tp):
+        raise ConfigError(f"--ranks must be --tp ({args.tp}) in a talk, but is {args.ranks}; leave it out")
+    speaker = _Speaker(args, request, ranks)
     if not prompts:
         speaker.talk(sys.stdin)
         return
     ids = [speaker.turn([{"role": "user", "content": p}]) if args.chat else speaker.encode(p) for p in prompts]
+    one = len(prompts) == 1 and not args.json
+    made = speaker.complete(ids, _print if one and ranks.speaks else None)
+    if not ranks.speaks:
+        return
     if args.json:
-        made = speaker.complete(ids)
         print(json.dumps([_as_json(p, text, c) for p, (text, c) in zip(prompts, made, strict=True)]))
-    elif len(prompts) == 1:
-        speaker.complete(ids, _print)
+    elif one:
         print()
     else:
-        for prompt, (text, _) in zip(prompts, speaker.complete(ids), strict=True):
+        for prompt, (text, _) in zip(prompts, made, strict=True):
             print(f"=== {prompt}\n{text}\n")
 
 
@@ -74,11 +81,12 @@ class _Speaker:
     Args:
         args: of the command.
         request: what is wanted of each prompt, but for what ends it.
+        ranks: of the command.
     """
 
-    def __init__(self, args: argparse.Namespace, request: Request) -> None:
-        self._args = args
-        loaded = open_on(args.checkpoint, device=args.device, dtype=args.dtype, tokenizer=args.tokenizer)
+    def __init__(self, args: argparse.Namespace, request: Request, ranks: CommandRanks) -> None:
+        self._args, self._ranks = args, ranks
+        loaded = open_on(args.checkpoint, device=args.device, dtype=args.dtype, tokenizer=args.tokenizer, ranks=ranks)
         self._template = chat_template_of(loaded) if args.chat else None
         self._texts = Texts(loaded, request, stop=args.stop, special=False)
 
@@ -97,21 +105,25 @@ class _Speaker:
         self, prompts: list[list[int]], told: Callable[[str], object] | None = None
     ) -> list[tuple[str, Completion]]:
         """Each prompt's text and completion; with one prompt, `told` hears the text as it is made."""
-        return self._texts.complete(prompts, told)
+        if len(prompts) == 1:
+            return self._texts.complete(prompts, told)
+        made: list[Any] = self._ranks.share_out(prompts, lambda mine: self._texts.complete(list(mine)))
+        return made
 
     def talk(self, lines: TextIO) -> None:
         """A conversation, a line of the user's a turn."""
         messages: list[dict[str, str]] = []
-        asks = sys.stdin.isatty()
+        asks, speaks = sys.stdin.isatty(), self._ranks.speaks
         while True:
-            if asks:
+            if asks and speaks:
                 _print("> ")
-            line = lines.readline()
+            line = self._ranks.told(lines.readline)
             if not line:
                 return
             if not line.strip():
                 continue
             messages.append({"role": "user", "content": line.strip()})
-            ((text, _),) = self.complete([self.turn(messages)], _print)
-            print(flush=True)
+            ((text, _),) = self.complete([self.turn(messages)], _print if speaks else None)
+            if speaks:
+                print(flush=True)
             messages.append({"role": "assistant", "content": text})

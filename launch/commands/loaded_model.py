@@ -18,6 +18,7 @@ from regrow.checkpoint.storage.base import Storage
 from regrow.checkpoint.storage.local import LocalStorage
 from regrow.checkpoint.storage.opening import as_storage
 from regrow.errors import ConfigError
+from regrow.launch.commands.command_ranks import ALONE, CommandRanks
 from regrow.launch.commands.convert import check_fit
 from regrow.launch.commands.identify_model import model_of, run_folder_of, section_of_run
 from regrow.launch.run.stored_run import steps_place
@@ -26,6 +27,7 @@ from regrow.models.base import LanguageModel
 from regrow.models.config import DecoderConfig
 from regrow.trainer.bars import Bar
 from regrow.trainer.data.tokenizer import load_tokenizer, parse_tokenizer, tokenizer_file
+from regrow.trainer.parallel.shared_model import share_model
 
 __all__ = ["TOKENIZER", "LoadedModel", "open_model", "open_on"]
 
@@ -57,11 +59,22 @@ def open_model(
     device: str | torch.device = "cpu",
     tokenizer: str | Path | None = None,
     step: Storage | None = None,
+    ranks: CommandRanks = ALONE,
 ) -> LoadedModel:
-    """See `regrow.load_model`; `step` is one of the run at `place`, instead of the newest."""
+    """See `regrow.load_model`.
+
+    Args:
+        place: as there.
+        dtype: as there.
+        device: as there.
+        tokenizer: as there.
+        step: of the run at `place`, instead of the newest.
+        ranks: which may hold the model together.
+    """
     given = as_storage(str(place) if "://" in str(place) else Path(place).expanduser())
     with ExitStack() as held:
-        stored = step or pin_source(steps_place(given))
+        base = steps_place(given)
+        stored = step or ranks.same_place(base, lambda: pin_source(base))
         if is_verified(stored):
             held.enter_context(reading(stored))
         config = model_of(stored, None)
@@ -70,8 +83,10 @@ def open_model(
         held.callback(opened.source.close)
         check_fit(opened, config)
         model = model_on_meta(config)
-        _give_memory(model, dtype or _stored_dtype(opened, model), torch.device(device))
         assert isinstance(config, DecoderConfig), "other models have no tables of positions"
+        if ranks.context is not None and ranks.shares_model:
+            share_model(model, config, ranks.context.meshes.dense["tp"])
+        _give_memory(model, dtype or _stored_dtype(opened, model), torch.device(device))
         model.init_buffers(torch.device(device), config.max_seq_len)
         tensors = dict(model.named_parameters()) | {
             n: b for n, b in model.named_buffers() if n in buffers_of(config) and n in opened.source.infos
@@ -83,7 +98,13 @@ def open_model(
 
 
 def open_on(
-    place: str, *, device: str, dtype: str | None, tokenizer: str | None, step: Storage | None = None
+    place: str,
+    *,
+    device: str,
+    dtype: str | None,
+    tokenizer: str | None,
+    step: Storage | None = None,
+    ranks: CommandRanks = ALONE,
 ) -> LoadedModel:
     """See `open_model`, with options as a command has them.
 
@@ -93,12 +114,15 @@ def open_on(
         dtype: by its name in torch; None is as stored.
         tokenizer: a file or folder.
         step: see `open_model`.
+        ranks: see `open_model`; each has a device of its own.
 
     Raises:
         ConfigError: there is no such device.
         ValueError: see `open_model`.
     """
-    if device == "auto":
+    if ranks.context is not None:
+        device = str(ranks.context.device)
+    elif device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
@@ -106,7 +130,7 @@ def open_on(
         reason = str(error).splitlines()[0]
         raise ConfigError(f"--device must be one that is here, but is {device} ({reason}); use cpu") from None
     chosen = None if dtype is None else getattr(torch, dtype)
-    return open_model(place, dtype=chosen, device=device, tokenizer=tokenizer, step=step)
+    return open_model(place, dtype=chosen, device=device, tokenizer=tokenizer, step=step, ranks=ranks)
 
 
 def _stored_dtype(opened: OpenedWeights, model: nn.Module) -> torch.dtype:

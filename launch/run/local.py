@@ -1,6 +1,5 @@
 """Starting a run's ranks on this machine with torch's own elastic agent."""
 
-import dataclasses
 import logging
 import os
 import pickle
@@ -9,16 +8,14 @@ import sys
 import threading
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import psutil
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig as ElasticConfig
 from torch.distributed.launcher.api import elastic_launch
 
 from regrow.checkpoint.scratch import scratch_folder
 from regrow.launch.config.errors import naming_fields
+from regrow.launch.run.elastic import elastic_config
 from regrow.launch.run.failures import failure_of, first_failed
 from regrow.launch.run.rank_spec import OUTCOME, Outcome, RankSpec, read_outcome
 from regrow.launch.run.signals import SIGNALS, STOP_NOTE, StopFlag, show_cursor
@@ -28,9 +25,6 @@ from regrow.trainer.start_marks import STARTED_VARIABLE
 __all__ = ["run_local"]
 
 log = logging.getLogger(__name__)
-
-# How long the other ranks may take to end after one died, before they are killed.
-_SHUTDOWN_S = 10
 
 
 def run_local(spec: RankSpec, flag: StopFlag) -> Outcome:
@@ -57,9 +51,8 @@ def run_local(spec: RankSpec, flag: StopFlag) -> Outcome:
         flag.passes_on = handles
         try:
             # -P keeps the working directory off the path: it may hold folders named like our packages.
-            elastic_launch(_elastic_config(spec, folder), sys.executable)(
-                "-P", "-u", "-m", "regrow.launch.run.worker", str(spec_file)
-            )
+            config = elastic_config(spec.layout.world_size, folder, restarts=spec.config.launch.max_restarts)
+            elastic_launch(config, sys.executable)("-P", "-u", "-m", "regrow.launch.run.worker", str(spec_file))
         except ChildFailedError as error:
             return _failure(spec, error, received)
         finally:
@@ -72,29 +65,6 @@ def run_local(spec: RankSpec, flag: StopFlag) -> Outcome:
                 # The next run of this process takes its share of the cores, not this one's number.
                 os.environ.pop("OMP_NUM_THREADS", None)
     return read_outcome(spec.run_dir) or Outcome(kind="failed", step=0, message="the ranks left no stop record")
-
-
-def _elastic_config(spec: RankSpec, folder: Path) -> ElasticConfig:
-    known = {f.name for f in dataclasses.fields(ElasticConfig)}
-    options: dict[str, Any] = {
-        "min_nodes": 1,
-        "max_nodes": 1,
-        "nproc_per_node": spec.layout.world_size,
-        "logs_specs": DefaultLogsSpecs(log_dir=f"{folder}/elastic"),
-        "run_id": f"regrow-{os.getpid()}",
-        "role": "rank",
-        "rdzv_backend": "c10d",
-        "rdzv_endpoint": "127.0.0.1:0",
-        "rdzv_configs": {"is_host": True},
-        "local_addr": "127.0.0.1",
-        "max_restarts": spec.config.launch.max_restarts,
-        "monitor_interval": 0.1,
-        # TERM, INT and USR2 are ours; the agent would turn them into a kill.
-        "signals_to_handle": "SIGHUP,SIGQUIT",
-        "shutdown_timeout": _SHUTDOWN_S,
-    }
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = options["signals_to_handle"]
-    return ElasticConfig(**{name: value for name, value in options.items() if name in known})
 
 
 def _ranks() -> list[psutil.Process]:

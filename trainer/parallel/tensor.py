@@ -5,7 +5,7 @@ computation is on local tensors with explicit collectives. With sequence paralle
 arXiv:2205.05198) activations between blocks are split along the sequence, too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,7 @@ __all__ = [
     "distribute_parameters",
     "local",
     "mix_in",
+    "product",
     "shared_parameters",
     "tie",
 ]
@@ -242,7 +243,12 @@ def tie(model: nn.Module, shared: Sequence[tuple[str, str]]) -> None:
 
 
 def apply_tensor_parallel(
-    model: LanguageModel, config: DecoderConfig, mesh: DeviceMesh, *, sequence: bool
+    model: LanguageModel,
+    config: DecoderConfig,
+    mesh: DeviceMesh,
+    *,
+    sequence: bool,
+    leave: Collection[Style] = (),
 ) -> TensorGroup:
     """Shards the matrices as the model's plan says.
 
@@ -251,6 +257,7 @@ def apply_tensor_parallel(
         config: the model's.
         mesh: the `tp` axis.
         sequence: split activations along the sequence between the matrices.
+        leave: what is left as it is, for the caller to change.
     """
     group = mesh.get_group()
     member = TensorGroup(
@@ -259,6 +266,8 @@ def apply_tensor_parallel(
     kv_heads = kv_heads_of_rank(config.n_kv_heads, member.ranks, member.rank)
     shared = shared_parameters(model)
     for _, module, style in planned_modules(model):
+        if style in leave:
+            continue
         if style is Style.kv_heads and kv_heads.shared:
             _share_kv_heads(module, config.head_width, kv_heads, mesh, member)
         else:
