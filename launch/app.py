@@ -37,7 +37,7 @@ from regrow.launch.run.rank_spec import Outcome
 from regrow.launch.run.signals import STOP_NOTE_VARIABLE, StopFlag
 from regrow.launch.sweep.status import RunFailed, result_of
 from regrow.launch.sweep.submitit import stay_until_killed
-from regrow.trainer.process import interrupted_by
+from regrow.trainer.process import importing, interrupted_by
 
 __all__ = ["Application", "run_command"]
 
@@ -181,8 +181,9 @@ class Application:
 
     def _plan(self, config: DictConfig) -> None:
         """Says what a run will need. A folder that Hydra made for it is removed."""
-        # torch takes seconds to import, and what shows or refuses a command needs none.
-        from regrow.launch.run.plan import plan_config
+        with importing():
+            # torch takes seconds to import, and what shows or refuses a command needs none.
+            from regrow.launch.run.plan import plan_config
 
         folder = Path(HydraConfig.get().runtime.output_dir)
         os.chdir(HydraConfig.get().runtime.cwd)
@@ -232,8 +233,9 @@ class Application:
         hydra_config = HydraConfig.get()
         self._check(config, run_dir, hydra_config)
         sweep = Path(config.run.root).name if hydra_config.mode is RunMode.MULTIRUN else None
-        # torch takes seconds to import, and what shows or refuses a command needs none.
-        from regrow.launch.run.start import run_config
+        with importing():
+            # torch takes seconds to import, and what shows or refuses a command needs none.
+            from regrow.launch.run.start import run_config
 
         return run_config(
             config,

@@ -11,7 +11,7 @@ from regrow.launch.run.allocator import use_expandable_segments
 from regrow.launch.run.signals import Interrupted, StopFlag, write_note
 from regrow.launch.run.versions import own_version
 from regrow.trainer.places import ensure_home
-from regrow.trainer.process import PARENT_VARIABLE, die_with_parent
+from regrow.trainer.process import PARENT_VARIABLE, die_with_parent, importing
 
 __all__ = ["COMMANDS", "main"]
 
@@ -57,8 +57,9 @@ def _run(arguments: list[str], flag: StopFlag) -> int:
         help_text: Callable[[dict[str, str]], str] = importlib.import_module("regrow.launch.commands.help").help_text
         print(help_text(COMMANDS), end="")
         return ExitCode.done
-    # The handlers stand before Hydra and torch are imported, which takes seconds in which a signal may come.
-    from regrow.launch.app import run_command
+    with importing():
+        # The handlers stand before Hydra and torch are imported, which takes seconds in which a signal may come.
+        from regrow.launch.app import run_command
 
     return run_command(arguments, flag)
 

@@ -84,12 +84,14 @@ def whole_tensors(trainer: Trainer) -> dict[str, Tensor]:
     for name, tensor in [*trainer.model.named_parameters(), *trainer.model.named_buffers()]:
         if not name.endswith((".load", "rope")):
             offset, part = box_of(tensor)
-            own[name] = (tuple(tensor.shape), offset, part.clone())
+            # Bytes of arrays travel in a tenth of the time of tensors.
+            own[name] = tuple(tensor.shape), offset, part.shape, part.dtype, part.flatten().view(torch.uint8).numpy()
     parts: list[Any] = [None] * trainer.context.world_size
-    dist.all_gather_object(parts, own, group=trainer.context.cpu_group)
+    dist.gather_object(own, parts if trainer.context.is_main else None, group=trainer.context.cpu_group, group_dst=0)
     whole: dict[str, Tensor] = {}
     for held in parts if trainer.context.is_main else []:
-        for name, (shape, offset, part) in held.items():
+        for name, (shape, offset, part_shape, dtype, part_bytes) in held.items():
+            part = torch.from_numpy(part_bytes).view(dtype).view(part_shape)
             target = whole.setdefault(name, torch.full(shape, torch.nan, dtype=part.dtype))
             box = target[tuple(slice(o, o + n) for o, n in zip(offset, part.shape, strict=True))]
             assert bool(((box == part) | box.isnan()).all()), f"copies of {name} differ"

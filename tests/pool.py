@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -57,6 +58,8 @@ def _rank(
     answers: Connection,
     crash: str,
 ) -> None:
+    # What was imported before is no garbage; looking for it there would copy all of it.
+    gc.freeze()
     _end_with(parent)
     # Kept open as long as the process lives, since a crash writes into it.
     stack = Path(crash).open("w")  # noqa: SIM115

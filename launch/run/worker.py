@@ -8,7 +8,7 @@ from pathlib import Path
 
 from regrow.launch.run.acknowledge import Acknowledger, speaks_for_all
 from regrow.launch.run.signals import STOP_NOTE, StopFlag
-from regrow.trainer.process import PARENT_VARIABLE, die_with_parent
+from regrow.trainer.process import PARENT_VARIABLE, die_with_parent, importing
 
 __all__ = ["main"]
 
@@ -31,8 +31,9 @@ def main() -> None:
         die_with_parent(int(os.environ[PARENT_VARIABLE]))
     # The terminal sends Ctrl-C to the launcher too, which passes it on as TERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # The handlers stand before torch is imported, which takes seconds in which a signal may come.
-    from regrow.launch.run.rank import run_as_child
+    with importing():
+        # The handlers stand before torch is imported, which takes seconds in which a signal may come.
+        from regrow.launch.run.rank import run_as_child
 
     code = run_as_child(pickle.loads(spec_file.read_bytes()), flag)
     sys.stdout.flush()

@@ -91,6 +91,27 @@ def test_every_layout_and_the_command_find_the_same(corpus: Path, tmp_path: Path
         assert relative(beside[task][metric], value) <= 1e-9, name
 
 
+@pytest.mark.parametrize("kind", list(LAYOUTS))
+def test_in_float32_every_layout_finds_what_one_rank_does(
+    corpus: Path, tmp_path: Path, tasks: Path, kind: str
+) -> None:
+    """The same weights everywhere: they are loaded, and no step changes them."""
+    settings = [*base(corpus, kind, "precision=fp32", "model.n_layers=2"), "checkpoint=debug"]
+    assert train([*settings, "train.steps=6", "hooks=none"], tmp_path / "one").kind == "finished"
+    loaded = open_on(str(tmp_path / "one"), device="cpu", dtype=None, tokenizer=None)
+    expected = evaluate(loaded, find_tasks([str(tasks)], READERS), context=32)
+    start = [f"checkpoint.initial_load_path={tmp_path / 'one'}", "train.steps=1", "optimizer.lr=1e-30"]
+    for world, layout in LAYOUTS[kind]:
+        run_dir = tmp_path / layout
+        given = [*settings, *evaluated(tasks), *start, *degrees(layout)]
+        assert train(given, run_dir, world).kind == "finished"
+        found = results(run_dir)[1]
+        for name in METRICS:
+            _, task, metric = name.split("/")
+            limit = 1e-5 if metric in ("ppl", "bits_per_byte") else 0.0
+            assert relative(found[name], expected[task][metric]) <= limit, (layout, name)
+
+
 def _with_scores(spec: RankSpec, told: Callable[[int, StopFlag], None]) -> Any:
     """Trains, and tells of each set of rows that is scored, before it is."""
     flag, scored, count = StopFlag(), RunningModel.score, 0

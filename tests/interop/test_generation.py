@@ -1,6 +1,6 @@
 """Greedy text is that of `transformers.generate`, with keys and values kept and without, alone and in a batch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,23 @@ def test_a_row_is_what_it_is_alone_and_without_kept_keys(trained: Trained) -> No
         expected = logprobs.gather(1, torch.tensor(made.ids)[:, None])[:, 0].tolist()
         assert made.logprobs == pytest.approx(expected, rel=1e-10)
         assert [[i for i, _ in place] for place in made.alternatives] == logprobs.topk(3).indices.tolist()
+
+
+def test_in_float32_texts_part_only_where_two_tokens_are_as_likely(trained: Trained) -> None:
+    ours, _ = regrow.load_model(trained.folder, dtype=torch.float32, tokenizer=trained.folder.parent.parent)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        trained.folder, dtype=torch.float32, experts_implementation="eager"
+    ).eval()
+    in_float32 = replace(trained, ours=ours, theirs=theirs)
+    compared = 0
+    made = ours.generate(trained.prompts, max_tokens=NEW, temperature=0, logprobs=2)
+    for of_row, of_theirs in zip(made, their_text(in_float32, trained.prompts), strict=True):
+        for one, other, places in zip(of_row.ids, of_theirs, of_row.alternatives, strict=True):
+            if places[0][1] - places[1][1] <= 1e-4:
+                break  # what follows need not be the same
+            assert one == other
+            compared += 1
+    assert compared >= NEW
 
 
 def test_drawn_text_does_not_depend_on_the_batch(trained: Trained) -> None:
