@@ -30,7 +30,7 @@ from regrow.launch.run.ranks import Ranks, detect_ranks, export_ranks
 from regrow.trainer.device import pin_threads
 from regrow.trainer.parallel.context import ParallelContext, close_parallel, open_parallel
 from regrow.trainer.parallel.layout import Layout, divisors_of
-from regrow.trainer.process import PARENT_VARIABLE
+from regrow.trainer.process import PARENT_VARIABLE, die_with_parent
 
 __all__ = ["ALONE", "CommandRanks", "on_ranks"]
 
@@ -117,6 +117,8 @@ def on_ranks(args: argparse.Namespace, module: str, work: Callable[[CommandRanks
     Raises:
         ConfigError: there cannot be so many.
     """
+    if PARENT_VARIABLE in os.environ:
+        die_with_parent(int(os.environ.pop(PARENT_VARIABLE)))
     given = detect_ranks(os.environ, None)
     count = given.world_size if given is not None else args.ranks or args.tp
     for option, value in (("--tp", args.tp), ("--ranks", args.ranks)):

@@ -1,9 +1,12 @@
 """Commands that ask a model on several ranks, which hold it together, share out what is asked, or both: the same found."""
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -14,8 +17,8 @@ from regrow.trainer.parallel.layout import Layout
 from tests.distributed.test_parallel import base
 from tests.pool import run_distributed
 from tests.runs import train
-from tests.support import record
-from tests.warm import regrow
+from tests.support import record, wait_until
+from tests.warm import regrow, start
 
 pytestmark = pytest.mark.slow
 
@@ -128,6 +131,20 @@ def test_regrow_generate_writes_the_same_on_any_number_of_ranks(dense: Path, tmp
         code, out = regrow([*asked, *prompts, *ranks], tmp_path, module=GENERATE)
         assert code == 0, out
         assert json.loads(out) == json.loads(alone)
+
+
+def test_ranks_end_with_the_command_that_started_them(dense: Path, tmp_path: Path) -> None:
+    asked = [str(dense), "-pabc", "--max-tokens=100000", "--temperature=0", "--device=cpu", "--tp=2"]
+    command = start(asked, tmp_path, GENERATE)
+    ranks: list[psutil.Process] = []
+
+    def are_there() -> bool:
+        ranks[:] = [p for p in psutil.Process(command.pid).children() if GENERATE in p.cmdline()]
+        return len(ranks) == 2 and all(p.num_threads() > 1 for p in ranks)
+
+    wait_until(are_there, 60.0, 0.05)
+    os.kill(command.pid, signal.SIGKILL)
+    wait_until(lambda: not any(p.is_running() for p in ranks), 10.0, 0.05)
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,8 @@ def _own_experts(
 ) -> Tensor:
     """The results of this rank's experts, whose rows lie together, and those of the other ranks."""
     count = local(experts.get_parameter("w1")).shape[0]
-    start, stop = [0, *ends_E.tolist()][first], [0, *ends_E.tolist()][first + count]
+    bounds = [0, *ends_E.tolist()]
+    start, stop = bounds[first], bounds[first + count]
     out_RD = rows_RD.new_zeros(rows_RD.shape)
     if stop > start:
         own = slice(start, stop)
