@@ -8,12 +8,10 @@ import atexit
 import logging
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -21,6 +19,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import elastic_launch
 
+from regrow.checkpoint.scratch import scratch_folder
 from regrow.checkpoint.storage.base import Storage
 from regrow.errors import ConfigError
 from regrow.launch.commands.ending import SAYS_WHY
@@ -148,9 +147,9 @@ def _start(module: str, arguments: Sequence[str], count: int) -> ExitCode:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # The ranks say themselves why they end.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    with tempfile.TemporaryDirectory(prefix="regrow-ranks-") as folder:
+    with scratch_folder() as folder:
         try:
-            elastic_launch(elastic_config(count, Path(folder)), sys.executable)("-P", "-u", "-m", module, *arguments)
+            elastic_launch(elastic_config(count, folder), sys.executable)("-P", "-u", "-m", module, *arguments)
         except ChildFailedError as error:
             _, first = error.get_first_failure()
             return ExitCode.bad_input if first.exitcode == ExitCode.bad_input else ExitCode.failed
