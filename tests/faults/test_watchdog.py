@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from regrow.checkpoint.processes import process_stat
+from tests import support
 from tests.faults.hook_package import write_hook
 from tests.faults.test_kills import command, workers
 from tests.support import curve, metrics, record, wait_until
@@ -34,7 +35,9 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on_by_itself(corpus: Path, tmp
     code, out = regrow(command(corpus, *RANKS, "run.name=whole"), tmp_path)
     assert code == 0, out
     run_dir = tmp_path / "outputs/cut"
-    process = start(command(corpus, *RANKS, *WATCHED, "launch.max_restarts=1", "run.name=cut"), tmp_path)
+    # By interpreters: of a fork that is stopped the launcher hears otherwise.
+    arguments = command(corpus, *RANKS, *WATCHED, "launch.max_restarts=1", "run.name=cut")
+    process = support.start(arguments, tmp_path)
     # How long two ranks take to start is not what is measured.
     wait_until(lambda: (run_dir / "checkpoint/step-10").exists() and len(metrics(run_dir)) >= 12, timeout_s=180.0)
     victim = workers(process.pid)[1]
