@@ -14,7 +14,7 @@ from tests import support
 from tests.faults.hook_package import write_hook
 from tests.faults.test_kills import command, workers
 from tests.support import curve, metrics, record, wait_until
-from tests.warm import regrow, start
+from tests.warm import regrow
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
