@@ -113,6 +113,25 @@ def test_regrow_eval_finds_the_same_on_any_number_of_ranks(dense: Path, tmp_path
     (dense / "evaluations.jsonl").unlink()
 
 
+def test_killed_on_two_ranks_and_given_again_on_three_each_result_comes_once(dense: Path, tmp_path: Path) -> None:
+    step = min((dense / "checkpoint").glob("step-*"))
+    asked = [str(step), "--tasks", str(tasks(tmp_path / "tasks")), "--json", "--dtype=float64", "--device=cpu"]
+    kept = dense / "evaluations.jsonl"
+    command = start([*asked, "--ranks=2"], tmp_path, EVALUATE)
+    wait_until(kept.exists, 60.0)
+    os.kill(command.pid, signal.SIGKILL)
+    command.wait(10.0)
+    code, out = regrow([*asked, "--ranks=3"], tmp_path, module=EVALUATE)
+    assert code == 0, out
+    assert len(kept.read_text().splitlines()) == 3
+    kept.unlink()
+    code, alone = regrow(asked, tmp_path, module=EVALUATE)
+    assert code == 0, alone
+    for task, metrics in json.loads(alone).items():
+        assert json.loads(out)[task] == pytest.approx(metrics, rel=1e-9)
+    kept.unlink()
+
+
 def test_a_run_is_followed_on_two_ranks(dense: Path, tmp_path: Path) -> None:
     assert record(dense)["attempts"][-1]["end"] == "finished"
     asked = ["--tasks", str(tasks(tmp_path / "tasks")), "--device=cpu", "--watch"]
